@@ -1,0 +1,45 @@
+// AVX2 + FMA micro-kernels: 6 pixels x 16 output channels, 12 of 16 registers accumulate.
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace disco {
+namespace {
+
+constexpr int kVectorLength = 8;
+constexpr int kMaxVectors = 2;
+constexpr int kMaxPixels = 6;
+
+using Vector = __m256;
+
+alignas(32) const int32_t kLaneMasks[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+
+__m256i first_lanes(int64_t n) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kLaneMasks + 8 - n));
+}
+
+Vector zero() { return _mm256_setzero_ps(); }
+Vector broadcast(const float* x) { return _mm256_broadcast_ss(x); }
+Vector load(const float* x) { return _mm256_loadu_ps(x); }
+Vector load_n(const float* x, int64_t n) { return _mm256_maskload_ps(x, first_lanes(n)); }
+void store(float* x, Vector v) { _mm256_storeu_ps(x, v); }
+void store_n(float* x, Vector v, int64_t n) { _mm256_maskstore_ps(x, first_lanes(n), v); }
+Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
+// The second operand is returned where either is NaN: a NaN in `a` stays, as torch.relu keeps it.
+Vector maximum(Vector a, Vector b) { return _mm256_max_ps(b, a); }
+Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+
+}  // namespace
+}  // namespace disco
+
+#include "conv_microkernel_body.h"
+
+namespace disco {
+
+const IsaKernels& avx2_kernels() {
+  static constexpr IsaKernels table = {"avx2", kVectorLength, kMaxVectors, kMaxPixels, kKernels};
+  return table;
+}
+
+}  // namespace disco

@@ -1,0 +1,114 @@
+// One micro-kernel source for every ISA. An ISA file defines the vector type and its primitives in
+// an anonymous namespace (internal linkage: the linker must never merge code of two instruction
+// sets), then includes this file.
+//
+//   Vector, kVectorLength, kMaxVectors, kMaxPixels
+//   zero(), broadcast(const float*), load(const float*), load_n(const float*, n), store(float*, v),
+//   store_n(float*, v, n), add(a, b), maximum(a, b), multiply_add(a, b, c) = a * b + c
+//
+// The tile is kMaxPixels x (kMaxVectors * kVectorLength): output channels lie in vector lanes,
+// input values are broadcast. The gather is the offset list of the K loop, so it costs one scalar
+// load a k.
+
+#include <cstddef>
+#include <utility>
+
+#include "conv_microkernel.h"
+
+namespace disco {
+namespace {
+
+// acc[p][v] += rows[p], never reading past `num_channels` of a row.
+template <int MR, int NV, typename Row>
+inline void add_rows(Vector (&acc)[MR][NV], Row* const* rows, int64_t first_channel,
+                     int64_t num_channels) {
+#pragma GCC unroll 16
+  for (int v = 0; v < NV; ++v) {
+    const int64_t left = num_channels - v * kVectorLength;
+    const int64_t first = first_channel + v * kVectorLength;
+    if (left >= kVectorLength) {
+#pragma GCC unroll 16
+      for (int p = 0; p < MR; ++p) acc[p][v] = add(acc[p][v], load(rows[p] + first));
+    } else if (left > 0) {
+#pragma GCC unroll 16
+      for (int p = 0; p < MR; ++p) {
+        acc[p][v] = add(acc[p][v], load_n(rows[p] + first, left));
+      }
+    }
+  }
+}
+
+template <int MR, int NV>
+void convolve_tile(const Tile& tile) {
+  constexpr int kWidth = NV * kVectorLength;
+  Vector acc[MR][NV];
+
+#pragma GCC unroll 16
+  for (int v = 0; v < NV; ++v) {
+    const Vector b = load(tile.bias + v * kVectorLength);
+#pragma GCC unroll 16
+    for (int p = 0; p < MR; ++p) acc[p][v] = b;
+  }
+
+  for (int64_t i = 0; i < tile.num_passes; ++i) {
+    const Pass& pass = tile.passes[i];
+    const float* const* pixels = pass.pixels;
+    const int32_t* offsets = pass.offsets;
+    const int32_t* const end = offsets + pass.k;
+    const float* weights = tile.panel + pass.first_row * kWidth;
+    do {
+      const ptrdiff_t offset = *offsets++;
+      Vector w[NV];
+#pragma GCC unroll 16
+      for (int v = 0; v < NV; ++v) w[v] = load(weights + v * kVectorLength);
+      weights += kWidth;
+#pragma GCC unroll 16
+      for (int p = 0; p < MR; ++p) {
+        const Vector x = broadcast(pixels[p] + offset);
+#pragma GCC unroll 16
+        for (int v = 0; v < NV; ++v) acc[p][v] = multiply_add(x, w[v], acc[p][v]);
+      }
+    } while (offsets != end);
+  }
+
+  if (tile.accumulate) add_rows<MR, NV>(acc, tile.out, tile.first_channel, tile.num_channels);
+  if (tile.residual != nullptr) {
+    add_rows<MR, NV>(acc, tile.residual, tile.first_channel, tile.num_channels);
+  }
+  if (tile.activation == kActivationRelu) {
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) {
+#pragma GCC unroll 16
+      for (int p = 0; p < MR; ++p) acc[p][v] = maximum(acc[p][v], zero());
+    }
+  }
+#pragma GCC unroll 16
+  for (int v = 0; v < NV; ++v) {
+    const int64_t left = tile.num_channels - v * kVectorLength;
+    const int64_t first = tile.first_channel + v * kVectorLength;
+    if (left >= kVectorLength) {
+#pragma GCC unroll 16
+      for (int p = 0; p < MR; ++p) store(tile.out[p] + first, acc[p][v]);
+    } else if (left > 0) {
+#pragma GCC unroll 16
+      for (int p = 0; p < MR; ++p) store_n(tile.out[p] + first, acc[p][v], left);
+    }
+  }
+}
+
+template <int... I>
+struct KernelTable {
+  static constexpr MicroKernel value[] = {
+      &convolve_tile<I / kMaxVectors + 1, I % kMaxVectors + 1>...};
+};
+
+template <int... I>
+constexpr const MicroKernel* kernel_table(std::integer_sequence<int, I...>) {
+  return KernelTable<I...>::value;
+}
+
+constexpr const MicroKernel* kKernels =
+    kernel_table(std::make_integer_sequence<int, kMaxPixels * kMaxVectors>{});
+
+}  // namespace
+}  // namespace disco

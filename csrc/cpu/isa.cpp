@@ -1,0 +1,53 @@
+// Choice of the instruction set at run time.
+
+#include <cstdlib>
+#include <stdexcept>
+
+#include "conv2d.h"
+
+namespace disco {
+namespace {
+
+std::vector<const IsaKernels*> usable_isas() {
+  std::vector<const IsaKernels*> usable = {&scalar_kernels()};
+#if defined(DISCO_HAVE_AVX2)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    usable.push_back(&avx2_kernels());
+  }
+#endif
+#if defined(DISCO_HAVE_AVX512)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+    usable.push_back(&avx512_kernels());
+  }
+#endif
+  return usable;
+}
+
+const IsaKernels& choose_isa() {
+  const std::vector<const IsaKernels*> usable = usable_isas();
+  const char* wanted = std::getenv("DISCO_KERNELS_ISA");
+  if (wanted == nullptr || *wanted == '\0') return *usable.back();
+  std::string names;
+  for (const IsaKernels* isa : usable) {
+    if (std::string(wanted) == isa->name) return *isa;
+    names += names.empty() ? isa->name : std::string(", ") + isa->name;
+  }
+  throw std::invalid_argument("DISCO_KERNELS_ISA=" + std::string(wanted) +
+                              " is not to be had on this machine; allowed here: " + names);
+}
+
+}  // namespace
+
+const IsaKernels& active_isa() {
+  static const IsaKernels& isa = choose_isa();
+  return isa;
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const IsaKernels* isa : usable_isas()) names.push_back(isa->name);
+  return names;
+}
+
+}  // namespace disco

@@ -1,0 +1,28 @@
+// The first words of packed weights: what layout they are in, so that weights packed for another
+// instruction set or another layer are refused instead of read.
+#pragma once
+
+#include <cstdint>
+
+#include "conv_microkernel.h"
+
+namespace disco {
+
+constexpr int64_t kHeaderWords = 16;
+constexpr int32_t kPackedMagic = 0x44534331;  // "DSC1"
+
+struct PackedHeader {
+  int32_t magic;
+  int32_t vector_length;
+  int32_t max_vectors;
+  int32_t out_channels;
+  int32_t in_channels;
+  int32_t taps;
+  int32_t reserved[10];
+};
+static_assert(sizeof(PackedHeader) == kHeaderWords * sizeof(float), "header must keep alignment");
+
+PackedHeader packed_header(const IsaKernels& isa, int64_t out_channels, int64_t in_channels,
+                           int64_t taps);
+
+}  // namespace disco

@@ -1,0 +1,68 @@
+"""Kernels and drop-in PyTorch operators for DISCO models: distributed inference with sparse
+communications (arXiv 2302.11180).
+"""
+
+from disco_kernels import backends as backends
+from disco_kernels.functional import (
+    gather_conv2d,
+    gather_linear,
+    gather_pack_,
+    partial_conv2d,
+    partial_conv2d_,
+    partial_linear,
+    prepack,
+)
+from disco_kernels.kernels import (
+    GatherConv2d,
+    GatherLinear,
+    GatherPack,
+    PartialConv2d,
+    PartialLinear,
+)
+from disco_kernels.pattern import (
+    LayerPattern,
+    Ownership,
+    Pattern,
+    contradiction,
+    find_selected,
+)
+from disco_kernels.registry import BackendUnavailable
+from disco_kernels.spec import ConvSpec
+from disco_kernels.swap import (
+    SwapReport,
+    SwapRow,
+    backend_of,
+    repack_,
+    swap_,
+    swapped,
+    unswap_,
+)
+
+__all__ = [
+    "BackendUnavailable",
+    "ConvSpec",
+    "GatherConv2d",
+    "GatherLinear",
+    "GatherPack",
+    "LayerPattern",
+    "Ownership",
+    "PartialConv2d",
+    "PartialLinear",
+    "Pattern",
+    "SwapReport",
+    "SwapRow",
+    "backend_of",
+    "contradiction",
+    "find_selected",
+    "gather_conv2d",
+    "gather_linear",
+    "gather_pack_",
+    "partial_conv2d",
+    "partial_conv2d_",
+    "partial_linear",
+    "prepack",
+    "repack_",
+    "swap_",
+    "swapped",
+    "unswap_",
+]

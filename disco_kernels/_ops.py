@@ -1,0 +1,387 @@
+"""The operators torch's dispatcher knows, under ``torch.ops.disco_kernels``: schemas, fakes and the
+one implementation of each, which hands over to the backend named in the call.
+
+Layout of a ``packed_weight`` belongs to its backend, so a fake kernel cannot read shapes off it:
+they come as arguments. Channel numbers are checked by the
+backends, while they read them. `disco_kernels.functional` is the documented face of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from disco_kernels import registry
+from disco_kernels.core import (
+    channels_last,
+    empty_output,
+    execute,
+    image_as_tokens,
+    tokens_as_image,
+)
+from disco_kernels.spec import Channels, Conv2dDescriptor, ConvSpec, Node, Pair, Segment
+
+NAMESPACE = "disco_kernels"
+_GEOMETRY = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation"
+
+SCHEMAS = (
+    "prepack(Tensor weight, int[] segment_channels, str backend) -> Tensor",
+    "partial_conv2d(Tensor[] segments, Tensor?[] index, Tensor packed_weight, Tensor? bias, "
+    f"Tensor? residual, int out_channels, {_GEOMETRY}, str activation, str backend) -> Tensor",
+    "partial_conv2d_(Tensor(a!) out, Tensor[] segments, Tensor?[] index, Tensor packed_weight, "
+    f"Tensor? residual, {_GEOMETRY}, str activation, str backend) -> ()",
+    "partial_linear(Tensor[] segments, Tensor?[] index, Tensor packed_weight, Tensor? bias, "
+    "Tensor? residual, int out_features, str activation, str backend) -> Tensor",
+    "gather_conv2d(Tensor x, Tensor channel_index, int[] in_splits, int[] out_splits, "
+    "Tensor? out_index, Tensor packed_weight, Tensor? bias, Tensor? residual, "
+    f"{_GEOMETRY}, str activation, str backend) -> Tensor",
+    "gather_linear(Tensor x, Tensor channel_index, int[] in_splits, int[] out_splits, "
+    "Tensor? out_index, Tensor packed_weight, Tensor? bias, Tensor? residual, "
+    "str activation, str backend) -> Tensor",
+    "gather_pack_(Tensor x, Tensor channel_index, int[] splits, Tensor(a!) out, str backend) -> ()",
+)
+
+# The object must live as long as the operators are used.
+_library = torch.library.Library(NAMESPACE, "DEF")
+for _schema in SCHEMAS:
+    _library.define(_schema)
+
+
+def _as_pair(values: Sequence[int]) -> Pair:
+    return (int(values[0]), int(values[1]))
+
+
+def _conv_spec(
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+) -> ConvSpec:
+    return ConvSpec(
+        _as_pair(kernel_size), _as_pair(stride), _as_pair(padding), _as_pair(dilation), activation
+    )
+
+
+def _refuse_gradients(op: str, *tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(
+            f"{NAMESPACE}::{op} records no gradient, but was given a tensor that requires one; "
+            "use it under torch.no_grad(), or train through a swapped module (swap_)"
+        )
+
+
+def _flat_index(index: Tensor, name: str) -> Tensor:
+    """The kernels read a contiguous int32 index in CPU memory; the values are checked by them."""
+    if index.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must be int32 (or int64), given {index.dtype}")
+    return index.to("cpu", torch.int32).contiguous()
+
+
+def _check_splits(name: str, splits: Sequence[int], index: Tensor) -> None:
+    if min(splits, default=0) < 0 or sum(splits) != index.numel():
+        raise ValueError(
+            f"{name} {list(splits)} must be counts that sum to the {index.numel()} listed channels"
+        )
+
+
+def _prepack(weight: Tensor, segment_channels: Sequence[int], backend: str) -> Tensor:
+    if weight.dim() == 2:
+        weight = weight[:, :, None, None]
+    if weight.dim() != 4 or sum(segment_channels) != weight.shape[1]:
+        raise ValueError(
+            f"weight must be [O, K, kh, kw] (or [O, K]) with K the sum of segment_channels "
+            f"{list(segment_channels)}, given {list(weight.shape)}"
+        )
+    registry.resolve(backend, weight.device, weight.dtype)
+    return registry.get(backend).prepack(weight, segment_channels)
+
+
+def _prepack_fake(weight: Tensor, segment_channels: Sequence[int], backend: str) -> Tensor:
+    taps = weight.shape[2] * weight.shape[3] if weight.dim() == 4 else 1
+    numel = registry.get(backend).packed_numel(weight.shape[0], weight.shape[1], taps)
+    return weight.new_empty((numel,))
+
+
+def _partial_descriptor(
+    sources: Sequence[Tensor],
+    index: Sequence[Tensor | None],
+    out_channels: int,
+    spec: ConvSpec,
+) -> Conv2dDescriptor:
+    if not sources or len(sources) != len(index):
+        raise ValueError(
+            f"give at least one segment, and for each an index or None; given {len(sources)} "
+            f"segments and {len(index)} indices"
+        )
+    segments = []
+    for s, (x, listed) in enumerate(zip(sources, index, strict=True)):
+        channels = Channels(x.shape[1])
+        if listed is not None:
+            flat = _flat_index(listed, f"index[{s}]")
+            channels = Channels(flat.numel(), 0, flat)
+        segments.append(Segment(s, channels))
+    return Conv2dDescriptor(spec, (Node(tuple(segments), Channels(out_channels)),))
+
+
+def _partial_conv2d(
+    segments: Sequence[Tensor],
+    index: Sequence[Tensor | None],
+    packed_weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+    backend: str,
+) -> Tensor:
+    _refuse_gradients("partial_conv2d", *segments, packed_weight, bias, residual)
+    sources = [channels_last(x, f"segment {s}") for s, x in enumerate(segments)]
+    spec = _conv_spec(kernel_size, stride, padding, dilation, activation)
+    descriptor = _partial_descriptor(sources, index, out_channels, spec)
+    prepared = registry.get(backend).prepare(descriptor)
+    return execute(prepared, descriptor, sources, packed_weight, bias, residual)
+
+
+def _partial_conv2d_fake(
+    segments: Sequence[Tensor],
+    index: Sequence[Tensor | None],
+    packed_weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+    backend: str,
+) -> Tensor:
+    x = segments[0]
+    return empty_output(x, out_channels, *_fake_size(x, kernel_size, stride, padding, dilation))
+
+
+def _fake_size(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int]:
+    # No comparisons: they would turn symbolic sizes into fixed ones.
+    height, width = (
+        (x.shape[2 + a] + 2 * padding[a] - dilation[a] * (kernel_size[a] - 1) - 1) // stride[a] + 1
+        for a in range(2)
+    )
+    return height, width
+
+
+def _partial_conv2d_accumulate(
+    out: Tensor,
+    segments: Sequence[Tensor],
+    index: Sequence[Tensor | None],
+    packed_weight: Tensor,
+    residual: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+    backend: str,
+) -> None:
+    _refuse_gradients("partial_conv2d_", out, *segments, packed_weight, residual)
+    sources = [channels_last(x, f"segment {s}") for s, x in enumerate(segments)]
+    spec = _conv_spec(kernel_size, stride, padding, dilation, activation)
+    descriptor = _partial_descriptor(sources, index, out.shape[1], spec)
+    prepared = registry.get(backend).prepare(descriptor)
+    execute(prepared, descriptor, sources, packed_weight, None, residual, out, accumulate=True)
+
+
+def _partial_linear(
+    segments: Sequence[Tensor],
+    index: Sequence[Tensor | None],
+    packed_weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_features: int,
+    activation: str,
+    backend: str,
+) -> Tensor:
+    _refuse_gradients("partial_linear", *segments, packed_weight, bias, residual)
+    sources = [tokens_as_image(x, f"segment {s}") for s, x in enumerate(segments)]
+    descriptor = _partial_descriptor(sources, index, out_features, ConvSpec(activation=activation))
+    prepared = registry.get(backend).prepare(descriptor)
+    added = None if residual is None else tokens_as_image(residual, "residual")
+    y = execute(prepared, descriptor, sources, packed_weight, bias, added)
+    return image_as_tokens(y, segments[0].shape[:-1])
+
+
+def _partial_linear_fake(
+    segments: Sequence[Tensor],
+    index: Sequence[Tensor | None],
+    packed_weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_features: int,
+    activation: str,
+    backend: str,
+) -> Tensor:
+    return segments[0].new_empty((*segments[0].shape[:-1], out_features))
+
+
+def _gather_descriptor(
+    channel_index: Tensor,
+    in_splits: Sequence[int],
+    out_splits: Sequence[int],
+    out_index: Tensor | None,
+    spec: ConvSpec,
+) -> Conv2dDescriptor:
+    inputs = _flat_index(channel_index, "channel_index")
+    _check_splits("in_splits", in_splits, inputs)
+    if len(in_splits) != len(out_splits):
+        raise ValueError(
+            f"in_splits and out_splits must have one count a node, given {len(in_splits)} and "
+            f"{len(out_splits)}"
+        )
+    outputs = None
+    if out_index is not None:
+        outputs = _flat_index(out_index, "out_index")
+        _check_splits("out_splits", out_splits, outputs)
+    nodes = []
+    in_begin = out_begin = 0
+    for in_count, out_count in zip(in_splits, out_splits, strict=True):
+        listed = inputs[in_begin : in_begin + in_count]
+        target = Channels(out_count, out_begin)
+        if outputs is not None:
+            target = Channels(out_count, 0, outputs[out_begin : out_begin + out_count])
+        nodes.append(Node((Segment(0, Channels(in_count, 0, listed)),), target))
+        in_begin += in_count
+        out_begin += out_count
+    return Conv2dDescriptor(spec, tuple(nodes))
+
+
+def _gather_conv2d(
+    x: Tensor,
+    channel_index: Tensor,
+    in_splits: Sequence[int],
+    out_splits: Sequence[int],
+    out_index: Tensor | None,
+    packed_weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+    backend: str,
+) -> Tensor:
+    _refuse_gradients("gather_conv2d", x, packed_weight, bias, residual)
+    spec = _conv_spec(kernel_size, stride, padding, dilation, activation)
+    image = channels_last(x, "x")
+    descriptor = _gather_descriptor(channel_index, in_splits, out_splits, out_index, spec)
+    prepared = registry.get(backend).prepare(descriptor)
+    return execute(prepared, descriptor, [image], packed_weight, bias, residual)
+
+
+def _gather_conv2d_fake(
+    x: Tensor,
+    channel_index: Tensor,
+    in_splits: Sequence[int],
+    out_splits: Sequence[int],
+    out_index: Tensor | None,
+    packed_weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+    backend: str,
+) -> Tensor:
+    return empty_output(x, sum(out_splits), *_fake_size(x, kernel_size, stride, padding, dilation))
+
+
+def _gather_linear(
+    x: Tensor,
+    channel_index: Tensor,
+    in_splits: Sequence[int],
+    out_splits: Sequence[int],
+    out_index: Tensor | None,
+    packed_weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    backend: str,
+) -> Tensor:
+    _refuse_gradients("gather_linear", x, packed_weight, bias, residual)
+    spec = ConvSpec(activation=activation)
+    image = tokens_as_image(x, "x")
+    descriptor = _gather_descriptor(channel_index, in_splits, out_splits, out_index, spec)
+    prepared = registry.get(backend).prepare(descriptor)
+    added = None if residual is None else tokens_as_image(residual, "residual")
+    y = execute(prepared, descriptor, [image], packed_weight, bias, added)
+    return image_as_tokens(y, x.shape[:-1])
+
+
+def _gather_linear_fake(
+    x: Tensor,
+    channel_index: Tensor,
+    in_splits: Sequence[int],
+    out_splits: Sequence[int],
+    out_index: Tensor | None,
+    packed_weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    backend: str,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], sum(out_splits)))
+
+
+def _gather_pack(
+    x: Tensor, channel_index: Tensor, splits: Sequence[int], out: Tensor, backend: str
+) -> None:
+    _refuse_gradients("gather_pack_", x, out)
+    image = channels_last(x, "x")
+    index = _flat_index(channel_index, "channel_index")
+    _check_splits("splits", splits, index)
+    pixels = image.shape[0] * image.shape[2] * image.shape[3]
+    if out.dtype != x.dtype or out.dim() != 1 or not out.is_contiguous():
+        raise ValueError(f"out must be one contiguous row of {x.dtype}, given {out.dtype}")
+    if out.numel() != pixels * index.numel():
+        raise ValueError(
+            f"out must hold {pixels} pixels x {index.numel()} channels = "
+            f"{pixels * index.numel()} elements, given {out.numel()}"
+        )
+    messages = []
+    begin = 0
+    for count in splits:
+        part = out[begin : begin + pixels * count]
+        messages.append(part.view(image.shape[0], image.shape[2], image.shape[3], count))
+        begin += pixels * count
+    registry.resolve(backend, x.device, x.dtype)
+    registry.get(backend).gather_pack_(image, list(index.split(list(splits))), messages)
+
+
+def _mutates_only(*args: object, **kwargs: object) -> None:
+    """Fake of an operator that only writes its ``out`` argument."""
+
+
+for _name, _implementation, _fake in (
+    ("prepack", _prepack, _prepack_fake),
+    ("partial_conv2d", _partial_conv2d, _partial_conv2d_fake),
+    ("partial_conv2d_", _partial_conv2d_accumulate, _mutates_only),
+    ("partial_linear", _partial_linear, _partial_linear_fake),
+    ("gather_conv2d", _gather_conv2d, _gather_conv2d_fake),
+    ("gather_linear", _gather_linear, _gather_linear_fake),
+    ("gather_pack_", _gather_pack, _mutates_only),
+):
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)

@@ -1,0 +1,153 @@
+"""The C++ kernels: float32 in CPU memory. Source: csrc/cpu."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from disco_kernels.registry import Backend, PreparedConv2d, register
+from disco_kernels.spec import ACTIVATIONS, Channels, Conv2dDescriptor
+
+_NO_RESIDUAL = (0, 0, 0, 0)
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    # After torch: the extension then shares torch's OpenMP runtime instead of bringing a second.
+    try:
+        extension = importlib.import_module("disco_kernels._C")
+        extension.isa()  # a forced instruction set that is not to be had shows here
+    except ImportError as error:
+        return None, f"the compiled extension is missing or does not load ({error})"
+    except ValueError as error:
+        return None, str(error)
+    return extension, None
+
+
+_C, _load_error = _load()
+
+
+@dataclass(frozen=True)
+class ExtensionStatus:
+    """What became of loading the compiled extension; ``error`` says why where it is missing."""
+
+    path: str | None
+    isa: str | None
+    available_isas: tuple[str, ...]
+    error: str | None
+
+
+def extension_status() -> ExtensionStatus:
+    if _C is None:
+        return ExtensionStatus(None, None, (), _load_error)
+    return ExtensionStatus(_C.__file__, _C.isa(), tuple(_C.available_isas()), None)
+
+
+def _channel_args(channels: Channels) -> tuple[int, int, int]:
+    index = channels.index
+    return (channels.first, channels.count, 0 if index is None else index.data_ptr())
+
+
+class _CpuConv2d(PreparedConv2d):
+    def __init__(self, extension: Any, descriptor: Conv2dDescriptor) -> None:
+        spec = descriptor.spec
+        self.out_channels = descriptor.out_channels
+        self.conv2d = extension.Conv2d(
+            (*spec.kernel_size, *spec.stride, *spec.padding, *spec.dilation),
+            [
+                (
+                    [(s.source, _channel_args(s.channels)) for s in node.segments],
+                    _channel_args(node.out_channels),
+                )
+                for node in descriptor.nodes
+            ],
+            ACTIVATIONS.index(spec.activation),
+        )
+
+    def run(
+        self,
+        sources: Sequence[Tensor],
+        packed_weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        out: Tensor,
+        accumulate: bool,
+    ) -> None:
+        views = []
+        for x in sources:
+            n, _, h, w = x.stride()
+            views.append((x.data_ptr(), x.shape[1], n, h, w))
+        first = sources[0].shape
+        added = _NO_RESIDUAL
+        if residual is not None:
+            n, _, h, w = residual.stride()
+            added = (residual.data_ptr(), n, h, w)
+        n, _, h, w = out.stride()
+        self.conv2d.run(
+            views,
+            (first[0], first[2], first[3]),
+            packed_weight.data_ptr(),
+            packed_weight.numel(),
+            0 if bias is None else bias.data_ptr(),
+            added,
+            (out.data_ptr(), n, h, w),
+            out.shape[1],
+            accumulate,
+            torch.get_num_threads(),
+        )
+
+
+class CpuBackend(Backend):
+    name = "cpu"
+
+    def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if _C is None:
+            return _load_error
+        if device.type != "cpu":
+            return f"tensors in CPU memory only, given {device}"
+        if dtype != torch.float32:
+            return f"float32 only, given {dtype}"
+        return None
+
+    @property
+    def extension(self) -> Any:
+        if _C is None:
+            raise RuntimeError(f"backend 'cpu': {_load_error}")
+        return _C
+
+    def packed_numel(self, out_channels: int, in_channels: int, taps: int) -> int:
+        return int(self.extension.packed_size(out_channels, in_channels, taps))
+
+    def prepack(self, weight: Tensor, segment_channels: Sequence[int]) -> Tensor:
+        source = weight.detach().contiguous()
+        taps = source.shape[2] * source.shape[3]
+        packed = torch.empty(self.packed_numel(source.shape[0], source.shape[1], taps))
+        self.extension.pack_weights(
+            source.data_ptr(), source.shape[0], list(segment_channels), taps, packed.data_ptr()
+        )
+        return packed
+
+    def prepare(self, descriptor: Conv2dDescriptor) -> PreparedConv2d:
+        return _CpuConv2d(self.extension, descriptor)
+
+    def gather_pack_(self, x: Tensor, index: Sequence[Tensor], messages: Sequence[Tensor]) -> None:
+        stride_n, _, stride_h, stride_w = x.stride()
+        self.extension.gather_pack(
+            x.data_ptr(),
+            x.shape[1],
+            (x.shape[0], x.shape[2], x.shape[3]),
+            (stride_n, stride_h, stride_w),
+            [
+                (channels.data_ptr(), channels.numel(), message.data_ptr())
+                for channels, message in zip(index, messages, strict=True)
+            ],
+            torch.get_num_threads(),
+        )
+
+
+register(CpuBackend())

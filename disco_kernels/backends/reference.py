@@ -1,0 +1,102 @@
+"""Plain torch: the default where nothing faster fits, and the oracle of the tests.
+
+Any device, any floating dtype. A packed weight is the weight itself, flattened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from disco_kernels.registry import Backend, PreparedConv2d, register
+from disco_kernels.spec import Channels, Conv2dDescriptor
+
+
+def _take(x: Tensor, channels: Channels) -> Tensor:
+    if channels.index is not None:
+        return x.index_select(1, _checked(channels.index, x.shape[1]).to(x.device))
+    return x.narrow(1, channels.first, channels.count)
+
+
+def _checked(index: Tensor, num_channels: int) -> Tensor:
+    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < num_channels:
+        raise ValueError(
+            f"channels {int(index.min())} to {int(index.max())} are listed, but only 0 to "
+            f"{num_channels - 1} exist"
+        )
+    return index
+
+
+class _ReferenceConv2d(PreparedConv2d):
+    def __init__(self, descriptor: Conv2dDescriptor) -> None:
+        self.descriptor = descriptor
+
+    def run(
+        self,
+        sources: Sequence[Tensor],
+        packed_weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        out: Tensor,
+        accumulate: bool,
+    ) -> None:
+        spec = self.descriptor.spec
+        begin = 0
+        for node in self.descriptor.nodes:
+            shape = (node.out_channels.count, node.num_in_channels, *spec.kernel_size)
+            numel = shape[0] * shape[1] * shape[2] * shape[3]
+            weight = packed_weight[begin : begin + numel].reshape(shape)
+            begin += numel
+            if shape[0] == 0:
+                continue
+            parts = [_take(sources[s.source], s.channels) for s in node.segments]
+            y = _conv2d(torch.cat(parts, dim=1), weight, self.descriptor, out)
+            target = node.out_channels.index
+            rows = (
+                torch.arange(
+                    node.out_channels.first, node.out_channels.first + shape[0], device=out.device
+                )
+                if target is None
+                else _checked(target, out.shape[1]).to(out.device, torch.long)
+            )
+            if accumulate:
+                y = y + out.index_select(1, rows)
+            elif bias is not None:
+                y = y + bias.index_select(0, rows)[:, None, None]
+            if residual is not None:
+                y = y + residual.index_select(1, rows)
+            out[:, rows] = F.relu(y) if spec.activation == "relu" else y
+
+
+def _conv2d(x: Tensor, weight: Tensor, descriptor: Conv2dDescriptor, out: Tensor) -> Tensor:
+    if x.shape[1] == 0:  # torch refuses a convolution over no channels; the sum is empty
+        return out.new_zeros((out.shape[0], weight.shape[0], *out.shape[2:]))
+    spec = descriptor.spec
+    return F.conv2d(x, weight, None, spec.stride, spec.padding, spec.dilation)
+
+
+class ReferenceBackend(Backend):
+    name = "reference"
+
+    def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        return None if dtype.is_floating_point else f"floating dtypes only, given {dtype}"
+
+    def packed_numel(self, out_channels: int, in_channels: int, taps: int) -> int:
+        return out_channels * in_channels * taps
+
+    def prepack(self, weight: Tensor, segment_channels: Sequence[int]) -> Tensor:
+        return weight.detach().reshape(-1).clone()
+
+    def prepare(self, descriptor: Conv2dDescriptor) -> PreparedConv2d:
+        return _ReferenceConv2d(descriptor)
+
+    def gather_pack_(self, x: Tensor, index: Sequence[Tensor], messages: Sequence[Tensor]) -> None:
+        for channels, message in zip(index, messages, strict=True):
+            selected = x.index_select(1, _checked(channels, x.shape[1]).to(x.device))
+            message.copy_(selected.permute(0, 2, 3, 1))
+
+
+register(ReferenceBackend())

@@ -1,0 +1,147 @@
+"""Checks and layout, shared by the prepared kernels and the dispatcher's operators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from disco_kernels.registry import PreparedConv2d
+from disco_kernels.spec import Channels, Conv2dDescriptor
+
+
+def channels_last(x: Tensor, name: str) -> Tensor:
+    """``x`` ``[B, C, H, W]`` with a channel stride of 1, copied only if it has another."""
+    if x.dim() != 4:
+        raise ValueError(f"{name} must be [B, C, H, W], given {x.dim()} dimensions {_shape(x)}")
+    if x.stride(1) == 1 or x.shape[1] <= 1:
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def tokens_as_image(x: Tensor, name: str) -> Tensor:
+    """``[..., C]`` as ``[1, C, 1, tokens]``, without a copy where the strides allow it."""
+    if x.dim() < 1:
+        raise ValueError(f"{name} must be [..., C], given a scalar")
+    tokens = x.numel() // x.shape[-1] if x.shape[-1] else _num_tokens(x)
+    return x.reshape(1, 1, tokens, x.shape[-1]).permute(0, 3, 1, 2)
+
+
+def _num_tokens(x: Tensor) -> int:
+    count = 1
+    for size in x.shape[:-1]:
+        count *= size
+    return count
+
+
+def image_as_tokens(y: Tensor, leading: Sequence[int]) -> Tensor:
+    """The inverse of `tokens_as_image`: ``[1, O, 1, tokens]`` -> ``[*leading, O]``."""
+    return y.permute(0, 2, 3, 1).reshape(*leading, y.shape[1])
+
+
+def index_tensor(values: Sequence[int] | Tensor, num_channels: int, name: str) -> Tensor:
+    """A contiguous int32 index in CPU memory, its values checked against ``num_channels``."""
+    index = torch.as_tensor(values, device="cpu")
+    if index.numel() and (index.dtype.is_floating_point or index.dtype == torch.bool):
+        raise ValueError(f"{name} must hold whole numbers, given {index.dtype}")
+    index = index.to(torch.int32).reshape(-1).contiguous()
+    if index.numel():
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= num_channels:
+            raise ValueError(
+                f"{name} holds channel {low if low < 0 else high}; allowed are 0 to "
+                f"{num_channels - 1}"
+            )
+    return index
+
+
+def channel_run(values: Sequence[int]) -> Channels:
+    """The shortest description of a list of channels: a run where it is one, else an index."""
+    values = list(values)
+    if values == list(range(values[0], values[0] + len(values))) if values else True:
+        return Channels(len(values), values[0] if values else 0)
+    return Channels(len(values), 0, torch.tensor(values, dtype=torch.int32))
+
+
+def empty_output(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """An uninitialised ``[B, channels, height, width]`` tensor in channels-last memory."""
+    return torch.empty(
+        (like.shape[0], channels, height, width),
+        dtype=like.dtype,
+        device=like.device,
+        memory_format=torch.channels_last,
+    )
+
+
+def execute(
+    prepared: PreparedConv2d,
+    descriptor: Conv2dDescriptor,
+    sources: Sequence[Tensor],
+    packed_weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor | None = None,
+    accumulate: bool = False,
+) -> Tensor:
+    """Check what the call brings, allocate ``out`` if none is given, run.
+
+    Args:
+        sources: ``[B, C_s, H, W]`` tensors, channel stride 1, one dtype and device.
+        packed_weight, bias: as packed for ``descriptor``; bias ``[O]`` or None.
+        residual: ``[B, O, OH, OW]`` or None, added before the activation.
+        out: ``[B, O, OH, OW]``, channel stride 1, or None. Must not overlap a source.
+        accumulate: add onto what ``out`` holds; bias is then not added.
+    """
+    x = sources[0]
+    for s, other in enumerate(sources):
+        same_extent = other.shape[0] == x.shape[0] and other.shape[2:] == x.shape[2:]
+        if not same_extent or other.dtype != x.dtype or other.device != x.device:
+            raise ValueError(
+                f"segment {s} is {_shape(other)} {other.dtype} on {other.device}; every segment "
+                f"must have the batch, height, width, dtype and device of segment 0, which is "
+                f"{_shape(x)} {x.dtype} on {x.device}"
+            )
+    if packed_weight.dtype != x.dtype or packed_weight.device != x.device:
+        raise ValueError(
+            f"the weights are {packed_weight.dtype} on {packed_weight.device}, the input is "
+            f"{x.dtype} on {x.device}; convert one of them"
+        )
+    for node in descriptor.nodes:
+        for segment in node.segments:
+            channels = segment.channels
+            available = sources[segment.source].shape[1]
+            if channels.index is None and channels.first + channels.count > available:
+                raise ValueError(
+                    f"segment {segment.source} has {available} channels; the weights were packed "
+                    f"for {channels.first + channels.count}"
+                )
+    height, width = descriptor.spec.output_size(x.shape[2], x.shape[3])
+    shape = (x.shape[0], descriptor.out_channels, height, width)
+    if residual is not None:
+        _check_result("residual", residual, shape, x)
+        residual = channels_last(residual, "residual")
+    if bias is not None and (bias.shape != shape[1:2] or bias.dtype != x.dtype):
+        raise ValueError(f"bias must be [{shape[1]}] {x.dtype}, given {_shape(bias)} {bias.dtype}")
+    if out is None:
+        out = empty_output(x, *shape[1:])
+    else:
+        _check_result("out", out, shape, x)
+        if out.stride(1) != 1 and out.shape[1] > 1:
+            raise ValueError(f"out must have a channel stride of 1, given strides {out.stride()}")
+    if bias is not None:
+        bias = bias.contiguous()
+    prepared.run(sources, packed_weight, bias, residual, out, accumulate)
+    return out
+
+
+def _check_result(name: str, value: Tensor, shape: Sequence[int], x: Tensor) -> None:
+    if tuple(value.shape) != tuple(shape) or value.dtype != x.dtype or value.device != x.device:
+        raise ValueError(
+            f"{name} must be {list(shape)} {x.dtype} on {x.device}, given {_shape(value)} "
+            f"{value.dtype} on {value.device}"
+        )
+
+
+def _shape(x: Tensor) -> str:
+    return str(list(x.shape))

@@ -1,0 +1,244 @@
+"""The operators as functions: plain arguments, documented shapes.
+
+They go through torch's dispatcher (`torch.compile` sees them) and record no gradient. Backends
+that cannot serve the tensors raise; nothing falls back here, because a packed weight belongs to
+the backend that packed it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from disco_kernels import _ops as _ops
+from disco_kernels import registry
+from disco_kernels.spec import pair
+
+_IntOrPair = int | Sequence[int]
+
+
+def prepack(weight: Tensor, segment_channels: Sequence[int], *, backend: str) -> Tensor:
+    """Lay a weight out for a backend, once.
+
+    Args:
+        weight: ``[O, K, kh, kw]`` or ``[O, K]``, K over the segments one after the other.
+        segment_channels: channels taken from each segment; their sum is K.
+        backend: ``"reference"`` or ``"cpu"``.
+
+    Returns:
+        A 1-D tensor whose layout is the backend's own. Several nodes' packed weights for
+        `gather_conv2d` are joined with ``torch.cat``.
+    """
+    return torch.ops.disco_kernels.prepack(weight, list(segment_channels), backend)
+
+
+def partial_conv2d(
+    segments: Sequence[Tensor],
+    index: Sequence[Tensor | None],
+    packed_weight: Tensor,
+    *,
+    out_channels: int,
+    kernel_size: _IntOrPair,
+    stride: _IntOrPair = 1,
+    padding: _IntOrPair = 0,
+    dilation: _IntOrPair = 1,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    backend: str,
+) -> Tensor:
+    """Convolution over the virtual concatenation of the segments' channels.
+
+    Args:
+        segments: ``[B, C_s, H, W]`` each: an activation, or a received payload
+            ``[B, H, W, n]`` seen as ``payload.permute(0, 3, 1, 2)``, which is read in place.
+        index: per segment None (all its channels) or the channels to take, int32 ``[n_s]``.
+        packed_weight: from `prepack` with the same segments, for the same backend.
+        out_channels: O, which a packed weight does not tell.
+        kernel_size, stride, padding, dilation: in pixels, one number or (height, width).
+        bias: ``[O]`` or None.
+        residual: ``[B, O, OH, OW]`` or None, added before the activation.
+        activation: ``"none"`` or ``"relu"``.
+        backend: the one that packed the weight.
+
+    Returns:
+        ``[B, O, OH, OW]`` in channels-last memory.
+
+    Raises:
+        ValueError: shapes, dtypes or channels that do not fit.
+        RuntimeError: a tensor requires a gradient while gradients are recorded.
+    """
+    return torch.ops.disco_kernels.partial_conv2d(
+        list(segments),
+        list(index),
+        packed_weight,
+        bias,
+        residual,
+        out_channels,
+        pair(kernel_size, "kernel_size"),
+        pair(stride, "stride"),
+        pair(padding, "padding"),
+        pair(dilation, "dilation"),
+        activation,
+        backend,
+    )
+
+
+def partial_conv2d_(
+    out: Tensor,
+    segments: Sequence[Tensor],
+    index: Sequence[Tensor | None],
+    packed_weight: Tensor,
+    *,
+    kernel_size: _IntOrPair,
+    stride: _IntOrPair = 1,
+    padding: _IntOrPair = 0,
+    dilation: _IntOrPair = 1,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    backend: str,
+) -> None:
+    """Add a second pass onto ``out``, an earlier result without activation.
+
+    ``out`` ``[B, O, OH, OW]`` holds the sum so far, bias included, with a channel stride of 1;
+    residual and activation are applied after the addition. Otherwise as `partial_conv2d`.
+    """
+    torch.ops.disco_kernels.partial_conv2d_(
+        out,
+        list(segments),
+        list(index),
+        packed_weight,
+        residual,
+        pair(kernel_size, "kernel_size"),
+        pair(stride, "stride"),
+        pair(padding, "padding"),
+        pair(dilation, "dilation"),
+        activation,
+        backend,
+    )
+
+
+def partial_linear(
+    segments: Sequence[Tensor],
+    index: Sequence[Tensor | None],
+    packed_weight: Tensor,
+    *,
+    out_features: int,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    backend: str,
+) -> Tensor:
+    """`partial_conv2d` over tokens: segments ``[..., C_s]`` -> ``[..., out_features]``."""
+    return torch.ops.disco_kernels.partial_linear(
+        list(segments),
+        list(index),
+        packed_weight,
+        bias,
+        residual,
+        out_features,
+        activation,
+        backend,
+    )
+
+
+def gather_conv2d(
+    x: Tensor,
+    channel_index: Tensor,
+    in_splits: Sequence[int],
+    out_splits: Sequence[int],
+    packed_weight: Tensor,
+    *,
+    kernel_size: _IntOrPair,
+    stride: _IntOrPair = 1,
+    padding: _IntOrPair = 0,
+    dilation: _IntOrPair = 1,
+    out_index: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    backend: str,
+) -> Tensor:
+    """All virtual nodes of a layer on one device, in one call.
+
+    Args:
+        x: ``[B, I, H, W]``.
+        channel_index: int32, every node's input channels one after the other.
+        in_splits: how many of them belong to each node.
+        out_splits: output channels of each node; their sum is O.
+        packed_weight: every node's `prepack`, joined.
+        out_index: int32 ``[O]``, the output channels of the nodes one after the other; None if
+            node 0 owns the first ones, node 1 the next, and so on.
+        bias, residual, activation, backend and the geometry: as for `partial_conv2d`.
+
+    Returns:
+        ``[B, O, OH, OW]`` in channels-last memory.
+    """
+    return torch.ops.disco_kernels.gather_conv2d(
+        x,
+        channel_index,
+        list(in_splits),
+        list(out_splits),
+        out_index,
+        packed_weight,
+        bias,
+        residual,
+        pair(kernel_size, "kernel_size"),
+        pair(stride, "stride"),
+        pair(padding, "padding"),
+        pair(dilation, "dilation"),
+        activation,
+        backend,
+    )
+
+
+def gather_linear(
+    x: Tensor,
+    channel_index: Tensor,
+    in_splits: Sequence[int],
+    out_splits: Sequence[int],
+    packed_weight: Tensor,
+    *,
+    out_index: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    backend: str,
+) -> Tensor:
+    """`gather_conv2d` over tokens: ``x`` ``[..., I]`` -> ``[..., O]``."""
+    return torch.ops.disco_kernels.gather_linear(
+        x,
+        channel_index,
+        list(in_splits),
+        list(out_splits),
+        out_index,
+        packed_weight,
+        bias,
+        residual,
+        activation,
+        backend,
+    )
+
+
+def gather_pack_(
+    x: Tensor,
+    channel_index: Tensor,
+    splits: Sequence[int],
+    out: Tensor,
+    *,
+    backend: str | None = None,
+) -> None:
+    """Write the selected channels of ``x`` for all destinations, in one pass.
+
+    Args:
+        x: ``[B, C, H, W]``.
+        channel_index: int32, every destination's channels one after the other.
+        splits: how many of them belong to each destination.
+        out: 1-D, ``B*H*W * len(channel_index)`` elements of ``x``'s dtype: the messages one after
+            the other, each ``[B, H, W, splits[d]]``.
+        backend: a name, or None for the automatic choice.
+    """
+    name = registry.resolve(backend, x.device, x.dtype)
+    torch.ops.disco_kernels.gather_pack_(x, channel_index, list(splits), out, name)

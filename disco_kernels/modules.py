@@ -1,0 +1,296 @@
+"""The swapped forms of ``nn.Conv2d`` and ``nn.Linear``.
+
+A swap changes a module's class and adds state beside its own; Parameters, hooks, names and
+``state_dict`` keys stay as they are. Inference runs all virtual nodes in one fused call on weights
+that were packed before; training runs torch's own formulas on the live weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from disco_kernels import functional, registry
+from disco_kernels.pattern import LayerPattern, Ownership, find_selected
+from disco_kernels.spec import Pair
+
+_BUFFERS = ("_disco_packed", "_disco_inputs", "_disco_outputs")
+
+
+@dataclass(frozen=True)
+class SwapState:
+    """What a swapped module remembers. Immutable, so threads and copies may share it."""
+
+    out_ownership: Ownership
+    in_ownership: Ownership
+    tolerance: float
+    requested_backend: str | None
+    backend: str
+    pattern: LayerPattern
+    in_splits: tuple[int, ...]
+    out_splits: tuple[int, ...]
+
+
+class SwappedMixin:
+    """State and life cycle that both swapped classes share; see `disco_kernels.swap_`."""
+
+    weight: Tensor
+    training: bool
+    _disco: SwapState
+    # False once a gradient reached the weights outside of training mode: an optimizer may have
+    # changed them since they were packed.
+    _disco_fresh: bool
+    _disco_packed: Tensor
+    _disco_inputs: Tensor
+    _disco_outputs: Tensor | None
+
+    def repack(self) -> None:
+        """Read the selected channels off the live weights and pack these again.
+
+        Runs by itself after ``.to()``, ``load_state_dict`` and ``.eval()``; call it after changing
+        weights in place in eval mode.
+        """
+        old = self._disco
+        self._attach(old.out_ownership, old.in_ownership, old.tolerance, old.requested_backend)
+
+    def _attach(
+        self,
+        out_ownership: Ownership,
+        in_ownership: Ownership,
+        tolerance: float,
+        requested_backend: str | None,
+    ) -> None:
+        weight = self.weight.detach()
+        backend = registry.resolve(requested_backend, weight.device, weight.dtype)
+        selected = find_selected(weight, out_ownership, in_ownership, tolerance)
+        pattern = LayerPattern(out_ownership, in_ownership, selected)
+        inputs = [pattern.input_channels(rank) for rank in range(pattern.world_size)]
+        outputs = [channel for owned in out_ownership.channels for channel in owned]
+        packed = torch.cat(
+            [
+                functional.prepack(weight[list(owned)][:, list(read)], [len(read)], backend=backend)
+                for owned, read in zip(out_ownership.channels, inputs, strict=True)
+            ]
+        )
+        flat = [channel for read in inputs for channel in read]
+        # Reached through nn.Module's own attribute handling, hence the cast of self.
+        module: Any = self
+        buffers = {
+            "_disco_packed": packed,
+            "_disco_inputs": torch.tensor(flat, dtype=torch.int32),
+            "_disco_outputs": (
+                None if out_ownership.is_contiguous else torch.tensor(outputs, dtype=torch.int32)
+            ),
+        }
+        module._disco = SwapState(
+            out_ownership,
+            in_ownership,
+            tolerance,
+            requested_backend,
+            backend,
+            pattern,
+            tuple(len(read) for read in inputs),
+            out_ownership.counts,
+        )
+        for name, value in buffers.items():
+            module.register_buffer(name, value, persistent=False)
+        module._disco_fresh = True
+
+    def _detach(self) -> None:
+        module: Any = self
+        for name in _BUFFERS:
+            module._buffers.pop(name, None)
+            module._non_persistent_buffers_set.discard(name)
+        for name in ("_disco", "_disco_fresh"):
+            module.__dict__.pop(name, None)
+
+    # -- repacking where weights change hands
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)  # type: ignore[misc]
+        self.repack()
+        return result
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
+        self.repack()
+
+    def train(self, mode: bool = True) -> Any:
+        result = super().train(mode)  # type: ignore[misc]
+        if not mode:
+            self.repack()
+        return result
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        self.repack()  # another machine may have another instruction set, hence another layout
+
+    def extra_repr(self) -> str:
+        kept: str = super().extra_repr()  # type: ignore[misc]
+        state = self._disco
+        return (
+            f"{kept}, nodes={state.pattern.world_size}, density={state.pattern.density:.3f}, "
+            f"backend={state.backend}"
+        )
+
+    # -- forward
+
+    def _records_gradient(self, x: Tensor) -> bool:
+        module: Any = self
+        bias: Tensor | None = module.bias
+        bias_trains = bias is not None and bias.requires_grad
+        return torch.is_grad_enabled() and (
+            x.requires_grad or self.weight.requires_grad or bias_trains
+        )
+
+    def _stale(self) -> None:
+        self._disco_fresh = False
+
+
+class SwappedConv2d(SwappedMixin, nn.Conv2d):
+    """An ``nn.Conv2d`` computed as N virtual nodes by one fused kernel call."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training or not self._disco_fresh:
+            return F.conv2d(input, self.weight, self.bias, self.stride, self.padding, self.dilation)
+        if self._records_gradient(input):
+            return _Conv2dWithGradient.apply(input, self.weight, self.bias, self)
+        return self._fused(input)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        state = self._disco
+        batched = x if x.dim() == 4 else x.unsqueeze(0)
+        y = torch.ops.disco_kernels.gather_conv2d(
+            batched,
+            self._disco_inputs,
+            state.in_splits,
+            state.out_splits,
+            self._disco_outputs,
+            self._disco_packed,
+            self.bias,
+            None,
+            self.kernel_size,
+            self.stride,
+            conv_padding(self),
+            self.dilation,
+            "none",
+            state.backend,
+        )
+        return y if x.dim() == 4 else y.squeeze(0)
+
+
+class SwappedLinear(SwappedMixin, nn.Linear):
+    """An ``nn.Linear`` computed as N virtual nodes by one fused kernel call."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training or not self._disco_fresh:
+            return F.linear(input, self.weight, self.bias)
+        if self._records_gradient(input):
+            return _LinearWithGradient.apply(input, self.weight, self.bias, self)
+        return self._fused(input)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        state = self._disco
+        return torch.ops.disco_kernels.gather_linear(
+            x,
+            self._disco_inputs,
+            state.in_splits,
+            state.out_splits,
+            self._disco_outputs,
+            self._disco_packed,
+            self.bias,
+            None,
+            "none",
+            state.backend,
+        )
+
+
+def conv_padding(module: nn.Conv2d) -> Pair:
+    """The symmetric zero padding of a convolution, ``padding="same"`` included.
+
+    Raises ValueError where "same" would have to pad the two sides differently.
+    """
+    if not isinstance(module.padding, str):
+        return (module.padding[0], module.padding[1])
+    if module.padding == "valid":
+        return (0, 0)
+    total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    if any(t % 2 for t in total):
+        raise ValueError(f'padding="same" of an even window {module.kernel_size} is asymmetric')
+    return (total[0] // 2, total[1] // 2)
+
+
+class _Conv2dWithGradient(torch.autograd.Function):
+    """Fused forward in eval mode; backward by torch's formulas on the dense weight, so gradients
+    equal the unswapped layer's, zeros of the pattern included."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, module: SwappedConv2d
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.module = module
+        ctx.has_bias = bias is not None
+        return module._fused(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        x, weight = ctx.saved_tensors
+        module: SwappedConv2d = ctx.module
+        grad = grad_outputs[0]
+        unbatched = x.dim() == 3
+        if unbatched:
+            x, grad = x.unsqueeze(0), grad.unsqueeze(0)
+        needed = [*ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]]
+        if needed[1] or needed[2]:
+            module._stale()
+        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad,
+            x,
+            weight,
+            [weight.shape[0]] if ctx.has_bias else None,
+            module.stride,
+            conv_padding(module),
+            module.dilation,
+            False,
+            [0, 0],
+            1,
+            needed,
+        )
+        if unbatched and grad_x is not None:
+            grad_x = grad_x.squeeze(0)
+        return grad_x, grad_weight, grad_bias, None
+
+
+class _LinearWithGradient(torch.autograd.Function):
+    """As `_Conv2dWithGradient`, for tokens."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, module: SwappedLinear
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.module = module
+        ctx.has_bias = bias is not None
+        return module._fused(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        x, weight = ctx.saved_tensors
+        grad = grad_outputs[0]
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ weight
+        if ctx.needs_input_grad[1]:
+            grad_weight = rows.t() @ x.reshape(-1, x.shape[-1])
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(dim=0)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            ctx.module._stale()
+        return grad_x, grad_weight, grad_bias, None

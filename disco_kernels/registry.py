@@ -1,0 +1,155 @@
+"""The backends, below torch's dispatcher, and the choice among them.
+
+``reference`` and ``cpu`` share a dispatch key, so torch cannot choose between them; this does. The
+choice is made when weights are packed, never by timing.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from disco_kernels.spec import Conv2dDescriptor
+
+BACKEND_VARIABLE = "DISCO_KERNELS_BACKEND"
+
+
+class BackendUnavailable(RuntimeError):
+    """An explicitly requested backend cannot do what was asked."""
+
+
+class PreparedConv2d(ABC):
+    """A descriptor made ready by one backend; holds no weights, so it can be shared by threads."""
+
+    @abstractmethod
+    def run(
+        self,
+        sources: Sequence[Tensor],
+        packed_weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        out: Tensor,
+        accumulate: bool,
+    ) -> None:
+        """Write (or add onto) ``out`` ``[B, O, OH, OW]``, channel stride 1."""
+
+
+class Backend(ABC):
+    """What a backend provides. All tensors are ``[B, C, H, W]`` with a channel stride of 1."""
+
+    name: str
+
+    @abstractmethod
+    def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why tensors of this device and dtype cannot be served, or None if they can."""
+
+    @abstractmethod
+    def packed_numel(self, out_channels: int, in_channels: int, taps: int) -> int:
+        """Elements of one node's packed weight."""
+
+    @abstractmethod
+    def prepack(self, weight: Tensor, segment_channels: Sequence[int]) -> Tensor:
+        """``[O, K, kh, kw]`` -> ``[packed_numel]``, K in the order of the segments."""
+
+    @abstractmethod
+    def prepare(self, descriptor: Conv2dDescriptor) -> PreparedConv2d: ...
+
+    @abstractmethod
+    def gather_pack_(self, x: Tensor, index: Sequence[Tensor], messages: Sequence[Tensor]) -> None:
+        """Write channels ``index[d]`` of ``x`` to ``messages[d]`` ``[B, H, W, len(index[d])]``."""
+
+
+# Named even where they do not exist, so that an explicit request gets a reason.
+_PLANNED = {
+    "triton": "this release has no Triton kernels",
+    "cuda": "this release has no CUDA kernels",
+}
+# The order in which the automatic choice asks.
+_ORDER = ("cuda", "triton", "cpu", "reference")
+
+_backends: dict[str, Backend] = {}
+_said: set[str] = set()
+_said_lock = threading.Lock()
+
+
+def register(backend: Backend) -> None:
+    _backends[backend.name] = backend
+
+
+def names() -> tuple[str, ...]:
+    """Every backend name that may be asked for."""
+    return _ORDER
+
+
+def get(name: str) -> Backend:
+    """The backend called ``name``. Raises BackendUnavailable, saying why, if there is none."""
+    backend = _backends.get(name)
+    if backend is None:
+        raise BackendUnavailable(f"backend {name!r}: {_missing(name)}")
+    return backend
+
+
+def refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why ``name`` refuses tensors of this device and dtype, or None if it takes them."""
+    backend = _backends.get(name)
+    return _missing(name) if backend is None else backend.refusal(device, dtype)
+
+
+def resolve(requested: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """Choose a backend.
+
+    Args:
+        requested: a name, or None for DISCO_KERNELS_BACKEND if set, else the automatic choice.
+        device, dtype: of the weights.
+
+    Raises:
+        BackendUnavailable: the requested backend refuses; names every backend and its reason.
+    """
+    name = requested or os.environ.get(BACKEND_VARIABLE) or None
+    if name is not None:
+        reason = refusal(name, device, dtype)
+        if reason is None:
+            return name
+        raise BackendUnavailable(_explain(name, device, dtype))
+    passed_over: list[str] = []
+    for candidate in _ORDER:
+        reason = refusal(candidate, device, dtype)
+        if reason is None:
+            if candidate == "reference":
+                _say_once(
+                    f"disco_kernels: {dtype} on {device.type} runs on the plain-torch reference "
+                    f"({'; '.join(passed_over)})"
+                )
+            return candidate
+        if candidate not in _PLANNED:
+            passed_over.append(f"{candidate}: {reason}")
+    raise BackendUnavailable(_explain("any", device, dtype))
+
+
+def _missing(name: str) -> str:
+    if name in _PLANNED:
+        return _PLANNED[name]
+    return f"no such backend; allowed: {', '.join(_ORDER)}"
+
+
+def _explain(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    lines = [f"backend {name!r} was asked for, but cannot serve {dtype} tensors on {device}:"]
+    known = _ORDER if name in _ORDER or name == "any" else (*_ORDER, name)
+    for candidate in known:
+        lines.append(f"  {candidate}: {refusal(candidate, device, dtype) or 'available'}")
+    lines.append(f"ask for an available one (backend= or {BACKEND_VARIABLE}), or for none")
+    return "\n".join(lines)
+
+
+def _say_once(message: str) -> None:
+    with _said_lock:
+        if message in _said:
+            return
+        _said.add(message)
+    warnings.warn(message, RuntimeWarning, stacklevel=3)

@@ -1,0 +1,115 @@
+"""Plain descriptions of what a kernel has to do; the backends turn them into work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+ACTIVATIONS = ("none", "relu")
+
+Pair = tuple[int, int]
+
+
+def pair(value: int | Sequence[int], name: str) -> Pair:
+    """``3`` or ``(3, 3)`` as a pair."""
+    if isinstance(value, int):
+        return (value, value)
+    values = tuple(int(v) for v in value)
+    if len(values) != 2:
+        raise ValueError(f"{name} must be one number or two (height, width), given {value!r}")
+    return values
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """Geometry and activation of a convolution; every pair is (height, width), in pixels.
+
+    A linear layer is a 1 x 1 convolution over a row of tokens.
+    """
+
+    kernel_size: Pair = (1, 1)
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    activation: str = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("kernel_size", "stride", "dilation"):
+            if min(getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 1, given {getattr(self, name)}")
+        if min(self.padding) < 0:
+            raise ValueError(f"padding must not be negative, given {self.padding}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation must be one of {', '.join(ACTIVATIONS)}, given {self.activation!r}"
+            )
+
+    def output_size(self, height: int, width: int) -> Pair:
+        """Height and width of the output. Raises ValueError if the window does not fit."""
+        size = []
+        for extent, k, s, p, d in zip(
+            (height, width), self.kernel_size, self.stride, self.padding, self.dilation, strict=True
+        ):
+            room = extent + 2 * p - d * (k - 1) - 1
+            if room < 0:
+                raise ValueError(
+                    f"an input of {height} x {width} is smaller than the kernel's window "
+                    f"(kernel {self.kernel_size}, dilation {self.dilation}, padding {self.padding})"
+                )
+            size.append(room // s + 1)
+        return (size[0], size[1])
+
+
+@dataclass(frozen=True)
+class Channels:
+    """A list of channels: ``first, first + 1, ...`` or, with ``index``, whatever it lists.
+
+    ``index`` is a contiguous int32 tensor of ``count`` elements in CPU memory.
+    """
+
+    count: int
+    first: int = 0
+    index: Tensor | None = None
+
+    def to_list(self) -> list[int]:
+        if self.index is not None:
+            return [int(c) for c in self.index.tolist()]
+        return list(range(self.first, self.first + self.count))
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Channels of one source tensor of the call."""
+
+    source: int
+    channels: Channels
+
+
+@dataclass(frozen=True)
+class Node:
+    """One virtual node: what it reads (concatenated) and which output channels it writes."""
+
+    segments: tuple[Segment, ...]
+    out_channels: Channels
+
+    @property
+    def segment_channels(self) -> tuple[int, ...]:
+        return tuple(segment.channels.count for segment in self.segments)
+
+    @property
+    def num_in_channels(self) -> int:
+        return sum(self.segment_channels)
+
+
+@dataclass(frozen=True)
+class Conv2dDescriptor:
+    """The one thing that drives the kernel core: geometry, and one Node for each virtual node."""
+
+    spec: ConvSpec
+    nodes: tuple[Node, ...]
+
+    @property
+    def out_channels(self) -> int:
+        return sum(node.out_channels.count for node in self.nodes)

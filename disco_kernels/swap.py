@@ -1,0 +1,300 @@
+"""Swap the layers of a DISCO model for the fused operators, in place, and back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from disco_kernels import registry
+from disco_kernels.modules import SwappedConv2d, SwappedLinear, SwappedMixin, conv_padding
+from disco_kernels.pattern import (
+    LayerPattern,
+    Ownership,
+    Pattern,
+    check_ownership,
+    contradiction,
+    find_selected,
+)
+
+LayerFilter = Callable[[str, nn.Module], bool]
+OwnershipPair = tuple[Ownership, Ownership]
+
+_SWAPPED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: SwappedConv2d,
+    nn.Linear: SwappedLinear,
+}
+_ORIGINAL = {swapped: original for original, swapped in _SWAPPED.items()}
+
+
+@dataclass(frozen=True)
+class SwapRow:
+    """One layer of a `SwapReport`. ``density`` is over the remote blocks (1.0 = dense)."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    density: float | None
+    backend: str | None
+    skipped: str | None
+
+    @property
+    def swapped(self) -> bool:
+        return self.skipped is None
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What `swap_` did, a row a layer; ``print`` it."""
+
+    nodes: int
+    rows: tuple[SwapRow, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def swapped(self) -> tuple[SwapRow, ...]:
+        return tuple(row for row in self.rows if row.swapped)
+
+    @property
+    def skipped(self) -> tuple[SwapRow, ...]:
+        return tuple(row for row in self.rows if not row.swapped)
+
+    def __str__(self) -> str:
+        head = ("layer", "kind", "weight", "density", "backend or why skipped")
+        table = [head]
+        for row in self.rows:
+            density = "-" if row.density is None else f"{row.density:.3f}"
+            outcome = row.backend or "" if row.swapped else f"skipped: {row.skipped}"
+            shape = "x".join(str(n) for n in row.shape)
+            table.append((row.name or "(the model)", row.kind, shape, density, outcome))
+        widths = [max(len(line[column]) for line in table) for column in range(4)]
+        lines = [
+            "  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[4]])
+            for line in table
+        ]
+        lines.append(
+            f"{len(self.swapped)} of {len(self.rows)} layers swapped for {self.nodes} nodes"
+        )
+        return "\n".join([*lines, *self.notes])
+
+
+def swap_(
+    model: nn.Module,
+    nodes: int,
+    *,
+    backend: str | None = None,
+    ownership: Mapping[str, OwnershipPair] | None = None,
+    pattern: Pattern | None = None,
+    tolerance: float = 0.0,
+    filter: LayerFilter | None = None,
+) -> SwapReport:
+    """Swap ``nn.Conv2d`` and ``nn.Linear`` layers that have a DISCO pattern, in place.
+
+    A layer has a pattern if, for ``nodes`` nodes, some columns of its remote weight blocks are all
+    zero (arXiv 2302.11180, section 3). Its outputs stay the same up to rounding. Parameters, hooks
+    and ``state_dict`` keys stay; deepcopy, pickle, ``.to()`` and ``load_state_dict`` work.
+
+    Args:
+        model: any module; a layer may be the model itself.
+        nodes: number of nodes the model was made for, at least 1.
+        backend: ``"cpu"``, ``"reference"``, or None for DISCO_KERNELS_BACKEND or the automatic
+            choice.
+        ownership: per layer name ``(outputs, inputs)``. Without it, and without ``pattern``,
+            contiguous equal shares of each layer's channels are assumed.
+        pattern: a recorded pattern. A layer whose weights contradict it is skipped, and reported.
+        tolerance: a column counts as zero if no ``|weight|`` in it is larger.
+        filter: ``filter(name, module)``; False leaves the layer alone.
+
+    Returns:
+        A report with a row a layer. Check ``report.swapped``: a model without a pattern has none.
+
+    Raises:
+        ValueError: ``nodes`` below 1, a negative tolerance, names of layers that do not exist.
+        BackendUnavailable: ``backend`` was given and cannot serve the weights.
+    """
+    if nodes < 1:
+        raise ValueError(f"nodes must be at least 1, given {nodes}")
+    if tolerance < 0:
+        raise ValueError(f"tolerance must not be negative, given {tolerance}")
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    }
+    recorded = dict(pattern.layers) if pattern is not None else {}
+    owned = dict(ownership) if ownership is not None else {}
+    strangers = sorted((set(recorded) | set(owned)) - set(layers))
+    if strangers:
+        raise ValueError(
+            f"the pattern or ownership names layers that the model does not have: "
+            f"{', '.join(strangers[:4])}"
+        )
+    _require_backend(backend, layers)
+
+    rows = []
+    assumed = 0
+    for name, module in layers.items():
+        skipped, found = _examine(name, module, nodes, tolerance, recorded, owned, filter)
+        if skipped is None and found is not None:
+            _change_class(module, _SWAPPED[type(module)])
+            assert isinstance(module, SwappedMixin)
+            module._attach(found.out_ownership, found.in_ownership, tolerance, backend)
+            assumed += name not in recorded and name not in owned
+        rows.append(
+            SwapRow(
+                name,
+                "conv2d" if isinstance(module, nn.Conv2d) else "linear",
+                tuple(module.weight.shape),
+                None if found is None else found.density,
+                module._disco.backend if isinstance(module, SwappedMixin) else None,
+                skipped,
+            )
+        )
+    notes = []
+    if assumed:
+        notes.append(
+            f"ownership of {assumed} layers was not given: contiguous equal shares of their "
+            "channels were assumed (ownership= takes others)"
+        )
+    return SwapReport(nodes, tuple(rows), tuple(notes))
+
+
+def unswap_(model: nn.Module) -> int:
+    """Undo `swap_`, in place: the same objects, bit for bit as before. Returns how many layers."""
+    count = 0
+    for module in model.modules():
+        if isinstance(module, SwappedMixin):
+            _unswap_one(module)
+            count += 1
+    return count
+
+
+@contextlib.contextmanager
+def swapped(model: nn.Module, nodes: int, **options: object) -> Iterator[SwapReport]:
+    """``with swapped(model, nodes=2) as report:`` — swapped inside, as before afterwards.
+
+    Layers that were swapped already stay swapped. Options are those of `swap_`.
+    """
+    report = swap_(model, nodes, **options)  # type: ignore[arg-type]
+    names = {row.name for row in report.swapped}
+    try:
+        yield report
+    finally:
+        for name, module in model.named_modules():
+            if name in names and isinstance(module, SwappedMixin):
+                _unswap_one(module)
+
+
+def repack_(model: nn.Module) -> int:
+    """Pack the live weights of every swapped layer again. Returns how many layers."""
+    count = 0
+    for module in model.modules():
+        if isinstance(module, SwappedMixin):
+            module.repack()
+            count += 1
+    return count
+
+
+def backend_of(module: nn.Module) -> str:
+    """The backend that runs a layer: ``"cpu"``, ``"reference"``, ..., or ``"torch"`` if unswapped.
+
+    A layer in training mode runs torch's formulas on the live weights, whatever it says here.
+    """
+    return module._disco.backend if isinstance(module, SwappedMixin) else "torch"
+
+
+def _unswap_one(module: SwappedMixin) -> None:
+    module._detach()
+    assert isinstance(module, nn.Module)
+    _change_class(module, _ORIGINAL[type(module)])
+
+
+def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    # The object stays the same: whoever holds it, its hooks and its Parameters sees the change.
+    module.__class__ = cls
+
+
+def _require_backend(backend: str | None, layers: Mapping[str, nn.Module]) -> None:
+    """An explicit request that cannot be met raises before anything was changed."""
+    for module in layers.values():
+        weight = module.weight
+        if isinstance(weight, torch.Tensor) and weight.dtype.is_floating_point:
+            registry.resolve(backend, weight.device, weight.dtype)
+
+
+def _examine(
+    name: str,
+    module: nn.Module,
+    nodes: int,
+    tolerance: float,
+    recorded: Mapping[str, LayerPattern],
+    owned: Mapping[str, OwnershipPair],
+    filter: LayerFilter | None,
+) -> tuple[str | None, LayerPattern | None]:
+    """Why a layer is left alone (or None), and its pattern as far as one was found."""
+    reason = _unsupported(module)
+    if reason is None and filter is not None and not filter(name, module):
+        reason = "left out by the filter"
+    if reason is not None:
+        return reason, None
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    if name in recorded:
+        layer = recorded[name]
+        if layer.world_size != nodes:
+            return f"its pattern is for {layer.world_size} nodes, not {nodes}", None
+        message = contradiction(name, layer, weight, tolerance)
+        if message is not None:
+            return message, None
+        pair = (layer.out_ownership, layer.in_ownership)
+    elif name in owned:
+        pair = owned[name]
+        try:
+            check_ownership(weight, *pair, f"layer {name!r}")
+        except ValueError as error:
+            return str(error), None
+        if pair[0].world_size != nodes:
+            return f"its ownership is for {pair[0].world_size} nodes, not {nodes}", None
+    else:
+        pair = (
+            Ownership.contiguous(weight.shape[0], nodes),
+            Ownership.contiguous(weight.shape[1], nodes),
+        )
+    found = LayerPattern(*pair, find_selected(weight, *pair, tolerance))
+    if nodes == 1:
+        return "one node: there is no remote block", found
+    if all(
+        len(found.selected[i][j]) == len(found.in_ownership.channels[j])
+        for i in range(nodes)
+        for j in range(nodes)
+        if i != j
+    ):
+        return "no remote block has a zero column: a dense layer stays in torch", found
+    return None, found
+
+
+def _unsupported(module: nn.Module) -> str | None:
+    if isinstance(module, SwappedMixin):
+        return "swapped already (unswap_ first)"
+    if type(module) not in _SWAPPED:
+        return f"{type(module).__name__} is a class of its own"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance"
+    if isinstance(module, nn.Conv2d):
+        if module.groups != 1:
+            return f"groups={module.groups}: grouped convolutions take no channels of other nodes"
+        if module.padding_mode != "zeros":
+            return f"padding_mode={module.padding_mode!r}: only zeros"
+        try:
+            conv_padding(module)
+        except ValueError as error:
+            return str(error)
+    weight = module.weight
+    if not isinstance(weight, torch.Tensor) or not weight.dtype.is_floating_point:
+        return "its weight is no floating-point tensor"
+    if weight.is_meta:
+        return "its weight has no data yet (meta device)"
+    return None
