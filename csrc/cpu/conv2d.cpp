@@ -51,6 +51,12 @@ struct TilePlan {
   const float** residual;
 };
 
+// Where a tile's prefetches start and how far apart the rows' are.
+struct Prefetch {
+  const char* from;
+  int64_t step_bytes;
+};
+
 // Memory for the tiles of one item; the pointer tables of borders dominate.
 struct Scratch {
   std::unique_ptr<TilePlan[]> tiles;
@@ -96,7 +102,11 @@ class Run {
     {
       Scratch scratch = make_scratch();
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < count; ++i) run_item(items_[static_cast<size_t>(i)], scratch);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t next = i + num_threads;
+        run_item(items_[static_cast<size_t>(i)],
+                 next < count ? &items_[static_cast<size_t>(next)] : nullptr, scratch);
+      }
     }
   }
 
@@ -237,8 +247,9 @@ class Run {
     return scratch;
   }
 
-  void run_item(const Item& item, Scratch& scratch) const {
-    const NodePlan& plan = nodes_[static_cast<size_t>(item.node)];
+  // `next` is what this thread most likely does afterwards, or nullptr.
+  void run_item(const Item& item, const Item* next, Scratch& scratch) const {
+    const NodePlan& plan = node_of(item);
     const int64_t num_tiles = (item.num_pixels + isa_.max_pixels - 1) / isa_.max_pixels;
     Pass* pass = scratch.passes.get();
     const float** pixels = scratch.pixels.get();
@@ -251,11 +262,26 @@ class Run {
       tile.residual = scratch.residual.get() + t * isa_.max_pixels;
       plan_tile(plan, item.first_pixel + begin, end - begin, tile, pass, pixels);
     }
-    for (int64_t p = item.first_panel; p < item.first_panel + item.num_panels; ++p) {
+    const int64_t end = item.first_panel + item.num_panels;
+    for (int64_t p = item.first_panel; p < end; ++p) {
+      // Weights come from far away once a pass: while one panel is used, each tile fetches its part
+      // of the next one, which belongs to the next item after the last panel.
+      const float* upcoming = p + 1 < end       ? panel_of(plan, p + 1)
+                              : next != nullptr ? panel_of(node_of(*next), next->first_panel)
+                                                : panel_of(plan, p);
+      const int64_t row_bytes = panel_width() * static_cast<int64_t>(sizeof(float));
+      const int64_t step = (row_bytes + num_tiles - 1) / num_tiles;
       for (int64_t t = 0; t < num_tiles; ++t) {
-        run_tile(plan, p, scratch.tiles[static_cast<size_t>(t)], scratch);
+        const char* from = reinterpret_cast<const char*>(upcoming) + t * step * plan.rows;
+        run_tile(plan, p, scratch.tiles[static_cast<size_t>(t)], {from, step}, scratch);
       }
     }
+  }
+
+  const NodePlan& node_of(const Item& item) const { return nodes_[static_cast<size_t>(item.node)]; }
+
+  const float* panel_of(const NodePlan& plan, int64_t panel) const {
+    return plan.panels + panel * panel_width() * plan.rows;
   }
 
   // Fills `tile` and advances `pass` and `pixels` past what it used.
@@ -328,7 +354,7 @@ class Run {
   }
 
   void run_tile(const NodePlan& plan, int64_t panel, const TilePlan& planned,
-                Scratch& scratch) const {
+                const Prefetch& prefetch, Scratch& scratch) const {
     const int64_t outputs = static_cast<int64_t>(plan.node->out_channels.size());
     const int64_t first = panel * panel_width();
     const int64_t valid = std::min(panel_width(), outputs - first);
@@ -336,12 +362,14 @@ class Run {
     Tile tile;
     tile.passes = planned.passes;
     tile.num_passes = planned.num_passes;
-    tile.panel = plan.panels + first * plan.rows;
+    tile.panel = panel_of(plan, panel);
     tile.bias = plan.bias.data() + first;
     tile.out = planned.out;
     tile.residual = call_.residual != nullptr ? planned.residual : nullptr;
     tile.first_channel = plan.first_out + first;
     tile.num_channels = valid;
+    tile.prefetch = prefetch.from;
+    tile.prefetch_step = prefetch.step_bytes;
     tile.accumulate = call_.accumulate;
     tile.activation = activation_;
     const MicroKernel kernel =

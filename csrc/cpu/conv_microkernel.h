@@ -27,6 +27,10 @@ struct Tile {
   const float* const* residual;  // [mr] likewise, or nullptr
   int64_t first_channel;         // of this panel, added to every out and residual pointer
   int64_t num_channels;          // valid output channels, 1 .. nv * vector_length
+  // Weights that come next, fetched on the way: one line at `prefetch`, then `prefetch_step` bytes
+  // further for every row of the panel.
+  const char* prefetch;
+  int64_t prefetch_step;
   bool accumulate;               // start from *out instead of from the bias
   Activation activation;
 };

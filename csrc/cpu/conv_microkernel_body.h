@@ -50,6 +50,8 @@ void convolve_tile(const Tile& tile) {
     for (int p = 0; p < MR; ++p) acc[p][v] = b;
   }
 
+  const char* prefetch = tile.prefetch;
+  const int64_t prefetch_step = tile.prefetch_step;
   for (int64_t i = 0; i < tile.num_passes; ++i) {
     const Pass& pass = tile.passes[i];
     const float* const* pixels = pass.pixels;
@@ -62,6 +64,8 @@ void convolve_tile(const Tile& tile) {
 #pragma GCC unroll 16
       for (int v = 0; v < NV; ++v) w[v] = load(weights + v * kVectorLength);
       weights += kWidth;
+      __builtin_prefetch(prefetch, 0, 2);
+      prefetch += prefetch_step;
 #pragma GCC unroll 16
       for (int p = 0; p < MR; ++p) {
         const Vector x = broadcast(pixels[p] + offset);
