@@ -189,35 +189,40 @@ class Run {
   }
 
   void plan_items() {
-    int64_t wanted = kItemsPerThread * std::max(1, call_.num_threads);
-    if (call_.num_threads <= 1) wanted = 1;
-    for (size_t n = 0; n < nodes_.size(); ++n) {
-      const NodePlan& plan = nodes_[n];
-      if (plan.num_panels == 0 || num_pixels_ == 0) continue;
-      const int64_t bytes_per_pixel =
-          std::max<int64_t>(1, plan.node->num_in_channels() * geometry_.stride_h *
-                                   geometry_.stride_w * static_cast<int64_t>(sizeof(float)));
-      int64_t block = std::max<int64_t>(4 * isa_.max_pixels, kInputBlockBytes / bytes_per_pixel);
-      // Small maps first split by panels: every thread then reads only its share of the weights.
-      int64_t num_blocks = (num_pixels_ + block - 1) / block;
-      const int64_t wanted_here =
-          (wanted + static_cast<int64_t>(nodes_.size()) - 1) / static_cast<int64_t>(nodes_.size());
-      int64_t groups = 1;
-      if (num_blocks < wanted_here) {
-        groups = std::min(plan.num_panels, (wanted_here + num_blocks - 1) / num_blocks);
-        const int64_t tiles = (num_pixels_ + isa_.max_pixels - 1) / isa_.max_pixels;
-        num_blocks = std::max(num_blocks, std::min(tiles, (wanted_here + groups - 1) / groups));
-      }
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t panel_begin = plan.num_panels * g / groups;
-        const int64_t panel_end = plan.num_panels * (g + 1) / groups;
-        for (int64_t b = 0; b < num_blocks; ++b) {
-          const int64_t begin = block_edge(b, num_blocks);
-          const int64_t end = block_edge(b + 1, num_blocks);
-          if (begin == end) continue;
-          items_.push_back(
-              {static_cast<int32_t>(n), begin, end - begin, panel_begin, panel_end - panel_begin});
-          most_pixels_ = std::max(most_pixels_, end - begin);
+    if (num_pixels_ == 0) return;
+    int64_t most_channels = 1, most_panels = 0;
+    for (const NodePlan& plan : nodes_) {
+      most_channels = std::max(most_channels, plan.node->num_in_channels());
+      most_panels = std::max(most_panels, plan.num_panels);
+    }
+    const int64_t bytes_per_pixel = most_channels * geometry_.stride_h * geometry_.stride_w *
+                                    static_cast<int64_t>(sizeof(float));
+    const int64_t block =
+        std::max<int64_t>(4 * isa_.max_pixels, kInputBlockBytes / bytes_per_pixel);
+    int64_t num_blocks = (num_pixels_ + block - 1) / block;
+    // Small maps first split by panels: every thread then reads only its share of the weights.
+    const int64_t num_nodes = static_cast<int64_t>(nodes_.size());
+    const int64_t wanted = call_.num_threads > 1
+                               ? (kItemsPerThread * call_.num_threads + num_nodes - 1) / num_nodes
+                               : 1;
+    int64_t groups = 1;
+    if (num_blocks < wanted) {
+      groups = std::max<int64_t>(1, std::min(most_panels, (wanted + num_blocks - 1) / num_blocks));
+      const int64_t tiles = (num_pixels_ + isa_.max_pixels - 1) / isa_.max_pixels;
+      num_blocks = std::max(num_blocks, std::min(tiles, (wanted + groups - 1) / groups));
+    }
+    // A block's nodes one after the other: they read the same input, which then still is near.
+    for (int64_t b = 0; b < num_blocks; ++b) {
+      const int64_t begin = block_edge(b, num_blocks);
+      const int64_t end = block_edge(b + 1, num_blocks);
+      most_pixels_ = std::max(most_pixels_, end - begin);
+      for (size_t n = 0; n < nodes_.size() && begin < end; ++n) {
+        const int64_t panels = nodes_[n].num_panels;
+        for (int64_t g = 0; g < groups; ++g) {
+          const int64_t first = panels * g / groups;
+          const int64_t count = panels * (g + 1) / groups - first;
+          if (count > 0)
+            items_.push_back({static_cast<int32_t>(n), begin, end - begin, first, count});
         }
       }
     }

@@ -31,7 +31,7 @@ struct Tile {
   // further for every row of the panel.
   const char* prefetch;
   int64_t prefetch_step;
-  bool accumulate;               // start from *out instead of from the bias
+  bool accumulate;  // start from *out instead of from the bias
   Activation activation;
 };
 
