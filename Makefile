@@ -1,0 +1,78 @@
+# make demo   the main job on a photograph      make lint    style, types, import contracts
+# make test   the fast tests                    make bench   the benchmarks
+# make test-slow   every test but the GPU's     make clean   removes what these made
+#
+# Everything happens in $(VENV). Set PYTHON to choose the interpreter, TORCH to choose the torch
+# (a torch that already is in $(VENV) and is new enough stays).
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+DEMO_ARGS ?=
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMPS := $(VENV)/.stamps
+SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
+
+# torchvision asks for one exact torch. Naming the torch that is there keeps pip from replacing it.
+INSTALLED_TORCH = torch==$$($(BIN)/python -c 'import importlib.metadata as m; print(m.version("torch"))')
+
+.PHONY: demo test test-slow lint bench clean
+
+demo: $(STAMPS)/demo
+	$(BIN)/disco demo $(DEMO_ARGS)
+
+test: $(STAMPS)/test
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(STAMPS)/test
+	$(BIN)/python -m pytest -m "not gpu"
+
+bench: $(STAMPS)/test
+	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only
+
+lint: $(STAMPS)/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/mypy
+	PYTHONPATH=python $(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info disco_kernels/_C.*.so
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
+	find disco_kernels python tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed, this is " + sys.version + ": set PYTHON=")'
+	@$(PYTHON) -c 'import os, sys, sysconfig as s; h = os.path.join(s.get_path("include"), "Python.h"); os.path.exists(h) or sys.exit("Python headers are needed to build the extension, and there is no " + h + ": install them (Debian and Ubuntu: apt-get install python3-dev)")'
+	$(PYTHON) -m venv $(VENV)
+	mkdir -p $(STAMPS)
+	touch $@
+
+# CUDA builds of torch are gigabytes: TORCH names a version rather than whatever is newest.
+$(STAMPS)/torch: $(STAMPS)/venv
+	@echo "[make] installing $(TORCH) into $(VENV) unless 2.11 or newer is there"
+	$(BIN)/python -c 'import re, torch; v = re.match(r"(\d+)\.(\d+)", torch.__version__); assert v and tuple(map(int, v.groups())) >= (2, 11)' 2>/dev/null \
+	  || $(PIP) install --quiet "$(TORCH)"
+	touch $@
+
+$(STAMPS)/demo: $(STAMPS)/torch $(SOURCES)
+	@echo "[make] building and installing the project into $(VENV)"
+	$(PIP) install --quiet --editable '.[demo]' "$(INSTALLED_TORCH)"
+	touch $@
+
+$(STAMPS)/test: $(STAMPS)/torch $(SOURCES)
+	@echo "[make] building and installing the project with its test tools into $(VENV)"
+	$(PIP) install --quiet --editable '.[demo,test]' "$(INSTALLED_TORCH)"
+	touch $@ $(STAMPS)/demo
+
+$(STAMPS)/lint: $(STAMPS)/torch $(SOURCES)
+	@echo "[make] building and installing the project with its test tools and linters into $(VENV)"
+	$(PIP) install --quiet --editable '.[demo,test,lint]' "$(INSTALLED_TORCH)"
+	touch $@ $(STAMPS)/demo $(STAMPS)/test

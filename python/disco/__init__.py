@@ -1,0 +1,23 @@
+"""DISCO: vision models whose layers are split over several small devices.
+
+`partition` cuts a model into one shard per node, `compile` makes it fast on one machine, `load`
+runs saved shards, `sparsify_` gives a model the structure that makes the exchange small.
+Importing the package is light: model zoos and optional backends are loaded on use only.
+"""
+
+# Not lazily: `disco.partition` is a function here and a room too. Imported now, the room's name is
+# bound before the function's and never again, whatever is imported later and in which order.
+from disco.api import Compiled, Partitioned, compile, load, partition, sparsify_
+from disco.errors import DeadlineError, InputError, TransportError
+
+__all__ = [
+    "Compiled",
+    "DeadlineError",
+    "InputError",
+    "Partitioned",
+    "TransportError",
+    "compile",
+    "load",
+    "partition",
+    "sparsify_",
+]

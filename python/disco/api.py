@@ -1,0 +1,270 @@
+"""The functions that users call. Each is a few lines over the rooms that do the work."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from disco.capture import Captured, capture
+from disco.errors import InputError
+from disco.executor import Executor, run_together
+from disco.partition import Decisions, Plan, RankProgram, build_all, decide
+from disco.partition.one_machine import one_machine_program
+from disco.partition.shards import load_manifest, load_shard, save_artifact
+from disco.sparsify import sparsify_weights_
+from disco.sparsify.groups import Reader, groups_of
+from disco_kernels import Ownership, Pattern
+
+PathLike = str | os.PathLike[str]
+
+# Kernels are prepared at the first call, once, whichever thread makes it.
+_preparing = threading.Lock()
+
+
+class Partitioned(nn.Module):
+    """A model cut into one program per rank, all of which run in this process. For inference.
+
+    A drop-in for the model: the same inputs, the same outputs up to rounding, any batch size. It
+    has no parameters: the ranks' weights are packed for their kernels.
+
+    Attributes:
+        plan: who computes, holds and sends what; print it.
+        ranks: per rank its program and weights.
+    """
+
+    def __init__(self, plan: Plan, ranks: Sequence[RankProgram]) -> None:
+        super().__init__()
+        self.plan = plan
+        self.ranks = tuple(ranks)
+        self._executors: list[Executor] | None = None
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """The model's outputs, as rank 0 has them. InputError for inputs that do not fit."""
+        return self.run_ranks(*inputs)[0]
+
+    def run_ranks(self, *inputs: Tensor) -> list[Any]:
+        """The outputs of every rank: each has the whole."""
+        return run_together(self._prepared(), inputs)
+
+    def save(
+        self,
+        directory: PathLike,
+        model_description: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Write `manifest.json` and one `rank-<r>.safetensors` per rank, all or nothing.
+
+        Args:
+            directory: must not exist, unless `overwrite` is set and it holds an older partition.
+            model_description: anything in JSON that tells a reader which model this is.
+        """
+        save_artifact(directory, self.plan, self.ranks, model_description, overwrite)
+
+    def _prepared(self) -> list[Executor]:
+        if self._executors is None:
+            with _preparing:
+                if self._executors is None:
+                    self._executors = [Executor(r.program, r.weights) for r in self.ranks]
+        return self._executors
+
+
+class Compiled(nn.Module):
+    """A whole model on one machine, folded, fused and packed. For inference; any batch size.
+
+    It has no parameters: changes to the original model do not reach it.
+    """
+
+    def __init__(self, executor: Executor) -> None:
+        super().__init__()
+        self._executor = executor
+
+    @property
+    def kernel_backends(self) -> dict[str, str]:
+        """Backend of every convolution and linear, by the value it computes."""
+        return self._executor.kernel_backends
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """The model's outputs. InputError for inputs that do not fit."""
+        return self._executor(*inputs)
+
+
+def partition(
+    model: nn.Module,
+    example_inputs: Sequence[Tensor],
+    nodes: int = 2,
+    *,
+    ownership: Mapping[str, Ownership] | None = None,
+    pattern: Pattern | None = None,
+    tolerance: float = 0.0,
+    dense_exchange: bool = False,
+) -> Partitioned:
+    """Cut `model` into `nodes` parts that together compute what it computes (arXiv 2302.11180).
+
+    What is zero in the weights is not exchanged; what is not zero is, so the result is exact.
+
+    Args:
+        model: any module that `torch.export` can capture; it is not changed.
+        example_inputs: positional inputs, batch first; other sizes are fixed by them.
+        nodes: number of ranks, 1 or more.
+        ownership: layer ("layer1.0.conv1") -> who computes which of its outputs; equal shares
+            otherwise.
+        pattern: a recorded one, whose ownership is used and which the weights must keep.
+        tolerance: a weight counts as zero up to this. Above 0 the result is not exact.
+        dense_exchange: exchange every channel, whatever the weights are: the baseline.
+
+    Raises:
+        InputError: the model cannot be captured, weights that contradict the pattern (naming layer,
+            block and largest value), an ownership that does not fit.
+    """
+    _check_nodes(nodes)
+    if tolerance < 0:
+        raise InputError(f"tolerance must be 0 or more, given {tolerance}")
+    captured = capture(model, example_inputs)
+    fixed = _fixed_ownership(captured, nodes, ownership or {}, pattern, tolerance)
+    decisions = decide(
+        *captured, nodes, out_ownership=fixed, tolerance=tolerance, dense_exchange=dense_exchange
+    )
+    return Partitioned(*build_all(decisions))
+
+
+def compile(
+    model: nn.Module,
+    nodes: int = 2,
+    *,
+    example_inputs: Sequence[Tensor],
+    backend: str | None = None,
+) -> Compiled:
+    """Make `model` fast on one machine: batch norms folded, epilogues fused, one layout.
+
+    Layers whose zeros are the pattern of `nodes` nodes skip them; others run dense.
+
+    Args:
+        model: any module that `torch.export` can capture; it is not changed.
+        nodes: number of nodes that the weights' zero pattern is for.
+        example_inputs: positional inputs, batch first; other sizes are fixed by them.
+        backend: of the kernels, or None for the automatic choice.
+
+    Raises:
+        InputError: the model cannot be captured.
+        disco_kernels.BackendUnavailable: `backend` was asked for and cannot serve.
+    """
+    _check_nodes(nodes)
+    captured = capture(model, example_inputs)
+    program = one_machine_program(decide(*captured, nodes))
+    # Copies: what is not packed would otherwise follow the model when that is trained on.
+    weights = {name: captured.weights[name].clone() for name in program.weight_names()}
+    return Compiled(Executor(program, weights, backend=backend))
+
+
+def load(directory: PathLike) -> Partitioned:
+    """All ranks of a saved partition, in this process. InputError if anything in it is damaged."""
+    plan = load_manifest(directory).plan
+    shards = [load_shard(directory, rank) for rank in range(plan.world_size)]
+    return Partitioned(plan, [RankProgram(shard.program, shard.weights) for shard in shards])
+
+
+def sparsify_(
+    model: nn.Module,
+    nodes: int,
+    density: float,
+    example_inputs: Sequence[Tensor],
+    score: str = "l2",
+) -> Pattern:
+    """Give `model` DISCO structure in place: one-shot magnitude, no training.
+
+    Of every exchanged tensor, each receiver keeps floor(density x owned) channels of each sender,
+    the same ones for all layers that read it there; the other columns of its remote blocks become
+    zero. Tensors that travel whole anyway (an op without a rule reads them) are left dense.
+
+    Args:
+        model: its parameters are changed; gradients are not recorded.
+        nodes: number of nodes, each owning equal contiguous shares of a layer's outputs.
+        density: in [0, 1].
+        example_inputs: as for `partition`.
+        score: "l2" or "l1", of a channel's weights in the blocks that read it.
+
+    Returns:
+        The selection; save it beside the weights.
+
+    Raises:
+        InputError: a density outside [0, 1], or a model that exchanges nothing that could be
+        dropped.
+    """
+    _check_nodes(nodes)
+    captured = capture(model, example_inputs)
+    readers = _readers(decide(*captured, nodes))
+    groups = groups_of(readers)
+    if not groups:
+        raise InputError(
+            f"{type(model).__name__} has no layer whose inputs could be exchanged in part: "
+            f"{len(readers)} layers read exchanged tensors, all of which travel whole"
+        )
+    tensors = {
+        **dict(model.named_buffers(remove_duplicate=False)),
+        **dict(model.named_parameters(remove_duplicate=False)),
+    }
+    return sparsify_weights_(tensors, groups, density, score)
+
+
+def _readers(decisions: Decisions) -> list[Reader]:
+    """The layers that read parts of exchanged tensors, by their parameters."""
+    readers = []
+    for op, lowering in zip(decisions.program.ops, decisions.lowerings, strict=True):
+        for tensor in lowering.select:
+            assert lowering.out_ownership is not None and lowering.in_ownership is not None
+            weight = next(op.weight_refs())
+            readers.append(
+                Reader(
+                    tensor=tensor,
+                    parameter=decisions.context.origins.get(weight, weight),
+                    out_ownership=lowering.out_ownership,
+                    in_ownership=lowering.in_ownership,
+                    gathered=bool(decisions.exchanges[tensor].gathered_by),
+                )
+            )
+    return readers
+
+
+def _fixed_ownership(
+    captured: Captured,
+    nodes: int,
+    ownership: Mapping[str, Ownership],
+    pattern: Pattern | None,
+    tolerance: float,
+) -> dict[str, Ownership]:
+    """Who computes which outputs, where the user or a recorded pattern says so."""
+    fixed: dict[str, Ownership] = {}
+    if pattern is not None:
+        for name, layer in pattern.layers.items():
+            if layer.world_size != nodes:
+                raise InputError(
+                    f"the pattern of layer {name!r} is for {layer.world_size} nodes, and the model "
+                    f"is partitioned for {nodes}: give that number, or another pattern"
+                )
+        contradictions = pattern.contradictions(captured.weights, tolerance)
+        if contradictions:
+            more = (
+                f" (and {len(contradictions) - 1} more layers)" if len(contradictions) > 1 else ""
+            )
+            raise InputError(contradictions[0][1] + more)
+        fixed.update((name, layer.out_ownership) for name, layer in pattern.layers.items())
+    fixed.update(ownership)
+    layers = {
+        captured.raw_name(name).rpartition(".")[0] for name in captured.program.weight_names()
+    }
+    for name in fixed:
+        if name not in layers:
+            raise InputError(
+                f"an ownership is given for {name!r}, which is no layer of the captured model; "
+                f"layers are called like {', '.join(repr(layer) for layer in sorted(layers)[:3])}"
+            )
+    return fixed
+
+
+def _check_nodes(nodes: int) -> None:
+    if isinstance(nodes, bool) or not isinstance(nodes, int) or nodes < 1:
+        raise InputError(f"nodes must be a whole number, 1 or more; given {nodes!r}")

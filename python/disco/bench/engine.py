@@ -1,0 +1,124 @@
+"""One engine in a process of its own: `python -m disco.bench.engine`, started by `LocalEngine`.
+
+In a process of its own, because thread pools that share the cores spin against each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import disco
+import disco_kernels as dk
+from disco.errors import InputError
+from disco.runtime.children import ChildSpec
+from disco.runtime.launched import Launched
+from disco.runtime.messages import Message, load_tensors, unflatten
+from disco.runtime.passes import Passes
+from disco.runtime.serve import Handlers, serve
+from disco.zoo import build_model
+
+ENGINES = ("eager", "swapped", "compiled")
+
+
+class LocalEngine(Launched):
+    """The whole model in one other process. Use as a context manager.
+
+    Args:
+        engine: one of `ENGINES`.
+        source, name: the model in the zoo.
+        weights: a safetensors file with its weights.
+        nodes: number of nodes that its zero pattern is for.
+        pattern: the recorded pattern, for "swapped".
+        image_size: of the square inputs, in pixels.
+        threads: how many it may use.
+    """
+
+    def __init__(
+        self,
+        engine: str,
+        *,
+        source: str,
+        name: str,
+        weights: str | Path,
+        nodes: int,
+        pattern: str | Path | None,
+        image_size: int,
+        threads: int,
+        timeout_s: float = 30.0,
+    ) -> None:
+        super().__init__(timeout_s)
+        assert engine in ENGINES, engine
+        self._engine = engine
+        self._threads = threads
+        self._args = {
+            "--engine": engine,
+            "--source": source,
+            "--name": name,
+            "--weights": os.path.abspath(weights),
+            "--nodes": str(nodes),
+            "--image-size": str(image_size),
+            "--threads": str(threads),
+        }
+        if pattern is not None:
+            self._args["--pattern"] = os.path.abspath(pattern)
+
+    def run(self, *inputs: torch.Tensor) -> Any:
+        """One pass; returns what the model returns."""
+        (reply,) = self._ask(inputs, {"command": "run"}, 1)
+        return unflatten(reply["structure"], load_tensors(reply["outputs"]))
+
+    def specs(self, folder: str) -> list[ChildSpec]:
+        """The one child."""
+        args = {**self._args, "--folder": folder}
+        flat = tuple(word for pair in args.items() for word in pair)
+        return [ChildSpec(self._engine, "disco.bench.engine", flat, self._threads)]
+
+
+def prepare(args: argparse.Namespace) -> tuple[Message, Handlers]:
+    """Build the model and turn it into the engine."""
+    torch.set_num_threads(args.threads)
+    model: nn.Module = build_model(args.source, args.name, weights=args.weights)
+    backends = {"torch"}
+    if args.engine == "swapped":
+        pattern = None if args.pattern is None else dk.Pattern.load(args.pattern)
+        report = dk.swap_(model, args.nodes, pattern=pattern)
+        if not report.swapped:
+            raise InputError(
+                f"no layer of {args.name} has a pattern for {args.nodes} nodes: sparsify it first"
+            )
+        backends = {row.backend for row in report.swapped if row.backend is not None}
+    elif args.engine == "compiled":
+        example = torch.zeros(1, 3, args.image_size, args.image_size)
+        compiled = disco.compile(model, nodes=args.nodes, example_inputs=(example,))
+        model, backends = compiled, set(compiled.kernel_backends.values())
+    ready: Message = {"threads": args.threads, "backends": sorted(backends)}
+    passes = Passes(model, os.path.join(args.folder, "outputs.safetensors"))
+    return ready, passes.handlers()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until stdin ends. See `disco.runtime.serve` for the exit codes."""
+    parser = argparse.ArgumentParser(prog="python -m disco.bench.engine", description=__doc__)
+    parser.add_argument("--engine", required=True, choices=ENGINES)
+    parser.add_argument("--source", required=True)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--nodes", type=int, required=True)
+    parser.add_argument("--pattern")
+    parser.add_argument("--image-size", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--folder", required=True, help="private; outputs are written there")
+    args = parser.parse_args(argv)
+    return serve(lambda: prepare(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""The command `disco`: a thin face of the framework. See `disco --help`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+
+_EXAMPLES = """\
+example:
+  disco partition resnet50 --nodes 2 --density 0.2 --out out/
+  disco inspect out/
+  disco run out/ --input photo.jpg
+  disco verify out/ --input photos/
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0; 1 if the work failed or a comparison did; 2 for a mistake in what was given, after one
+        line on stderr; 130 if interrupted.
+    """
+    try:
+        args = _parser().parse_args(argv)
+        if args.handler is None:
+            _parser().print_help()
+            return 0
+        # As Ctrl-C: the `with` blocks end the processes and remove temporary files.
+        previous = signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            return _run(args)
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+    except KeyboardInterrupt:
+        print("disco: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has gone; Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+
+
+def _run(args: argparse.Namespace) -> int:
+    # Imported here: `disco --help` should not wait for torch.
+    from disco import commands
+    from disco.errors import InputError, TransportError
+    from disco.runtime.children import WorkerError
+    from disco_kernels import BackendUnavailable
+
+    try:
+        handler = getattr(commands, args.handler)
+        return EXIT_FAILED if handler(args) is False else 0
+    except (InputError, BackendUnavailable) as error:
+        return _fail(error, EXIT_INPUT)
+    except (WorkerError, TransportError) as error:
+        return _fail(error, EXIT_FAILED)
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"disco: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _version() -> str:
+    try:
+        return metadata.version("disco-kernels")
+    except metadata.PackageNotFoundError:
+        return "(run from its sources, not installed)"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, as all errors of the command."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_INPUT, f"disco: error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="disco",
+        description="Split a vision model over several small devices, run and check it.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"disco {_version()}")
+    parser.set_defaults(handler=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
+    _add_demo(commands)
+    _add_partition(commands)
+    _add_inspect(commands)
+    _add_run(commands)
+    _add_verify(commands)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="make, cut, run and measure ResNet-50 on a photograph",
+        description="Give ResNet-50 DISCO structure, cut it into shards, run them in processes of "
+        "their own on a photograph, compare with the whole model, and measure.",
+    )
+    _add_model_options(demo, positional=False)
+    demo.add_argument("--image", type=Path, metavar="FILE", help="photograph to classify")
+    demo.add_argument("--density", type=float, default=0.2, help="default: %(default)s")
+    demo.add_argument("--rounds", type=int, default=8, help="of measuring (default: %(default)s)")
+    demo.add_argument("--keep", type=Path, metavar="DIR", help="keep shards and weights there")
+    _add_json(demo)
+    demo.set_defaults(handler="demo")
+
+
+def _add_partition(commands: Any) -> None:
+    partition = commands.add_parser(
+        "partition",
+        help="cut a model into one shard per node",
+        description="Cut a model into one shard per node. The zeros in its weights decide what is "
+        "exchanged; --density makes such zeros first, by magnitude, without training.",
+        epilog="example:\n  disco partition resnet50 --nodes 2 --density 0.2 --out out/",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_model_options(partition, positional=True)
+    partition.add_argument(
+        "--density", type=float, help="of exchanged channels; without it the weights stay"
+    )
+    partition.add_argument(
+        "--pattern",
+        type=Path,
+        metavar="FILE",
+        help="recorded pattern (default: WEIGHTS.pattern.json if that exists)",
+    )
+    partition.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    partition.add_argument("--overwrite", action="store_true", help="replace an old partition")
+    partition.set_defaults(handler="partition")
+
+
+def _add_inspect(commands: Any) -> None:
+    inspect = commands.add_parser("inspect", help="print the plan of a partition")
+    inspect.add_argument("directory", type=Path, help="made by `disco partition`")
+    _add_json(inspect)
+    inspect.set_defaults(handler="inspect")
+
+
+def _add_run(commands: Any) -> None:
+    run = commands.add_parser("run", help="classify images, one process per node, over loopback")
+    _add_cluster_options(run)
+    run.add_argument("--top", type=int, default=5, help="classes to show (default: %(default)s)")
+    _add_json(run)
+    run.set_defaults(handler="run")
+
+
+def _add_verify(commands: Any) -> None:
+    verify = commands.add_parser(
+        "verify",
+        help="compare the nodes' outputs with the whole model's on your own images",
+        description="Exit code 0 if every output is equal up to rounding, 1 if not.",
+    )
+    _add_cluster_options(verify)
+    verify.add_argument(
+        "--weights", type=Path, metavar="FILE", help="the file that the model was made from"
+    )
+    _add_json(verify)
+    verify.set_defaults(handler="verify")
+
+
+def _add_model_options(parser: argparse.ArgumentParser, *, positional: bool) -> None:
+    if positional:
+        parser.add_argument("model", help="its name in the source, for example resnet50")
+    else:
+        parser.add_argument("--model", default="resnet50", help="default: %(default)s")
+    parser.add_argument("--source", default="torchvision", help="torchvision (default) or timm")
+    parser.add_argument("--nodes", type=int, default=2, help="default: %(default)s")
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help=".safetensors, .pth, .pt (default: random)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of random weights")
+    parser.add_argument("--image-size", type=int, default=224, help="default: %(default)s")
+
+
+def _add_cluster_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, help="made by `disco partition`")
+    parser.add_argument("--input", type=Path, required=True, help="an image, or a folder of them")
+    parser.add_argument("--nodes", type=int, help="must be the plan's number (default: that)")
+    parser.add_argument(
+        "--threads", type=int, help="of each process (default: the cores shared out evenly)"
+    )
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,16 @@
+"""Running programs: one rank over a transport, all ranks in one process, or one alone."""
+
+from disco.executor.executor import DEADLINE_S, Executor
+from disco.executor.in_process import InProcessHub, InProcessTransport
+from disco.executor.together import run_together
+from disco.executor.transport import Handle, Transport
+
+__all__ = [
+    "DEADLINE_S",
+    "Executor",
+    "Handle",
+    "InProcessHub",
+    "InProcessTransport",
+    "Transport",
+    "run_together",
+]

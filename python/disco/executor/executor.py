@@ -1,0 +1,213 @@
+"""Runs one rank's program. Everything that can be done once is done when the Executor is made."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Generator, Mapping, Sequence, Set
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from disco.errors import InputError
+from disco.executor import exchange, kernels
+from disco.executor.request import BufferPool, Request, ShapeKey
+from disco.executor.steps import REQUEST_SLOT, Preparation, Step, Values, prepare_pure
+from disco.executor.transport import Handle, Transport
+from disco.program import Op, Program, Ref, WeightRef, evaluate_dim, map_leaves
+
+DEADLINE_S = 30.0
+
+_PREPARE: dict[str, Callable[[Op, Preparation], Step]] = {
+    "disco.assemble": exchange.prepare_assemble,
+    "disco.conv2d": kernels.prepare_conv2d,
+    "disco.empty": exchange.prepare_empty,
+    "disco.exchange": exchange.prepare_exchange,
+    "disco.gather_conv2d": kernels.prepare_gather_conv2d,
+    "disco.gather_linear": kernels.prepare_gather_linear,
+    "disco.linear": kernels.prepare_linear,
+    "disco.partial_conv2d": kernels.prepare_partial_conv2d,
+    "disco.partial_linear": kernels.prepare_partial_linear,
+}
+
+
+class Executor:
+    """One program made ready to run, for inference.
+
+    Args:
+        program: a rank's program, or a whole one (then there is nothing to exchange).
+        weights: what it reads. They are packed here; the Executor keeps no matrix unpacked.
+        transport: to the other ranks; None for a program without exchanges, or to be given later.
+        backend: of the kernels, or None for the automatic choice.
+        deadline_s: longest wait for any one message.
+
+    Calls from several threads are safe; with a transport they take turns, because messages are
+    matched by the order of requests.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        weights: Mapping[str, Tensor],
+        transport: Transport | None = None,
+        backend: str | None = None,
+        deadline_s: float = DEADLINE_S,
+    ) -> None:
+        self.inputs = {name: program.values[name] for name in program.inputs}
+        self.transport = transport
+        self.deadline_s = deadline_s
+        prepare = Preparation(weights, backend)
+        self._input_slots = [prepare.slot(name) for name in program.inputs]
+        exchanges = {op.name for op in program.ops if op.kind == "disco.exchange"}
+        self._steps = [_prepare(op, prepare, exchanges) for op in program.ops]
+        self._outputs = map_leaves(program.outputs, lambda leaf: _output(leaf, prepare))
+        self._num_slots = len(prepare.slots) + 1
+        _free_at_last_use(program, self._steps, prepare)
+        self._buffers = BufferPool()
+        self._requests = itertools.count()
+        self._turn = threading.Lock()
+
+    @property
+    def kernel_backends(self) -> dict[str, str]:
+        """Backend of every convolution and linear, by the value it computes."""
+        return {step.name: step.backend for step in self._steps if step.backend}
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Run one request and return its outputs, fresh tensors in the program's nesting.
+
+        Raises:
+            InputError: inputs that do not fit the program.
+            TransportError: the exchange failed; DeadlineError: it took too long.
+        """
+        if self.transport is None:
+            return self._run(inputs, None, 0)
+        with self._turn:
+            return self._run(inputs, self.transport, next(self._requests))
+
+    def _run(self, inputs: Sequence[Tensor], transport: Transport | None, request: int) -> Any:
+        running = self.start(inputs, transport, request)
+        with torch.no_grad():
+            while True:
+                try:
+                    handle = next(running)
+                except StopIteration as finished:
+                    return finished.value
+                assert transport is not None
+                transport.wait(handle, self.deadline_s)
+
+    def start(
+        self, inputs: Sequence[Tensor], transport: Transport | None, number: int
+    ) -> Generator[Handle, None, Any]:
+        """One request as a generator: yields a handle when it must wait, returns the outputs.
+
+        The caller runs it with gradients off, and resumes it once the handle is done.
+        """
+        symbols = self._check(inputs)
+        shapes = tuple(tuple(x.shape) for x in inputs)
+        request = Request(number, transport, symbols, self._buffers.take(shapes))
+        return self._through_steps(inputs, request, shapes)
+
+    def _through_steps(
+        self, inputs: Sequence[Tensor], request: Request, shapes: ShapeKey
+    ) -> Generator[Handle, None, Any]:
+        values: Values = [None] * self._num_slots
+        values[REQUEST_SLOT] = request
+        for slot, x in zip(self._input_slots, inputs, strict=True):
+            values[slot] = x
+
+        for step in self._steps:
+            if step.awaits is not None:
+                source, position = step.awaits
+                handle = values[source].handles[position]
+                if not handle.done:
+                    yield handle
+            values[step.out] = step.run(values)
+            for slot in step.free:
+                values[slot] = None
+            if step.progress and request.transport is not None:
+                request.transport.progress()
+
+        outputs = map_leaves(self._outputs, lambda fetch: fetch(values))
+        for handle in request.handles:
+            if not handle.done:
+                yield handle
+        self._buffers.give_back(shapes, request.buffers)
+        return outputs
+
+    def _check(self, inputs: Sequence[Tensor]) -> dict[str, int]:
+        """Raise InputError unless the inputs fit; else the sizes of the program's symbols."""
+        if len(inputs) != len(self.inputs):
+            names = ", ".join(self.inputs)
+            raise InputError(
+                f"the model takes {len(self.inputs)} inputs ({names}), given {len(inputs)}"
+            )
+        symbols: dict[str, int] = {}
+        for (name, info), x in zip(self.inputs.items(), inputs, strict=True):
+            wanted = f"{list(info.shape)} {info.dtype}"
+            if not isinstance(x, Tensor):
+                raise InputError(
+                    f"input {name!r} must be a tensor {wanted}, given {type(x).__name__}"
+                )
+            given = f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+            fits = x.dim() == len(info.shape) and str(x.dtype) == f"torch.{info.dtype}"
+            for size, dim in zip(x.shape, info.shape, strict=False):
+                if isinstance(dim, str) and dim.isidentifier():
+                    fits = fits and symbols.setdefault(dim, size) == size
+                else:
+                    fits = fits and evaluate_dim(dim, symbols) == size
+            if not fits:
+                raise InputError(f"input {name!r} must be {wanted}, given {given}")
+            if x.requires_grad and torch.is_grad_enabled():
+                raise InputError(
+                    f"input {name!r} requires a gradient; this model is for inference: detach the "
+                    f"input, or train the original model"
+                )
+        return symbols
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Executor:
+        # Nothing in here changes after construction, so copies may share it, packed weights
+        # included.
+        return self
+
+    def __reduce__(self) -> str:
+        raise TypeError(
+            "an Executor holds packed kernels and cannot be pickled; keep the model's state_dict, "
+            "or save the partitioned model, and prepare it again"
+        )
+
+
+def _prepare(op: Op, prepare: Preparation, exchanges: Set[str]) -> Step:
+    source = op.args[0] if op.args else None
+    make = _PREPARE.get(op.kind, prepare_pure)
+    if op.kind == "operator.getitem" and isinstance(source, Ref) and source.name in exchanges:
+        make = exchange.prepare_payload
+    try:
+        return make(op, prepare)
+    except InputError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        # A program is read from a file, so what does not fit in it is the file's mistake.
+        raise InputError(
+            f"op {op.name!r} ({op.kind}) cannot be prepared: {type(error).__name__} {error}; "
+            f"partition the model again"
+        ) from error
+
+
+def _output(leaf: Any, prepare: Preparation) -> Callable[[Values], Any]:
+    if isinstance(leaf, Ref):
+        slot = prepare.slot(leaf.name)
+        return lambda values: values[slot]
+    if isinstance(leaf, WeightRef):
+        weight = prepare.weights[leaf.name]
+        return lambda values: weight.clone()
+    return lambda values: leaf
+
+
+def _free_at_last_use(program: Program, steps: list[Step], prepare: Preparation) -> None:
+    """Let every step drop what no later step and no output reads."""
+    kept = {prepare.slot(name) for name in program.output_names()}
+    for op, step in zip(reversed(program.ops), reversed(steps), strict=True):
+        read = {prepare.slot(name) for name in op.refs()} | {step.out}
+        step.free = tuple(sorted(read - kept))
+        kept |= read

@@ -1,0 +1,182 @@
+"""The ops that `disco_kernels` runs: weights are packed once; no call goes through dispatch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import disco_kernels as dk
+from disco.errors import InputError
+from disco.executor.steps import Preparation, Run, Step, Values
+from disco.program import Op, pure_function
+
+
+def prepare_conv2d(op: Op, prepare: Preparation) -> Step:
+    """A whole convolution: the kernel over one segment; with groups, torch."""
+    x, weight, bias, residual = op.args
+    if op.kwargs["groups"] != 1:
+        return _prepare_grouped(op, prepare)
+    kernel = prepare.weight(weight, op)
+    convolution = dk.PartialConv2d(
+        kernel,
+        (kernel.shape[1],),
+        _spec(op, kernel),
+        bias=prepare.optional_weight(bias, op),
+        backend=prepare.backend,
+    )
+    return _over_segments(op, prepare, convolution, (x,), residual)
+
+
+def prepare_linear(op: Op, prepare: Preparation) -> Step:
+    """A whole linear: the kernel over one segment."""
+    x, weight, bias, residual = op.args
+    matrix = prepare.weight(weight, op)
+    kernel = dk.PartialLinear(
+        matrix,
+        (matrix.shape[1],),
+        bias=prepare.optional_weight(bias, op),
+        activation=_text(op, "activation"),
+        backend=prepare.backend,
+    )
+    return _over_segments(op, prepare, kernel, (x,), residual)
+
+
+def prepare_partial_conv2d(op: Op, prepare: Preparation) -> Step:
+    """One rank's convolution over its own channels and the payloads it has received."""
+    segments, weight, bias, residual = op.args
+    kernel = prepare.weight(weight, op)
+    index, counts, held = _segments(op, prepare)
+    convolution = dk.PartialConv2d(
+        kernel,
+        counts,
+        _spec(op, kernel),
+        bias=prepare.optional_weight(bias, op),
+        index=index,
+        source_channels=held,
+        backend=prepare.backend,
+    )
+    return _over_segments(op, prepare, convolution, segments, residual)
+
+
+def prepare_partial_linear(op: Op, prepare: Preparation) -> Step:
+    """One rank's linear over its own channels and the payloads it has received."""
+    segments, weight, bias, residual = op.args
+    index, counts, _ = _segments(op, prepare)
+    kernel = dk.PartialLinear(
+        prepare.weight(weight, op),
+        counts,
+        bias=prepare.optional_weight(bias, op),
+        index=index,
+        activation=_text(op, "activation"),
+        backend=prepare.backend,
+    )
+    return _over_segments(op, prepare, kernel, segments, residual)
+
+
+def prepare_gather_conv2d(op: Op, prepare: Preparation) -> Step:
+    """All nodes of a convolution here, each reading its own and its selected channels."""
+    x, weight, bias, residual = op.args
+    kernel = prepare.weight(weight, op)
+    convolution = dk.GatherConv2d(
+        kernel,
+        *_pattern(op),
+        _spec(op, kernel),
+        bias=prepare.optional_weight(bias, op),
+        backend=prepare.backend,
+    )
+    return _over_input(op, prepare, convolution, x, residual)
+
+
+def prepare_gather_linear(op: Op, prepare: Preparation) -> Step:
+    """All nodes of a linear on this machine."""
+    x, weight, bias, residual = op.args
+    kernel = dk.GatherLinear(
+        prepare.weight(weight, op),
+        *_pattern(op),
+        bias=prepare.optional_weight(bias, op),
+        activation=_text(op, "activation"),
+        backend=prepare.backend,
+    )
+    return _over_input(op, prepare, kernel, x, residual)
+
+
+def _prepare_grouped(op: Op, prepare: Preparation) -> Step:
+    """torch's convolution, its weight laid out for channels-last inputs once."""
+    x, residual = prepare.slot_of(op.args[0], op), prepare.optional_slot(op.args[3], op)
+    weight = prepare.weight(op.args[1], op).contiguous(memory_format=torch.channels_last)
+    bias = prepare.optional_weight(op.args[2], op)
+    function, attributes = pure_function(op.kind), dict(op.kwargs)
+
+    def run(values: Values) -> Tensor:
+        added = None if residual is None else values[residual]
+        return function(values[x], weight, bias, added, **attributes)
+
+    return Step(op.name, run, prepare.slot(op.name), progress=True, backend="torch")
+
+
+def _over_segments(op: Op, prepare: Preparation, kernel: Any, segments: Any, residual: Any) -> Step:
+    slots = tuple(prepare.slot_of(segment, op) for segment in segments)
+    added = prepare.optional_slot(residual, op)
+
+    def run(values: Values) -> Tensor:
+        return kernel([values[slot] for slot in slots], None if added is None else values[added])
+
+    return _kernel_step(op, prepare, run, kernel)
+
+
+def _over_input(op: Op, prepare: Preparation, kernel: Any, x: Any, residual: Any) -> Step:
+    slot, added = prepare.slot_of(x, op), prepare.optional_slot(residual, op)
+
+    def run(values: Values) -> Tensor:
+        return kernel(values[slot], None if added is None else values[added])
+
+    return _kernel_step(op, prepare, run, kernel)
+
+
+def _kernel_step(op: Op, prepare: Preparation, run: Run, kernel: Any) -> Step:
+    return Step(op.name, run, prepare.slot(op.name), progress=True, backend=kernel.backend)
+
+
+def _segments(op: Op, prepare: Preparation) -> tuple[list[Tensor | None], list[int], list[int]]:
+    """Per segment: the channels to read (None for all), how many those are, how many it holds."""
+    held, listed = op.kwargs["channels"], op.kwargs["index"]
+    segments = op.args[0]
+    if not (isinstance(held, tuple) and isinstance(listed, tuple) and isinstance(segments, tuple)):
+        raise InputError(f"op {op.name!r} ({op.kind}) needs tuples of segments, channels and index")
+    if not len(held) == len(listed) == len(segments):
+        raise InputError(
+            f"op {op.name!r} ({op.kind}) has {len(segments)} segments, but {len(listed)} indices"
+        )
+    index = [prepare.optional_weight(item, op) for item in listed]
+    channels = [int(count) for count in held if isinstance(count, int)]
+    counts = [n if i is None else i.numel() for n, i in zip(channels, index, strict=True)]
+    return index, counts, channels
+
+
+def _pattern(op: Op) -> tuple[dk.Ownership, dk.Ownership, Any]:
+    out, inputs, selected = (op.kwargs[k] for k in ("out_ownership", "in_ownership", "selected"))
+    return dk.Ownership(out), dk.Ownership(inputs), selected  # type: ignore[arg-type]
+
+
+def _spec(op: Op, weight: Tensor) -> dk.ConvSpec:
+    pairs = {key: _pair(op, key) for key in ("stride", "padding", "dilation")}
+    height, width = weight.shape[2:]
+    return dk.ConvSpec(kernel_size=(height, width), activation=_text(op, "activation"), **pairs)
+
+
+def _pair(op: Op, key: str) -> tuple[int, int]:
+    value = op.kwargs[key]
+    if isinstance(value, tuple) and len(value) == 2:
+        first, second = value
+        if isinstance(first, int) and isinstance(second, int):
+            return first, second
+    raise InputError(f"op {op.name!r} ({op.kind}): {key} must be two numbers, given {value!r}")
+
+
+def _text(op: Op, key: str) -> str:
+    value = op.kwargs[key]
+    if not isinstance(value, str):
+        raise InputError(f"op {op.name!r} ({op.kind}): {key} must be a string, given {value!r}")
+    return value

@@ -1,0 +1,216 @@
+"""Writes one rank's program: its ops, its weights, and its side of every exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from disco.partition.placement import Placement, Replicated, Sharded
+from disco.program import Arg, Dtype, Op, Output, Program, Ref, ValueInfo, WeightRef, map_leaves
+from disco_kernels.pattern import Ownership, Selected
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One tensor, sent once for all its consumers.
+
+    Attributes:
+        number: its place in the order in which all ranks exchange.
+        value: the exchanged value.
+        placement: how the value is sharded.
+        sent: ``sent[i][j]``: channels that rank j sends rank i, in rank j's order.
+        dtype: of the value and on the wire.
+        elements_per_channel: of one image.
+        consumers: layers that read received channels.
+        gathered_by: ops without a rule, and "output", that need the value whole.
+    """
+
+    number: int
+    value: str
+    placement: Sharded
+    sent: Selected
+    dtype: str
+    elements_per_channel: int
+    consumers: tuple[str, ...]
+    gathered_by: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RankProgram:
+    """What one rank runs: its program and the weights beside it."""
+
+    program: Program
+    weights: dict[str, Tensor]
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(w.numel() * w.element_size() for w in self.weights.values())
+
+
+class RankBuilder:
+    """Collects the ops of `rank`. Rules write into it; values keep the program's names.
+
+    A sharded value has the rank's own part under its name; received payloads and the assembled
+    whole are made when an op first asks for them, so that a rank waits as late as it can.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        source_weights: Mapping[str, Tensor],
+        placements: Mapping[str, Placement],
+        exchanges: Mapping[str, Exchange],
+    ) -> None:
+        self.rank = rank
+        self.weights: dict[str, Tensor] = {}
+        self._source_weights = source_weights
+        self._placements = placements
+        self._exchanges = exchanges
+        self._ops: list[Op] = []
+        self._made: set[str] = set()
+
+    # Reading values -----------------------------------------------------------------------------
+
+    def localise(self, leaf: Any) -> Any:
+        """An argument as it is on this rank: values by name, weights whole."""
+        return self.keep(leaf) if isinstance(leaf, WeightRef) else leaf
+
+    def globalise(self, leaf: Any) -> Any:
+        """An argument with sharded values assembled."""
+        return self.whole(leaf) if isinstance(leaf, Ref) else self.localise(leaf)
+
+    def whole(self, value: Ref) -> Ref:
+        """The value with all ranks' channels in global order."""
+        placement = self._placements[value.name]
+        if isinstance(placement, Replicated):
+            return value
+        name = f"{value.name}.whole"
+        if self._make(name):
+            ranks = range(placement.ownership.world_size)
+            counts = placement.ownership.counts
+            pieces = tuple(
+                value if peer == self.rank else self.payload(value, peer)
+                for peer in ranks
+                if counts[peer]
+            )
+            order = None
+            if not placement.ownership.is_contiguous:
+                flat = [c for owned in placement.ownership.channels for c in owned]
+                inverse = torch.tensor(flat).argsort().to(torch.int32)
+                order = self.store(f"{value.name}.order", inverse)
+            self.add(Op("disco.assemble", name, (pieces,), {"order": order, "dim": placement.dim}))
+        return Ref(name)
+
+    def payload(self, value: Ref, peer: int) -> Ref:
+        """The channels of `value` that `peer` has sent, as a tensor of the value's dimensions."""
+        name = f"{value.name}.from{peer}"
+        if self._make(name):
+            senders = self._senders(self._exchanges[value.name])
+            source = Ref(f"{value.name}.exchange")
+            self.add(Op("operator.getitem", name, (source, senders.index(peer))))
+        return Ref(name)
+
+    def received(self, value: Ref, peer: int) -> tuple[int, ...]:
+        """Global channels of `value` that `peer` sends this rank."""
+        return self._exchanges[value.name].sent[self.rank][peer]
+
+    def part(self, arg: Arg, ownership: Ownership, dim: int) -> Arg:
+        """This rank's channels (of `ownership`, along `dim`) of a value or weight."""
+        owned = ownership.channels[self.rank]
+        if isinstance(arg, WeightRef):
+            tensor = self._source_weights[arg.name].index_select(dim, _positions(owned))
+            return self.store(arg.name, tensor)
+        assert isinstance(arg, Ref)
+        if self._placements[arg.name] == Sharded(ownership, dim):
+            return arg
+        index = self.store(f"{arg.name}.part", _positions(owned).to(torch.int32))
+        name = f"{index.name}.dim{dim}"
+        if self._make(name):
+            self.add(Op("disco.take", name, (self.whole(arg), index), {"dim": dim}))
+        return Ref(name)
+
+    # Writing ------------------------------------------------------------------------------------
+
+    def add(self, op: Op) -> None:
+        """Append an op."""
+        self._ops.append(op)
+
+    def add_empty(self, name: str, shape: Sequence[int | str], dim: int, dtype: str) -> None:
+        """A rank that owns no channel of a value computes nothing, but knows the value's sizes."""
+        sizes = (*shape[:dim], 0, *shape[dim + 1 :])
+        self.add(Op("disco.empty", name, (tuple(sizes),), {"dtype": Dtype(dtype)}))
+
+    def keep(self, weight: WeightRef) -> WeightRef:
+        """Give the rank a weight as it is."""
+        if weight.name not in self.weights:
+            # A copy: later changes to the model must not reach some weights and not others.
+            return self.store(weight.name, self._source_weights[weight.name].clone())
+        return self.store(weight.name, self._source_weights[weight.name])
+
+    def source(self, weight: WeightRef) -> Tensor:
+        """The whole tensor of a weight; the rank does not get it."""
+        return self._source_weights[weight.name]
+
+    def store(self, name: str, tensor: Tensor) -> WeightRef:
+        """Give the rank a tensor, under `name` or, if another tensor has that, one like it."""
+        tensor = tensor.contiguous()
+        candidate, number = name, 1
+        while candidate in self.weights:
+            if _equal(self.weights[candidate], tensor):
+                return WeightRef(candidate)
+            number += 1
+            candidate = f"{name}.{number}"
+        self.weights[candidate] = tensor
+        return WeightRef(candidate)
+
+    def exchange(self, value: str) -> None:
+        """Start the exchange of a value, if it has one in which this rank takes part."""
+        exchange = self._exchanges.get(value)
+        if exchange is None:
+            return
+        owned = exchange.placement.ownership.channels[self.rank]
+        position = {channel: i for i, channel in enumerate(owned)}
+        send = []
+        for peer, row in enumerate(exchange.sent):
+            if row[self.rank]:
+                local = torch.tensor([position[c] for c in row[self.rank]], dtype=torch.int32)
+                send.append((peer, self.store(f"exchange.{exchange.number}.send.{peer}", local)))
+        receive = [(peer, len(exchange.sent[self.rank][peer])) for peer in self._senders(exchange)]
+        if send or receive:
+            attributes: dict[str, Arg] = {
+                "exchange": exchange.number,
+                "dim": exchange.placement.dim,
+                "send": tuple(send),
+                "receive": tuple(receive),
+            }
+            self.add(Op("disco.exchange", f"{value}.exchange", (Ref(value),), attributes))
+
+    def finish(
+        self, inputs: Sequence[str], outputs: Output, values: Mapping[str, ValueInfo]
+    ) -> RankProgram:
+        """The rank's program, with whole outputs, and its weights."""
+        whole = map_leaves(outputs, self.globalise)
+        program = Program(tuple(inputs), whole, tuple(self._ops), {n: values[n] for n in inputs})
+        program.validate()
+        return RankProgram(program, self.weights)
+
+    def _senders(self, exchange: Exchange) -> list[int]:
+        return [peer for peer, channels in enumerate(exchange.sent[self.rank]) if channels]
+
+    def _make(self, name: str) -> bool:
+        """True the first time that `name` is asked for."""
+        new = name not in self._made
+        self._made.add(name)
+        return new
+
+
+def _positions(channels: Sequence[int]) -> Tensor:
+    return torch.tensor(channels, dtype=torch.int64)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and bool(torch.equal(a, b))

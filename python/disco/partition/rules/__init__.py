@@ -1,0 +1,17 @@
+"""One rule per op kind. To add one, write a function with `@rule`; import its file here."""
+
+from disco.partition.rules import convolution, elementwise, join, matrix, reshape, spatial
+from disco.partition.rules.registry import Lowering, RuleContext, lower, rule
+
+__all__ = [
+    "Lowering",
+    "RuleContext",
+    "convolution",
+    "elementwise",
+    "join",
+    "lower",
+    "matrix",
+    "reshape",
+    "rule",
+    "spatial",
+]

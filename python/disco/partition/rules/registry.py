@@ -1,0 +1,145 @@
+"""What a rule is: a small function that says how one op runs on values that are sharded.
+
+A rule gets the op and a `RuleContext` (where its inputs are) and returns a `Lowering` (where its
+result is, what the ranks need of each other, and how to write each rank's op), or None if it has no
+answer for this case. With no rule, or no answer, the op gathers its inputs and runs replicated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from disco.partition.placement import Placement, Replicated, Sharded
+from disco.partition.rank_builder import RankBuilder
+from disco.program import Arg, Op, Ref, ValueInfo, WeightRef, evaluate_dim
+from disco.program.symbols import symbols_of
+from disco_kernels.pattern import Ownership, Selected, find_selected
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """A rule's answer for one op.
+
+    Attributes:
+        placement: where the result is.
+        emit: writes one rank's op; called once per rank, after all exchanges are known.
+        select: per input value the channels that the ranks need of each other.
+        whole: input values that every rank needs whole.
+        flops: 2 x multiply-accumulates per image of convolutions and linears, per rank.
+        out_ownership, in_ownership, selected: of a convolution or linear, for the plan.
+        reason: why the op runs replicated although an input is sharded; empty if it does not.
+    """
+
+    placement: Placement
+    emit: Callable[[Op, RankBuilder], None]
+    select: Mapping[str, Selected] = field(default_factory=dict)
+    whole: tuple[str, ...] = ()
+    flops: tuple[int, ...] = ()
+    out_ownership: Ownership | None = None
+    in_ownership: Ownership | None = None
+    selected: Selected = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class RuleContext:
+    """What rules may look at.
+
+    Attributes:
+        world_size: number of ranks.
+        placements, values: of everything computed so far.
+        weights: the program's weights.
+        origins: folded weight -> the model's parameter, whose zeros are the pattern.
+        out_ownership: layer -> ownership of its outputs, where somebody has fixed it.
+        tolerance: a weight counts as zero up to this.
+        dense_exchange: take no notice of zeros: every channel is needed everywhere.
+    """
+
+    world_size: int
+    placements: Mapping[str, Placement]
+    values: Mapping[str, ValueInfo]
+    weights: Mapping[str, Tensor]
+    origins: Mapping[str, str] = field(default_factory=dict)
+    out_ownership: Mapping[str, Ownership] = field(default_factory=dict)
+    tolerance: float = 0.0
+    dense_exchange: bool = False
+
+    def sharded(self, arg: Arg) -> Sharded | None:
+        """The placement of a value if it is sharded; None for replicated ones, weights, numbers."""
+        placement = self.placements[arg.name] if isinstance(arg, Ref) else None
+        return placement if isinstance(placement, Sharded) else None
+
+    def shape(self, arg: Arg) -> tuple[int | str, ...]:
+        """Symbolic shape of a value or weight; () for numbers."""
+        if isinstance(arg, Ref):
+            return self.values[arg.name].shape
+        return tuple(self.weights[arg.name].shape) if isinstance(arg, WeightRef) else ()
+
+    def sizes(self, name: str) -> tuple[int, ...]:
+        """Shape of a value for one image: every symbol is 1."""
+        shape = self.values[name].shape
+        ones = dict.fromkeys(symbols_of(shape), 1)
+        return tuple(evaluate_dim(dim, ones) for dim in shape)
+
+    def layer_of(self, op: Op) -> str:
+        """The model's layer behind an op: where its first weight lives; else the op's own name."""
+        for name in op.weight_refs():
+            return self.origins.get(name, name).rpartition(".")[0] or self.origins.get(name, name)
+        return op.name
+
+    def pattern_weight(self, weight: WeightRef) -> Tensor:
+        """The unfolded parameter behind a weight: folding scales rows, so tolerances hold here."""
+        return self.weights[self.origins.get(weight.name, weight.name)]
+
+    def selected(self, weight: WeightRef, out: Ownership, inputs: Ownership) -> Selected:
+        """The channels that `weight` needs across ranks."""
+        return find_selected(self.pattern_weight(weight), out, inputs, self.tolerance)
+
+
+Rule = Callable[[Op, RuleContext], Lowering | None]
+
+_rules: dict[str, Rule] = {}
+
+
+def rule(*kinds: str) -> Callable[[Rule], Rule]:
+    """Make a function the rule of these op kinds. The last registration of a kind wins."""
+
+    def register(function: Rule) -> Rule:
+        _rules.update(dict.fromkeys(kinds, function))
+        return function
+
+    return register
+
+
+def lower(op: Op, context: RuleContext) -> Lowering:
+    """How `op` runs: by its rule, else with gathered inputs on every rank."""
+    inputs = [name for name in dict.fromkeys(op.refs()) if context.sharded(Ref(name))]
+    found = _rules.get(op.kind)
+    if found is not None and (inputs or op.kind in _SPLITTING):
+        lowering = found(op, context)
+        if lowering is not None:
+            return lowering
+    reason = ""
+    if inputs:
+        reason = "no rule for this op" if found is None else "no rule for this case"
+    return Lowering(Replicated(), _emit_whole, whole=tuple(inputs), reason=reason)
+
+
+def same_op(placement: Placement) -> Lowering:
+    """The same op on each rank's own part of every input."""
+    return Lowering(placement, _emit_local)
+
+
+def _emit_local(op: Op, rank: RankBuilder) -> None:
+    rank.add(op.replace_leaves(rank.localise))
+
+
+def _emit_whole(op: Op, rank: RankBuilder) -> None:
+    rank.add(op.replace_leaves(rank.globalise))
+
+
+# Ops that shard their result even if every input is replicated.
+_SPLITTING = frozenset({"disco.conv2d", "disco.linear"})

@@ -1,0 +1,227 @@
+"""Ops that move dimensions about: views, permutations, slices of other dimensions, sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from disco.partition.placement import Replicated, Sharded
+from disco.partition.rank_builder import RankBuilder
+from disco.partition.rules.registry import Lowering, RuleContext, rule, same_op
+from disco.program import Arg, Op, evaluate_shape
+from disco.program.symbols import symbols_of
+from disco_kernels.pattern import Ownership
+
+# Symbols get sizes that no product of a model's own sizes is likely to hit, to match dimensions by
+# their numbers; the primes differ so that two symbols are never taken for each other.
+_PROBES = (1_000_003, 1_000_033, 1_000_037, 1_000_039, 1_000_081, 1_000_099)
+
+
+@rule("aten.view.default", "aten._unsafe_view.default", "aten.reshape.default")
+def view(op: Op, context: RuleContext) -> Lowering | None:
+    """Keeps the channels, merges dimensions into them from behind, or splits them in blocks."""
+    placed = context.sharded(op.args[0])
+    target = op.args[1]
+    before, after = context.shape(op.args[0]), context.values[op.name].shape
+    if placed is None or not isinstance(target, tuple):
+        return None
+    mapped = map_through_view(placed, before, after)
+    return None if mapped is None else _resized(op, target, mapped, after)
+
+
+@rule("aten.flatten.using_ints")
+def flatten(op: Op, context: RuleContext) -> Lowering | None:
+    """A view; its attributes need no change."""
+    placed = context.sharded(op.args[0])
+    if placed is None:
+        return None
+    mapped = map_through_view(placed, context.shape(op.args[0]), context.values[op.name].shape)
+    return None if mapped is None else same_op(mapped)
+
+
+@rule("aten.permute.default")
+def permute(op: Op, context: RuleContext) -> Lowering | None:
+    """The channels' dimension moves."""
+    placed = context.sharded(op.args[0])
+    order = op.args[1]
+    if placed is None or not isinstance(order, tuple):
+        return None
+    dims = [dim % len(order) for dim in order if isinstance(dim, int)]
+    return same_op(Sharded(placed.ownership, dims.index(placed.dim)))
+
+
+@rule("aten.transpose.int")
+def transpose(op: Op, context: RuleContext) -> Lowering | None:
+    """Two dimensions change places."""
+    placed = context.sharded(op.args[0])
+    if placed is None:
+        return None
+    num_dims = len(context.shape(op.args[0]))
+    a, b = (dim % num_dims for dim in op.args[1:3] if isinstance(dim, int))
+    moved = {a: b, b: a}.get(placed.dim, placed.dim)
+    return same_op(Sharded(placed.ownership, moved))
+
+
+@rule("aten.unsqueeze.default")
+def unsqueeze(op: Op, context: RuleContext) -> Lowering | None:
+    """A new dimension of size 1."""
+    placed, dim = context.sharded(op.args[0]), op.args[1]
+    if placed is None or not isinstance(dim, int):
+        return None
+    new = dim % (len(context.shape(op.args[0])) + 1)
+    return same_op(Sharded(placed.ownership, placed.dim + (new <= placed.dim)))
+
+
+@rule("aten.squeeze.dim", "aten.squeeze.dims")
+def squeeze(op: Op, context: RuleContext) -> Lowering | None:
+    """Named dimensions of size 1 go; local unless the channels are among them."""
+    placed = context.sharded(op.args[0])
+    if placed is None:
+        return None
+    shape = context.shape(op.args[0])
+    given: Sequence[Arg] = op.args[1] if isinstance(op.args[1], tuple) else (op.args[1],)
+    dims = {dim % len(shape) for dim in given if isinstance(dim, int)}
+    if placed.dim in dims:
+        return None
+    gone = sum(dim < placed.dim and shape[dim] == 1 for dim in dims)
+    return same_op(Sharded(placed.ownership, placed.dim - gone))
+
+
+@rule("aten.slice.Tensor", "aten.roll.default", "aten.flip.default", "aten.sym_size.int")
+def other_dims(op: Op, context: RuleContext) -> Lowering | None:
+    """Works on other dimensions than the channels."""
+    placed = context.sharded(op.args[0])
+    if placed is None:
+        return None
+    position = 2 if op.kind == "aten.roll.default" else 1
+    given = op.args[position] if len(op.args) > position else 0
+    named: Sequence[Arg] = given if isinstance(given, tuple) else (given,)
+    dims = {dim % len(context.shape(op.args[0])) for dim in named if isinstance(dim, int)}
+    if not dims or placed.dim in dims:
+        return None
+    if op.kind == "aten.sym_size.int":
+        return same_op(Replicated())  # a number, the same on every rank
+    return same_op(placed)
+
+
+@rule("aten.select.int")
+def select(op: Op, context: RuleContext) -> Lowering | None:
+    """One entry of another dimension, which goes."""
+    placed, dim = context.sharded(op.args[0]), op.args[1]
+    if placed is None or not isinstance(dim, int):
+        return None
+    gone = dim % len(context.shape(op.args[0]))
+    if gone == placed.dim:
+        return None
+    return same_op(Sharded(placed.ownership, placed.dim - (gone < placed.dim)))
+
+
+def map_through_view(
+    placed: Sharded, before: Sequence[int | str], after: Sequence[int | str]
+) -> Sharded | None:
+    """Where the channels are after a view; None if they end up mixed with dimensions before them.
+
+    Dimensions are matched in groups of equal products: ``[B, C, 7, 7] -> [B, C * 49]`` has the
+    groups ``[B] -> [B]`` and ``[C, 7, 7] -> [C * 49]``.
+    """
+    names = symbols_of((*before, *after))
+    if len(names) > len(_PROBES):
+        return None
+    probes = dict(zip(names, _PROBES, strict=False))
+    old, new = evaluate_shape(before, probes), evaluate_shape(after, probes)
+    if 0 in old:
+        return None
+    for (start, stop), (new_start, new_stop) in _groups(old, new):
+        if start <= placed.dim < stop:
+            return _map_in_group(placed, old, start, stop, new, new_start, new_stop)
+    return None
+
+
+def _groups(
+    old: Sequence[int], new: Sequence[int]
+) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """The finest matching runs of dimensions: ``((start, stop), (new_start, new_stop))``."""
+    groups = []
+    start = new_start = i = j = 0
+    left = right = 1
+    while i < len(old) or j < len(new):
+        if left <= right and i < len(old):
+            left, i = left * old[i], i + 1
+        elif j < len(new):
+            right, j = right * new[j], j + 1
+        else:
+            left, i = left * old[i], i + 1
+        if left == right and i > start and j > new_start:
+            groups.append(((start, i), (new_start, j)))
+            start, new_start, left, right = i, j, 1, 1
+    if groups and (start < len(old) or new_start < len(new)):
+        # What is left over has size 1 and joins the last group.
+        (first, _), (new_first, _) = groups.pop()
+        groups.append(((first, len(old)), (new_first, len(new))))
+    return groups
+
+
+def _map_in_group(
+    placed: Sharded,
+    old: Sequence[int],
+    start: int,
+    stop: int,
+    new: Sequence[int],
+    new_start: int,
+    new_stop: int,
+) -> Sharded | None:
+    """The channels have to come first in the group, up to dimensions of size 1."""
+    if prod(old[start : placed.dim]) != 1:
+        return None
+    behind = prod(old[placed.dim + 1 : stop])
+    lead = next((d for d in range(new_start, new_stop) if new[d] != 1), new_start)
+    channels = placed.ownership.num_channels
+    if new[lead] == channels and lead < new_stop:
+        return Sharded(placed.ownership, lead)
+    if new[lead] % channels == 0 and (channels * behind) % new[lead] == 0:
+        return Sharded(expanded(placed.ownership, new[lead] // channels), lead)
+    if channels % new[lead] == 0:
+        blocks = contracted(placed.ownership, channels // new[lead])
+        return None if blocks is None else Sharded(blocks, lead)
+    return None
+
+
+def expanded(ownership: Ownership, factor: int) -> Ownership:
+    """Every channel as `factor` consecutive ones."""
+    return Ownership(
+        tuple(
+            tuple(c * factor + k for c in owned for k in range(factor))
+            for owned in ownership.channels
+        )
+    )
+
+
+def contracted(ownership: Ownership, block: int) -> Ownership | None:
+    """Blocks of `block` consecutive channels as one; None if a rank owns part of one."""
+    ranks = []
+    for owned in ownership.channels:
+        starts = owned[::block]
+        if owned != tuple(s + k for s in starts for k in range(block)) or any(
+            s % block for s in starts
+        ):
+            return None
+        ranks.append(tuple(s // block for s in starts))
+    return Ownership(tuple(ranks))
+
+
+def _resized(
+    op: Op, target: tuple[Arg, ...], mapped: Sharded, after: Sequence[int | str]
+) -> Lowering:
+    """The view with the rank's own number of channels in its target shape."""
+
+    def emit(op: Op, rank: RankBuilder) -> None:
+        count = mapped.ownership.counts[rank.rank]
+        # -1 would be ambiguous on a rank without channels; the captured shape knows most sizes.
+        sizes = tuple(
+            known if given == -1 and isinstance(known, int) else given
+            for given, known in zip(target, after, strict=True)
+        )
+        local = (*sizes[: mapped.dim], count, *sizes[mapped.dim + 1 :])
+        rank.add(Op(op.kind, op.name, (op.args[0], local)))
+
+    return Lowering(mapped, emit)

@@ -1,0 +1,316 @@
+"""The artifact: a directory with `manifest.json` and one `rank-<r>.safetensors` per rank.
+
+A node reads the manifest and its own shard, nothing else. No pickle, nothing executable. The same
+plan and weights give byte-identical files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from disco.errors import InputError
+from disco.partition.plan import Plan
+from disco.partition.rank_builder import RankProgram
+from disco.program import Program, program_from_json, program_to_json
+
+# Readers take every minor version of their own major up to their own minor.
+FORMAT_VERSION = (1, 0)
+MANIFEST = "manifest.json"
+
+# One metadata entry with JSON in it: safetensors writes several in an order that changes by run.
+_METADATA_KEY = "disco"
+_LIBRARIES = ("disco-kernels", "torch", "safetensors")
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """What the manifest says of one shard."""
+
+    rank: int
+    file: str
+    sha256: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`manifest.json`.
+
+    Attributes:
+        plan: of all ranks.
+        model: description of the model, as given when saving (JSON).
+        shards: per rank.
+        libraries: versions that wrote the artifact.
+    """
+
+    plan: Plan
+    model: Mapping[str, Any]
+    shards: tuple[ShardFile, ...]
+    libraries: Mapping[str, str]
+    version: tuple[int, int] = FORMAT_VERSION
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank's shard."""
+
+    rank: int
+    world_size: int
+    plan_digest: str
+    program: Program
+    weights: dict[str, Tensor]
+
+
+def save_artifact(
+    directory: PathLike,
+    plan: Plan,
+    ranks: Sequence[RankProgram],
+    model_description: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write the artifact. The directory appears whole or not at all.
+
+    Args:
+        directory: must not exist; with `overwrite`, may be an artifact or an empty directory.
+        plan, ranks: of one partition.
+        model_description: anything in JSON that tells a reader which model this is.
+
+    Raises:
+        InputError: the directory exists, its parent does not, or the description is no JSON.
+    """
+    target = Path(directory)
+    check_target(target, overwrite)
+    try:
+        model = json.loads(json.dumps(dict(model_description or {}), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the model description must be plain JSON: {error}") from None
+    partial = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
+    partial.mkdir()
+    try:
+        shards = [_write_shard(partial, rank, part, plan) for rank, part in enumerate(ranks)]
+        content = {
+            "format": "disco-artifact",
+            "version": list(FORMAT_VERSION),
+            "plan": json.loads(plan.to_json()),
+            "plan_digest": plan.digest,
+            "model": model,
+            "shards": [
+                {"rank": s.rank, "file": s.file, "sha256": s.sha256, "bytes": s.num_bytes}
+                for s in shards
+            ],
+            "libraries": _library_versions(),
+        }
+        text = json.dumps(content, sort_keys=True, separators=(",", ":")) + "\n"
+        _write(partial / MANIFEST, text.encode())
+        _put_in_place(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load_manifest(directory: PathLike) -> Manifest:
+    """Read `manifest.json` only. InputError if it is missing, damaged or of an unknown version."""
+    path = Path(directory) / MANIFEST
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(
+            f"there is no {path}: give a directory that `partition(...).save` has written"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}): copy the artifact again") from None
+    if not isinstance(content, dict) or content.get("format") != "disco-artifact":
+        raise InputError(f"{path} is not the manifest of a partitioned model")
+    _check_version(content.get("version"), path)
+    try:
+        plan = Plan.from_json(json.dumps(content["plan"]))
+        shards = tuple(
+            ShardFile(int(s["rank"]), str(s["file"]), str(s["sha256"]), int(s["bytes"]))
+            for s in content["shards"]
+        )
+        model, libraries, digest = content["model"], content["libraries"], content["plan_digest"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is damaged ({error!r}): copy the artifact again") from None
+    if digest != plan.digest:
+        raise InputError(
+            f"{path} is damaged: its plan has digest {plan.digest[:12]}, it says "
+            f"{str(digest)[:12]}: copy the artifact again"
+        )
+    if [s.rank for s in shards] != list(range(plan.world_size)):
+        raise InputError(
+            f"{path} is damaged: it lists {len(shards)} shards of {plan.world_size} ranks"
+        )
+    return Manifest(plan, model, shards, libraries, tuple(content["version"]))
+
+
+def load_shard(directory: PathLike, rank: int) -> Shard:
+    """Read the manifest and this rank's shard, and no other shard.
+
+    Raises:
+        InputError: the rank is outside the plan, the shard is missing, changed, cut short, or of
+            another plan.
+    """
+    manifest = load_manifest(directory)
+    world_size = manifest.plan.world_size
+    if not 0 <= rank < world_size:
+        raise InputError(
+            f"rank {rank} is outside the plan in {os.fspath(directory)}, which has {world_size} "
+            f"ranks: give 0 to {world_size - 1}"
+        )
+    entry = manifest.shards[rank]
+    path = Path(directory) / f"rank-{rank}.safetensors"
+    if entry.file != path.name:
+        raise InputError(
+            f"{path.parent / MANIFEST} is damaged: rank {rank} has file {entry.file!r}"
+        )
+    if not path.is_file():
+        raise InputError(f"there is no shard {path}: copy it from where the model was partitioned")
+    plan_digest = manifest.plan.digest
+    found = _sha256(path)
+    if found != entry.sha256:
+        raise InputError(_why_changed(path, entry, found, plan_digest))
+    metadata = _metadata(path)
+    if metadata is None:
+        raise InputError(f"{path} is not a shard: it has no description of its program")
+    if metadata["plan_digest"] != plan_digest or metadata["rank"] != rank:
+        raise InputError(_another_plan(path, metadata, plan_digest, rank))
+    program = program_from_json(metadata["program"])
+    weights = safetensors.torch.load_file(path)
+    missing = [name for name in program.weight_names() if name not in weights]
+    if missing:
+        raise InputError(f"{path} lacks weight {missing[0]!r} of its program: partition again")
+    return Shard(rank, world_size, plan_digest, program, weights)
+
+
+def _write_shard(folder: Path, rank: int, part: RankProgram, plan: Plan) -> ShardFile:
+    path = folder / f"rank-{rank}.safetensors"
+    description = {
+        "version": list(FORMAT_VERSION),
+        "rank": rank,
+        "world_size": plan.world_size,
+        "plan_digest": plan.digest,
+        "program": program_to_json(part.program),
+    }
+    text = json.dumps(description, sort_keys=True, separators=(",", ":"))
+    safetensors.torch.save_file(part.weights, path, metadata={_METADATA_KEY: text})
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return ShardFile(rank, path.name, _sha256(path), path.stat().st_size)
+
+
+def _metadata(path: Path) -> dict[str, Any] | None:
+    """A shard's own description, None if the file has none that can be read."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            content = json.loads((file.metadata() or {})[_METADATA_KEY])
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError):
+        return None
+    fits = isinstance(content, dict) and {"plan_digest", "rank", "program"} <= set(content)
+    return content if fits else None
+
+
+def _why_changed(path: Path, entry: ShardFile, found: str, plan_digest: str) -> str:
+    metadata = _metadata(path)
+    if metadata is not None and (metadata["plan_digest"], metadata["rank"]) != (
+        plan_digest,
+        entry.rank,
+    ):
+        return _another_plan(path, metadata, plan_digest, entry.rank)
+    size = path.stat().st_size
+    what = "is damaged" if size == entry.num_bytes else f"has {size} of {entry.num_bytes} bytes"
+    return (
+        f"the shard {path} {what}: its sha256 is {found[:16]}..., the manifest says "
+        f"{entry.sha256[:16]}...: copy it again"
+    )
+
+
+def _another_plan(path: Path, metadata: Mapping[str, Any], plan_digest: str, rank: int) -> str:
+    return (
+        f"{path} is rank {metadata['rank']} of the plan {str(metadata['plan_digest'])[:12]}; the "
+        f"manifest wants rank {rank} of the plan {plan_digest[:12]}: copy the shard that was "
+        f"written with it"
+    )
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Refuse a directory that `save_artifact` could not or should not write. Raises InputError."""
+    if not target.parent.is_dir():
+        raise InputError(
+            f"there is no directory {target.parent} to write {target.name!r} into: make it"
+        )
+    if not target.exists() and not target.is_symlink():
+        return
+    if not overwrite:
+        raise InputError(f"{target} exists: choose another directory, or allow overwriting it")
+    replaceable = target.is_dir() and not target.is_symlink()
+    if not replaceable or not ((target / MANIFEST).is_file() or not any(target.iterdir())):
+        raise InputError(
+            f"{target} is not a partitioned model, so it is not overwritten: remove it"
+        )
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    """A rename, so that nobody ever sees half an artifact; an old one is moved away first."""
+    if not target.exists():
+        partial.rename(target)
+        return
+    old = partial.with_suffix(".old")
+    target.rename(old)
+    try:
+        partial.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old)
+
+
+def _check_version(given: Any, path: Path) -> None:
+    known = isinstance(given, list) and len(given) == 2 and all(isinstance(v, int) for v in given)
+    if not known or given[0] != FORMAT_VERSION[0] or given[1] > FORMAT_VERSION[1]:
+        text = ".".join(map(str, given)) if isinstance(given, list) else repr(given)
+        major, minor = FORMAT_VERSION
+        raise InputError(
+            f"{path} has format version {text}; this release reads {major}.0 to {major}.{minor}: "
+            f"install the release that wrote it, or partition the model again"
+        )
+
+
+def _library_versions() -> dict[str, str]:
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"  # running from a source tree
+    return found
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,77 @@
+"""A plan as text: a row a layer, then the totals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from disco.partition.plan import LayerPlan, Plan
+
+_HEADER = ("layer", "op", "in", "out", "selected", "kB/image", "MFLOP/rank", "note")
+
+
+def format_plan(plan: Plan) -> str:
+    """The table that `print(plan)` shows."""
+    rows = [_HEADER, *(_row(layer) for layer in plan.layers)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join([*lines, "", *_totals(plan)])
+
+
+def _row(layer: LayerPlan) -> tuple[str, ...]:
+    return (
+        layer.name,
+        layer.op.removeprefix("disco.").removeprefix("aten."),
+        _counts(layer.in_counts) if layer.in_counts else "whole",
+        _counts(layer.out_counts) if layer.out_counts else "whole",
+        _selected(layer.selected_counts),
+        f"{layer.bytes_per_image / 1e3:.1f}" if layer.exchanges else "-",
+        _counts([f"{flops / 1e6:.1f}" for flops in layer.flops]) if layer.flops else "-",
+        layer.note,
+    )
+
+
+def _totals(plan: Plan) -> list[str]:
+    sparse, dense = plan.bytes_per_image, plan.bytes_dense_exchange
+    flops, weights = plan.flops_per_rank, plan.weight_bytes_per_rank
+    lines = [
+        f"{plan.world_size} nodes, {len(plan.exchanges)} exchanged tensors"
+        + (", every channel exchanged" if plan.dense_exchange else ""),
+        f"exchanged per image: {sparse / 1e6:.3f} MB, dense exchange {dense / 1e6:.3f} MB"
+        + (f" ({dense / sparse:.2f}x)" if sparse else ""),
+        f"FLOPs per image: {_counts([f'{f / 1e9:.3f}' for f in flops])} G per node, "
+        f"whole model {plan.flops_dense / 1e9:.3f} G"
+        + (f" (all nodes: {sum(flops) / plan.flops_dense:.3f})" if plan.flops_dense else ""),
+    ]
+    if weights:
+        share = (
+            f" (largest: {max(weights) / plan.weight_bytes_dense:.3f})"
+            if plan.weight_bytes_dense
+            else ""
+        )
+        lines.append(
+            f"weights: {_counts([f'{w / 1e6:.2f}' for w in weights])} MB per node, "
+            f"whole model {plan.weight_bytes_dense / 1e6:.2f} MB{share}"
+        )
+    for layer in plan.replicated:
+        lines.append(
+            f"runs on every node: {layer.name} ({layer.op}), {layer.note}; gathering its inputs "
+            f"costs {layer.bytes_per_image / 1e3:.1f} kB per image"
+        )
+    return lines
+
+
+def _counts(counts: Sequence[int | str]) -> str:
+    """Equal counts once ("2 x 128"), others one by one."""
+    if len(counts) > 1 and len(set(counts)) == 1:
+        return f"{len(counts)} x {counts[0]}"
+    return " ".join(str(count) for count in counts)
+
+
+def _selected(table: Sequence[Sequence[int]]) -> str:
+    """Channels taken from others, per receiving rank."""
+    return _counts([sum(row) for row in table]) if table else "-"

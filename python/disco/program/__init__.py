@@ -1,0 +1,41 @@
+"""The program IR: what captured models, plans and shards are written in. See `disco.program.ir`."""
+
+from disco.program.interpret import interpret
+from disco.program.ir import (
+    PROGRAM_VERSION,
+    Arg,
+    Dtype,
+    Op,
+    Output,
+    Program,
+    Ref,
+    ValueInfo,
+    WeightRef,
+    leaves,
+    map_leaves,
+)
+from disco.program.json_format import program_from_json, program_to_json
+from disco.program.ops import is_allowed, pure_function, register_op
+from disco.program.symbols import evaluate_dim, evaluate_shape
+
+__all__ = [
+    "PROGRAM_VERSION",
+    "Arg",
+    "Dtype",
+    "Op",
+    "Output",
+    "Program",
+    "Ref",
+    "ValueInfo",
+    "WeightRef",
+    "evaluate_dim",
+    "evaluate_shape",
+    "interpret",
+    "is_allowed",
+    "leaves",
+    "map_leaves",
+    "program_from_json",
+    "program_to_json",
+    "pure_function",
+    "register_op",
+]

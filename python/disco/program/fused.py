@@ -1,0 +1,71 @@
+"""The fused ops of captured programs as plain torch functions: definition and oracle in one.
+
+Activations are those that the kernels have in their epilogue; every other one stays an op of its
+own.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = ("none", "relu")
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    activation: str,
+) -> Tensor:
+    """``activation(conv2d(x) + bias + residual)``.
+
+    Args:
+        x: ``[B, I, H, W]``.
+        weight: ``[O, I / groups, kh, kw]``.
+        bias: ``[O]``.
+        residual: ``[B, O, OH, OW]``.
+        activation: one of `ACTIVATIONS`.
+    """
+    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return _epilogue(y, residual, activation)
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *, activation: str
+) -> Tensor:
+    """``activation(x @ weight.T + bias + residual)``: x ``[..., I]``, weight ``[O, I]``."""
+    return _epilogue(F.linear(x, weight, bias), residual, activation)
+
+
+def channel_affine(x: Tensor, scale: Tensor, shift: Tensor, *, activation: str) -> Tensor:
+    """``activation(x * scale + shift)`` along dim 1: a batch norm that stays alone.
+
+    Args:
+        x: ``[B, C, ...]``.
+        scale, shift: ``[C]``.
+    """
+    shape = (-1, *([1] * (x.dim() - 2)))
+    return _epilogue(torch.addcmul(shift.view(shape), x, scale.view(shape)), None, activation)
+
+
+def take(x: Tensor, index: Tensor, *, dim: int) -> Tensor:
+    """The entries `index` (int32) of `x` along `dim`."""
+    return x.index_select(dim, index)
+
+
+def _epilogue(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    if residual is not None:
+        y = y + residual
+    if activation == "none":
+        return y
+    if activation == "relu":
+        return y.relu()
+    raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; given {activation!r}")

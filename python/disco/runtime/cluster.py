@@ -1,0 +1,111 @@
+"""All ranks of a partitioned model as processes on this machine, used from one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from disco.errors import InputError
+from disco.partition.shards import load_manifest
+from disco.runtime.children import ChildSpec
+from disco.runtime.launched import Launched
+from disco.runtime.messages import load_tensors, unflatten
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One pass over all ranks.
+
+    Attributes:
+        outputs: per rank what the model returned there; every rank has the whole output.
+        bytes_sent, bytes_received: per rank the payload bytes that its transport handed over.
+        latency_ms: of the slowest rank, from its inputs to its outputs.
+    """
+
+    outputs: tuple[Any, ...]
+    bytes_sent: tuple[int, ...]
+    bytes_received: tuple[int, ...]
+    latency_ms: float
+
+
+class Cluster(Launched):
+    """Start one process per rank of the plan in `directory`; use as a context manager.
+
+    Each process loads its own shard and no other, and they exchange payloads over gloo on loopback.
+    They end with the block, with an exception in it, and when this process dies.
+
+    Args:
+        directory: with manifest.json and the shards; or one such directory per rank.
+        nodes: must be the plan's number of ranks if given.
+        threads: per rank; None shares this process's cores out evenly.
+        timeout_s: for every wait on a peer.
+
+    Raises:
+        InputError: `nodes` is not the plan's, a shard is damaged or of another plan.
+        WorkerError: (on entering or running) a rank failed or died.
+    """
+
+    def __init__(
+        self,
+        directory: PathLike | Sequence[PathLike],
+        *,
+        nodes: int | None = None,
+        threads: int | None = None,
+        timeout_s: float = 30.0,
+    ) -> None:
+        super().__init__(timeout_s)
+        given = [directory] if isinstance(directory, (str, os.PathLike)) else list(directory)
+        self.manifest = load_manifest(given[0])
+        self.world_size = self.manifest.plan.world_size
+        if nodes is not None and nodes != self.world_size:
+            raise InputError(
+                f"{nodes} nodes were asked for, and the plan in {os.fspath(given[0])} is for "
+                f"{self.world_size}: give that number, or partition the model for {nodes}"
+            )
+        self._directories = given * self.world_size if len(given) == 1 else given
+        if len(self._directories) != self.world_size:
+            raise InputError(
+                f"{len(given)} directories were given for a plan of {self.world_size} ranks: "
+                "give one, or one per rank"
+            )
+        self.threads = threads or max(1, available_cores() // self.world_size)
+
+    def run(self, *inputs: Tensor) -> RunResult:
+        """One pass over all ranks; every rank is given the same inputs."""
+        replies = self._ask(inputs, {"command": "run"}, 1)
+        return RunResult(
+            outputs=tuple(unflatten(r["structure"], load_tensors(r["outputs"])) for r in replies),
+            bytes_sent=tuple(r["bytes_sent"] for r in replies),
+            bytes_received=tuple(r["bytes_received"] for r in replies),
+            latency_ms=max(r["latency_ms"] for r in replies),
+        )
+
+    def specs(self, folder: str) -> list[ChildSpec]:
+        """One worker a rank."""
+        return [self._spec(rank, folder) for rank in range(self.world_size)]
+
+    def _spec(self, rank: int, folder: str) -> ChildSpec:
+        args = {
+            "--directory": str(Path(self._directories[rank]).absolute()),
+            "--rank": str(rank),
+            "--world-size": str(self.world_size),
+            "--rendezvous": os.path.join(folder, "rendezvous"),
+            "--threads": str(self.threads),
+            "--timeout-s": str(self.timeout_s),
+        }
+        flat = tuple(word for pair in args.items() for word in pair)
+        return ChildSpec(f"rank {rank}", "disco.runtime.worker", flat, self.threads)
+
+
+def available_cores() -> int:
+    """The cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

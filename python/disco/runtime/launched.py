@@ -1,0 +1,90 @@
+"""Child processes that serve one model together, and the files through which tensors reach them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TypeVar
+
+from torch import Tensor
+
+from disco.runtime.children import Children, ChildSpec
+from disco.runtime.messages import Message, save_tensors
+
+_START_TIMEOUT_S = 180.0  # importing torch and packing weights, on slow storage
+
+Self = TypeVar("Self", bound="Launched")
+
+
+class Launched(ABC):
+    """Base of `Cluster` and of a benchmark's engines. Use as a context manager.
+
+    The children end with the block, with an exception in it, and when this process dies.
+
+    Attributes:
+        timeout_s: how long one pass may take.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._children: Children | None = None
+
+    @abstractmethod
+    def specs(self, folder: str) -> list[ChildSpec]:
+        """The children to start; `folder` is private to them and this process."""
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the children."""
+        return [] if self._children is None else self._children.pids
+
+    @property
+    def ready(self) -> list[Message]:
+        """What each child said when it was ready."""
+        return [] if self._children is None else self._children.ready
+
+    def __enter__(self: Self) -> Self:
+        # mkdtemp makes it for this user only: inputs, outputs and the rendezvous lie in it.
+        folder = tempfile.TemporaryDirectory(prefix="disco-")
+        try:
+            children = Children(
+                self.specs(folder.name), cwd=folder.name, start_timeout_s=_START_TIMEOUT_S
+            )
+            children.__enter__()
+        except BaseException:
+            folder.cleanup()
+            raise
+        self._folder, self._children = folder, children
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self._children is not None and self._folder is not None
+        try:
+            self._children.__exit__(kind, value, trace)
+        finally:
+            self._folder.cleanup()
+            self._children = None
+
+    def measure(self, *inputs: Tensor, warmup: int, repeats: int) -> list[float]:
+        """Latencies in ms of `repeats` passes after `warmup` untimed ones, of the slowest child."""
+        replies = self._ask(
+            inputs, {"command": "measure", "warmup": warmup, "repeats": repeats}, warmup + repeats
+        )
+        return [max(times) for times in zip(*(r["latency_ms"] for r in replies), strict=True)]
+
+    def _ask(self, inputs: Sequence[Tensor], command: Message, passes: int) -> list[Message]:
+        assert self._children is not None and self._folder is not None, "use it in a with block"
+        path = os.path.join(self._folder.name, "inputs.safetensors")
+        save_tensors(path, list(inputs))
+        # One more than the passes: the children's own waits should end first and say why.
+        timeout_s = self.timeout_s * (passes + 1)
+        return self._children.ask({**command, "inputs": path}, timeout_s=timeout_s)

@@ -1,0 +1,72 @@
+"""What the launcher and its child processes say to each other.
+
+One JSON object a line: commands on a child's stdin, replies on its stdout. Tensors go beside, in
+safetensors files in a private folder. Nothing is executed that came in a message.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import IO, Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+Message = dict[str, Any]
+
+
+def write_message(stream: IO[str], message: Message) -> None:
+    """Write one line and flush it."""
+    stream.write(json.dumps(message, separators=(",", ":")) + "\n")
+    stream.flush()
+
+
+def read_message(line: str) -> Message:
+    """The inverse; raises ValueError for a line that is no JSON object."""
+    message = json.loads(line)
+    if not isinstance(message, dict):
+        raise ValueError(f"not a JSON object: {line[:80]!r}")
+    return message
+
+
+def save_tensors(path: str, tensors: list[Tensor]) -> None:
+    """Write tensors in order to a safetensors file."""
+    save_file({str(i): t.detach().contiguous() for i, t in enumerate(tensors)}, path)
+
+
+def load_tensors(path: str) -> list[Tensor]:
+    """The inverse of `save_tensors`."""
+    loaded = load_file(path)
+    return [loaded[str(i)] for i in range(len(loaded))]
+
+
+def flatten(value: Any, tensors: list[Tensor]) -> Any:
+    """Append the tensors in nested dicts, lists and tuples to `tensors`.
+
+    Returns:
+        the same structure as JSON: a tensor's position, or {"dict": ...}, {"list": ...} or
+        {"tuple": ...}.
+    """
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return len(tensors) - 1
+    if isinstance(value, dict):
+        return {"dict": {key: flatten(item, tensors) for key, item in value.items()}}
+    if isinstance(value, (list, tuple)):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [flatten(item, tensors) for item in value]}
+    raise TypeError(f"a model's output may hold tensors, dicts, lists and tuples, not {value!r}")
+
+
+def unflatten(template: Any, tensors: list[Tensor]) -> Any:
+    """The inverse of `flatten`."""
+    if isinstance(template, int):
+        return tensors[template]
+    makers: dict[str, Callable[[Any], Any]] = {
+        "dict": lambda items: {key: unflatten(item, tensors) for key, item in items.items()},
+        "list": lambda items: [unflatten(item, tensors) for item in items],
+        "tuple": lambda items: tuple(unflatten(item, tensors) for item in items),
+    }
+    ((kind, content),) = template.items()
+    return makers[kind](content)

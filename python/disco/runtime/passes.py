@@ -1,0 +1,66 @@
+"""Answering "run" and "measure": passes of a function over tensors that lie in files."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from disco.runtime.messages import Message, flatten, load_tensors, save_tensors
+from disco.runtime.serve import Handlers
+
+
+@dataclass
+class Passes:
+    """A function of tensors, served.
+
+    Attributes:
+        function: the model.
+        outputs_path: file that a "run" writes its outputs to, over those of the last one.
+        counters: current totals; a "run" replies by how much each grew.
+    """
+
+    function: Callable[..., Any]
+    outputs_path: str
+    counters: Callable[[], dict[str, int]] = dict
+
+    def handlers(self) -> Handlers:
+        """The commands, for `serve`."""
+        return {"run": self.run, "measure": self.measure}
+
+    def run(self, command: Message) -> Message:
+        """One pass: inputs from a file, outputs to a file, the latency in ms and the counters."""
+        inputs = load_tensors(command["inputs"])
+        before = self.counters()
+        with torch.inference_mode():
+            begin = time.perf_counter()
+            value = self.function(*inputs)
+            latency_ms = (time.perf_counter() - begin) * 1e3
+        growth = {name: total - before[name] for name, total in self.counters().items()}
+        outputs: list[torch.Tensor] = []
+        structure = flatten(value, outputs)
+        part = f"{self.outputs_path}.part"
+        save_tensors(part, outputs)
+        os.replace(part, self.outputs_path)
+        return {
+            "outputs": self.outputs_path,
+            "structure": structure,
+            "latency_ms": latency_ms,
+            **growth,
+        }
+
+    def measure(self, command: Message) -> Message:
+        """Time passes in ms: `warmup` untimed ones, then `repeats` that are timed one by one."""
+        inputs = load_tensors(command["inputs"])
+        latencies_ms: list[float] = []
+        with torch.inference_mode():
+            for index in range(command["warmup"] + command["repeats"]):
+                begin = time.perf_counter()
+                self.function(*inputs)
+                if index >= command["warmup"]:
+                    latencies_ms.append((time.perf_counter() - begin) * 1e3)
+        return {"latency_ms": latencies_ms}

@@ -1,0 +1,44 @@
+"""Where the ranks of one machine find each other, and what they agree on before they talk."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+
+from torch._C._distributed_c10d import FileStore, Store
+from torch.distributed import DistStoreError
+
+from disco.errors import InputError, TransportError
+
+
+def file_store(path: str, world_size: int) -> Store:
+    """A store in a file that only this user can open: no port for a stranger to connect to."""
+    return FileStore(path, world_size)
+
+
+def agree(store: Store, rank: int, world_size: int, plan_digest: str, timeout_s: float) -> None:
+    """Check that all ranks hold shards of one plan, before any activation is sent.
+
+    Raises:
+        InputError: a peer has a shard of another plan, or of another number of ranks.
+        TransportError: a peer did not appear within `timeout_s` seconds.
+    """
+    mine = {"plan": plan_digest, "world_size": world_size}
+    store.set(f"hello/{rank}", json.dumps(mine))
+    for peer in range(world_size):
+        if peer == rank:
+            continue
+        key = f"hello/{peer}"
+        try:
+            store.wait([key], timedelta(seconds=timeout_s))
+        except (RuntimeError, DistStoreError) as error:
+            raise TransportError(
+                f"rank {peer} of {world_size} did not appear within {timeout_s:g} s"
+            ) from error
+        theirs = json.loads(store.get(key))
+        if theirs != mine:
+            raise InputError(
+                f"rank {rank} has a shard of plan {plan_digest[:12]} for {world_size} ranks, "
+                f"rank {peer} one of plan {theirs['plan'][:12]} for {theirs['world_size']}: "
+                "give every rank its shard of one partition"
+            )

@@ -1,0 +1,198 @@
+"""Models by name, out of torchvision or timm, with weights of a file or seeded random ones."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from disco.errors import InputError
+from disco.torchvision_compat import import_torchvision
+
+SOURCES = ("torchvision", "timm")
+_MANY = 3  # keys named in a message; more would not make it clearer
+
+
+def build_model(
+    source: str, name: str, *, weights: str | Path | None = None, seed: int = 0
+) -> nn.Module:
+    """Build a model in `eval()` mode, in float32 on the CPU.
+
+    Args:
+        source: "torchvision" or "timm".
+        name: the model's name there, "resnet50".
+        weights: a `.safetensors`, `.pth` or `.pt` file with a state dict of exactly this model;
+            None leaves the weights as the model's own initialisation drew them.
+        seed: of torch's generator while the model is made; the caller's generator is not touched.
+
+    Raises:
+        InputError: unknown source or name, or a file that does not fit.
+    """
+    make = _factory(source, name)
+    # Read first: a bad file should not wait for a large model to be initialised.
+    state = None if weights is None else read_state_dict(weights)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = make()
+    if state is not None:
+        _load_strictly(model, state, f"{source} {name}", Path(str(weights)))
+    return model.eval()
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read a state dict without running anything that the file contains.
+
+    `.safetensors`, or `.pth` and `.pt` through `torch.load(weights_only=True)`; there, a dict under
+    "state_dict" or "model" is taken out of a training checkpoint. Raises InputError.
+    """
+    path = Path(path)
+    _check_file(path)
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise InputError(
+                f"the weights file {path} is not a whole safetensors file ({error}): "
+                "copy it again from where it came"
+            ) from error
+    if path.suffix not in (".pth", ".pt"):
+        raise InputError(
+            f"the weights file {path} ends in {path.suffix!r}; .safetensors, .pth and .pt are "
+            "read: convert it to one of them"
+        )
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"the weights file {path} holds more than plain tensors, and only those are loaded "
+            f"({_first_line(error)}): save the model's state_dict() and give that"
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"the weights file {path} is damaged or not written by torch.save "
+            f"({_first_line(error)}): copy it again from where it came"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()
+    ):
+        raise InputError(
+            f"the weights file {path} does not hold a state dict of plain tensors: "
+            "save the model's state_dict() and give that"
+        )
+    return dict(loaded)
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and values, in order of name."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def weights_digest(path: str | Path | None) -> str | None:
+    """SHA-256 of a weights file's bytes, None for no file. InputError if it is not there."""
+    if path is None:
+        return None
+    _check_file(Path(path))
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def category_names(num_classes: int) -> list[str] | None:
+    """ImageNet's class names if `num_classes` is 1000 and torchvision is there, else None."""
+    if num_classes != 1000 or importlib.util.find_spec("torchvision") is None:
+        return None
+    import_torchvision()
+    meta = importlib.import_module("torchvision.models._meta")
+    return list(meta._IMAGENET_CATEGORIES)
+
+
+def _factory(source: str, name: str) -> Callable[[], nn.Module]:
+    if source == "torchvision":
+        models = import_torchvision().models
+        _check_name(source, name, models.list_models())
+        builder = models.get_model_builder(name)
+        options: dict[str, Any] = {"weights": None}
+        # Without this, a detection or segmentation model downloads its backbone's weights.
+        if "weights_backbone" in inspect.signature(builder).parameters:
+            options["weights_backbone"] = None
+        return lambda: builder(**options)
+    if source == "timm":
+        if importlib.util.find_spec("timm") is None:
+            raise InputError(
+                "this needs timm, which is not installed: install it with `pip install timm`"
+            )
+        import_torchvision()  # timm imports it
+        timm = importlib.import_module("timm")
+        _check_name(source, name, timm.list_models())
+        return lambda: timm.create_model(name, pretrained=False)
+    raise InputError(
+        f"the model source {source!r} is unknown; {' and '.join(SOURCES)} are: choose with --source"
+    )
+
+
+def _check_name(source: str, name: str, known: list[str]) -> None:
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"it has {len(known)} models"
+        raise InputError(f"{source} has no model {name!r}: {hint}")
+
+
+def _load_strictly(model: nn.Module, state: dict[str, Tensor], what: str, path: Path) -> None:
+    expected = model.state_dict()
+    problems = [
+        _some("missing", [key for key in expected if key not in state]),
+        _some("unexpected", [key for key in state if key not in expected]),
+        _some(
+            "of another shape",
+            [
+                f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
+                for key in expected
+                if key in state and state[key].shape != expected[key].shape
+            ],
+        ),
+    ]
+    found = [problem for problem in problems if problem]
+    if found:
+        raise InputError(
+            f"the weights file {path} is not one of {what}: {'; '.join(found)}. "
+            "Give this model's weights, or the model that the weights belong to"
+        )
+    model.load_state_dict(state)
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise InputError(f"there is no weights file {path}: give a .safetensors, .pth or .pt file")
+
+
+def _some(what: str, keys: list[str]) -> str:
+    if not keys:
+        return ""
+    more = f" and {len(keys) - _MANY} more" if len(keys) > _MANY else ""
+    return f"{len(keys)} {what} ({', '.join(keys[:_MANY])}{more})"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__

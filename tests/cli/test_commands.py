@@ -1,0 +1,139 @@
+"""`disco partition`, `inspect`, `run`, `verify` on ResNet-18 at 32 pixels."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from disco import api
+from disco.zoo import build_model
+from tests.cli.conftest import MODEL, Command
+
+
+def test_partition_writes_one_shard_a_node(partitioned: Path) -> None:
+    names = sorted(path.name for path in partitioned.iterdir())
+    assert names == ["manifest.json", "rank-0.safetensors", "rank-1.safetensors"]
+
+
+def test_partition_is_the_same_every_time(
+    disco: Command, partitioned: Path, tmp_path: Path
+) -> None:
+    again = disco("partition", *MODEL, "--density", "0.2", "--out", tmp_path / "again")
+    assert again.code == 0, again.err
+    assert "no --weights: random weights of seed 0" in again.out
+    for path in partitioned.iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_inspect(disco: Command, partitioned: Path, tmp_path: Path) -> None:
+    done = disco("inspect", partitioned, "--json", tmp_path / "plan.json")
+    assert done.code == 0, done.err
+    assert "layer4.1.conv2" in done.out and "2 nodes" in done.out
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["world_size"] == 2 and len(plan["layers"]) == 22
+
+
+def test_run_classifies_every_image_of_a_folder(
+    disco: Command, partitioned: Path, photo: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        shutil.copy(photo, folder / name)
+    result = tmp_path / "run.json"
+    done = disco("run", partitioned, "--input", folder, "--top", "3", "--json", result)
+    assert done.code == 0, done.err
+    assert "the weights are random" in done.out
+    images = json.loads(result.read_text())
+    assert [Path(image["image"]).name for image in images] == ["a.jpg", "b.jpg"]
+    plan = api.load(partitioned).plan
+    for image in images:
+        assert len(image["top"]) == 3 and image["top"][0]["name"]
+        assert image["bytes_exchanged"] == plan.bytes_per_image
+    assert images[0]["top"] == images[1]["top"]
+
+
+def test_verify_accepts_what_is_equal(
+    disco: Command, partitioned: Path, photo: Path, tmp_path: Path
+) -> None:
+    result = tmp_path / "verify.json"
+    done = disco("verify", partitioned, "--input", photo, "--json", result)
+    assert done.code == 0, done.err
+    assert "1 of 1 images equal up to rounding" in done.out
+    (image,) = json.loads(result.read_text())
+    assert image["passed"] and len(image["max_abs_error_per_rank"]) == 2
+    assert image["bytes_exchanged_planned"] == image["bytes_exchanged_counted"] > 0
+
+
+def test_verify_rejects_what_differs(
+    disco: Command, partitioned: Path, photo: Path, tmp_path: Path
+) -> None:
+    """Shards of slightly other weights, with digests of their own: only the result can tell."""
+    model = build_model("torchvision", "resnet18")
+    example = (torch.zeros(1, 3, 32, 32),)
+    api.sparsify_(model, 2, 0.2, example)
+    with torch.no_grad():
+        model.get_parameter("layer3.0.conv1.weight").mul_(1.01)  # zeros stay zeros
+    description = json.loads((partitioned / "manifest.json").read_text())["model"]
+    api.partition(model, example).save(tmp_path / "out", model_description=description)
+    done = disco("verify", tmp_path / "out", "--input", photo)
+    assert done.code == 1
+    assert "DIFFERENT" in done.out and "0 of 1 images equal" in done.out
+
+
+def test_weights_of_a_file_and_their_recorded_pattern(
+    disco: Command, photo: Path, tmp_path: Path
+) -> None:
+    weights = tmp_path / "w.safetensors"
+    model = build_model("torchvision", "resnet18", seed=9)
+    pattern = api.sparsify_(model, 2, 0.1, (torch.zeros(1, 3, 32, 32),))
+    safetensors.torch.save_file(model.state_dict(), weights)
+    pattern.save(f"{weights}.pattern.json")
+    out = tmp_path / "out"
+    made = disco("partition", *MODEL, "--weights", weights, "--out", out)
+    assert made.code == 0, made.err
+    assert "recorded pattern" in made.out and "random" not in made.out
+    done = disco("verify", out, "--input", photo, "--weights", weights)
+    assert done.code == 0, done.err + done.out
+
+    refused = disco("verify", out, "--input", photo)
+    assert refused.code == 2 and "give the same with --weights FILE" in refused.err
+    other = tmp_path / "other.safetensors"
+    safetensors.torch.save_file(build_model("torchvision", "resnet18").state_dict(), other)
+    refused = disco("verify", out, "--input", photo, "--weights", other)
+    assert refused.code == 2 and "is not the one that the model" in refused.err
+
+
+def test_without_density_the_zeros_of_the_weights_count(
+    disco: Command, partitioned: Path, tmp_path: Path
+) -> None:
+    weights = tmp_path / "w.pth"
+    model = build_model("torchvision", "resnet18")
+    api.sparsify_(model, 2, 0.2, (torch.zeros(1, 3, 32, 32),))
+    torch.save(model.state_dict(), weights)
+    made = disco("partition", *MODEL, "--weights", weights, "--out", tmp_path / "out")
+    assert made.code == 0, made.err
+    assert api.load(tmp_path / "out").plan == api.load(partitioned).plan
+
+
+def test_the_installed_command_ends_with_its_code(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "disco.cli", "inspect", str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("disco: error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["demo", "partition", "inspect", "run", "verify"])
+def test_help(disco: Command, command: str) -> None:
+    done = disco(command, "--help")
+    assert done.code == 0 and "usage: disco" in done.out

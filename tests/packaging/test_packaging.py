@@ -1,0 +1,91 @@
+"""What the installed project is: one extension that needs little, and a light import."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*args: str, cwd: Path) -> str:
+    return subprocess.run(
+        [sys.executable, *args], cwd=cwd, check=True, capture_output=True, text=True
+    ).stdout
+
+
+def extension() -> Path:
+    spec = importlib.util.find_spec("disco_kernels._C")
+    assert spec is not None and spec.origin is not None, "the extension is not built"
+    return Path(spec.origin)
+
+
+def needed_libraries(path: Path) -> set[str]:
+    """DT_NEEDED of an ELF file: the names are plain strings in it."""
+    return set(re.findall(rb"lib[\w+-]+\.so(?:\.\d+)*", path.read_bytes()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads an ELF file")
+def test_the_extension_needs_no_torch_and_shares_its_openmp() -> None:
+    needed = {name.decode() for name in needed_libraries(extension())}
+    assert "libgomp.so.1" in needed, "the soname of the OpenMP runtime in torch's CPU wheel"
+    assert not {name for name in needed if "torch" in name or "c10" in name}
+    assert not {name for name in needed if "cuda" in name or "omp5" in name}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_one_openmp_runtime_is_loaded(tmp_path: Path) -> None:
+    code = (
+        "import torch, disco_kernels as dk\n"
+        "torch.ones(1000, 1000) @ torch.ones(1000, 1000)\n"
+        "dk.PartialLinear(torch.ones(8, 8), [8], backend='cpu')([torch.ones(64, 8)])\n"
+        "names = {line.split()[-1] for line in open('/proc/self/maps') if 'omp' in line}\n"
+        "print(*sorted(name for name in names if '.so' in name), sep='\\n')\n"
+    )
+    loaded = run("-c", code, cwd=tmp_path).split()
+    assert len([path for path in loaded if re.search(r"lib[gi]?omp", path)]) == 1, loaded
+
+
+def test_operators_import_without_the_framework(tmp_path: Path) -> None:
+    code = (
+        "import sys, disco_kernels\n"
+        "assert not [m for m in sys.modules if m == 'disco' or m.startswith('disco.')]\n"
+        "assert not {'triton', 'cupy', 'torchvision', 'timm', 'PIL'} & set(sys.modules)\n"
+    )
+    run("-c", code, cwd=tmp_path)
+
+
+def test_help_and_version_do_not_wait_for_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys, contextlib\n"
+        "from disco.cli import main\n"
+        "for word in ('--version', '--help'):\n"
+        "    with contextlib.suppress(SystemExit):\n"
+        "        main([word])\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    assert metadata.version("disco-kernels") in run("-c", code, cwd=tmp_path)
+
+
+def test_reports_from_any_folder(tmp_path: Path) -> None:
+    assert "cpu" in run("-m", "disco_kernels", cwd=tmp_path)
+
+
+def test_building_asks_for_no_torch() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    build = text.split("[project]")[0]
+    requires = re.search(r"^requires = \[(.*)\]", build, re.MULTILINE)
+    assert requires is not None and "torch" not in requires.group(1)
+
+
+def test_every_source_is_in_the_one_list() -> None:
+    text = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
+    listed = set(re.findall(r"csrc/[\w/]+\.cpp", text))
+    found = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.cpp")}
+    assert listed == found and len(found) > 4
