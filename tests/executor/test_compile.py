@@ -1,0 +1,139 @@
+"""`disco.compile`: the whole model on one machine, exact, in a new module."""
+
+from __future__ import annotations
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import disco
+from disco.executor import Executor
+from disco.partition import decide
+from disco.partition.one_machine import one_machine_program
+from disco.program import Program, Ref, interpret
+from disco_kernels import BackendUnavailable, Ownership
+from tests.partition.harness import Case
+
+
+class Small(nn.Module):
+    """Convolutions with batch norms, a residual, a depthwise one, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.mix = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16))
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.stem(x)
+        x = torch.relu(self.mix(nn.functional.silu(self.depthwise(x))) + x)
+        return {"logits": self.head(x.mean((2, 3))), "map": x}
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    model = Small().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return model
+
+
+X = torch.randn(1, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def _check(compiled: nn.Module, model: nn.Module, batch: int) -> None:
+    x = torch.randn(batch, 3, 12, 12)
+    exact = copy.deepcopy(model).double()(x.double())
+    result = compiled(x)
+    assert list(result) == list(exact)
+    for name, value in exact.items():
+        error, scale = float((result[name] - value).abs().max()), float(value.abs().max())
+        limit = 16 * torch.finfo(torch.float32).eps * scale
+        assert error <= limit, f"{name}: {error:.2e} at scale {scale:.2e}"
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("density", [None, 0.2])
+@torch.no_grad()
+def test_compiled_is_exact(model: nn.Module, density: float | None, backend: str | None) -> None:
+    if density is not None:
+        disco.sparsify_(model, 2, density, (X,))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    compiled = disco.compile(model, 2, example_inputs=(X,), backend=backend)
+    for batch in (1, 2, 5):
+        _check(compiled, model, batch)
+    assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
+    names = set(compiled.kernel_backends.values())
+    assert "torch" in names, "the depthwise convolution runs in torch"
+    if backend is not None:
+        assert names == {"torch", backend}
+
+
+@torch.no_grad()
+def test_copies_and_threads(model: nn.Module) -> None:
+    disco.sparsify_(model, 2, 0.2, (X,))
+    compiled = disco.compile(model, 2, example_inputs=(X,))
+    modules = [compiled, copy.deepcopy(compiled)] * 4
+    with ThreadPoolExecutor(2) as pool:
+        list(
+            pool.map(
+                lambda job: _check(job[0], model, job[1]),
+                zip(modules, [1, 1, 3, 3] * 2, strict=True),
+            )
+        )
+
+
+@torch.no_grad()
+def test_later_changes_to_the_model_do_not_reach_it(model: nn.Module) -> None:
+    compiled = disco.compile(model, 2, example_inputs=(X,))
+    before = compiled(X)["logits"]
+    for parameter in model.parameters():
+        parameter.fill_(7.0)
+    for buffer in model.buffers():
+        buffer.fill_(3)
+    assert torch.equal(compiled(X)["logits"], before)
+
+
+def test_an_unknown_backend_is_refused(model: nn.Module) -> None:
+    with pytest.raises(BackendUnavailable, match="abacus"):
+        disco.compile(model, 2, example_inputs=(X,), backend="abacus")
+
+
+@pytest.mark.parametrize(
+    ("zeros", "kinds"),
+    [
+        (0.0, ["disco.conv2d", "disco.conv2d", "disco.linear"]),
+        (1.0, ["disco.conv2d", "disco.gather_conv2d", "disco.gather_linear"]),
+    ],
+)
+def test_layers_with_a_pattern_are_gathered(zeros: float, kinds: list[str]) -> None:
+    """Over the layers' own ownership, which need not be contiguous."""
+    case = Case(3, 4, 4)
+    case.conv("a", "x", 8, 3)
+    case.conv("b", "a", 8, 8, kernel=(3, 3), padding=(1, 1))
+    case.op("aten.mean.dim", "m", Ref("b"), (2, 3))
+    case.linear("c", "m", 6, 8)
+    owned = Ownership(((7, 1, 2, 4), (0, 3, 5, 6)))
+    outputs = {"a": owned, "b": owned, "c": Ownership.contiguous(6, 2)}
+    if zeros:
+        for name, out in (("b.weight", owned), ("c.weight", outputs["c"])):
+            for i, j in ((0, 1), (1, 0)):
+                rows = torch.tensor(out.channels[i])[:, None]
+                case.weights[name][rows, torch.tensor(owned.channels[j])] = 0.0
+    decisions = decide(case.program(), case.weights, {}, 2, out_ownership=outputs)
+    program = one_machine_program(decisions)
+    assert [op.kind for op in program.ops if op.kind.startswith("disco.")] == kinds
+
+    x = case.input(3)
+    expected = interpret(case.program(), case.weights, (x,))
+    read = Program.from_json(program.to_json())
+    result = Executor(read, case.weights, backend="reference")(x)
+    assert float((result - expected).abs().max()) <= 1e-12 * float(expected.abs().max())

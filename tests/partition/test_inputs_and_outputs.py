@@ -1,0 +1,91 @@
+"""Partitioned models as drop-ins: several inputs, nested outputs, any batch."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import disco
+from disco.errors import InputError
+
+
+class TwoInputs(nn.Module):
+    """An image and a vector in; a dict of a tuple and a map out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Conv2d(3, 6, 3, padding=1)
+        self.vector = nn.Linear(4, 6)
+        self.mix = nn.Conv2d(6, 5, 1)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 6))
+
+    def forward(self, image: Tensor, vector: Tensor) -> dict[str, object]:
+        features = torch.relu(self.image(image)) * self.vector(vector)[:, :, None, None]
+        y = self.mix(features * self.scale.view(1, -1, 1, 1))
+        return {"pooled": (y.amax((2, 3)), y.mean()), "map": y, "input": vector}
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return TwoInputs().eval()
+
+
+@pytest.fixture(scope="module")
+def partitioned(model: nn.Module) -> disco.Partitioned:
+    return disco.partition(model, (torch.randn(1, 3, 6, 6), torch.randn(1, 4)), 4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_nested_results_of_two_inputs(
+    model: nn.Module, partitioned: disco.Partitioned, batch: int
+) -> None:
+    image, vector = torch.randn(batch, 3, 6, 6), torch.randn(batch, 4)
+    exact = copy.deepcopy(model).double()(image.double(), vector.double())
+    results = partitioned.run_ranks(image, vector)
+    assert len(results) == 4
+    for result in results:
+        assert list(result) == ["pooled", "map", "input"]
+        assert isinstance(result["pooled"], tuple)
+        assert torch.equal(result["input"], vector)
+        pairs = zip(
+            (*result["pooled"], result["map"]), (*exact["pooled"], exact["map"]), strict=True
+        )
+        for found, expected in pairs:
+            error, scale = float((found - expected).abs().max()), float(expected.abs().max())
+            assert error <= 32 * torch.finfo(torch.float32).eps * max(scale, 1.0)
+
+
+def test_inputs_have_to_agree_in_batch(partitioned: disco.Partitioned) -> None:
+    with pytest.raises(InputError, match=r"input 'vector' must be .*, given \[3, 4\] float32"):
+        partitioned(torch.randn(2, 3, 6, 6), torch.randn(3, 4))
+
+
+def test_plan_counts_bytes_of_one_image(partitioned: disco.Partitioned) -> None:
+    """Nothing that is exchanged may be missed, whatever dimension it is sharded over."""
+    values = {e.value: e for e in partitioned.plan.exchanges}
+    assert all(e.bytes_per_channel > 0 for e in values.values())
+    assert not any(e.gathered_by == () and e.consumers == () for e in values.values())
+
+
+@torch.no_grad()
+def test_later_changes_to_the_model_do_not_reach_it() -> None:
+    """Neither through sliced weights nor through those that every rank has whole."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1),
+        nn.Conv2d(4, 4, 3, groups=4),
+        nn.LayerNorm((4, 4, 4)),
+        nn.Flatten(),
+        nn.Linear(64, 3),
+    )
+    x = torch.randn(2, 3, 6, 6)
+    partitioned = disco.partition(model, (x,), 2)
+    assert [layer.name for layer in partitioned.plan.replicated] == ["2"]
+    before = partitioned(x)
+    for parameter in model.parameters():
+        parameter.fill_(7.0)
+    assert torch.equal(partitioned(x), before)

@@ -1,0 +1,343 @@
+"""Every rule on its own: exact for any ownership, by property tests over random ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from disco.partition import Plan
+from disco.program import Ref, WeightRef
+from disco_kernels import Ownership
+from tests.partition.harness import Case, check_exact, ownerships
+
+pytestmark = pytest.mark.filterwarnings("ignore:disco_kernels.*:RuntimeWarning")
+
+property_test = settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+world_sizes = st.integers(1, 4)
+channel_counts = st.integers(1, 7)
+
+
+@property_test
+@given(st.data(), world_sizes, channel_counts, channel_counts)
+def test_conv2d(data: st.DataObject, world_size: int, inputs: int, outputs: int) -> None:
+    case = Case(3, 7, 6)
+    case.conv("a", "x", inputs, 3)
+    case.conv(
+        "b",
+        "a",
+        outputs,
+        inputs,
+        kernel=data.draw(st.sampled_from([(1, 1), (3, 3), (2, 3)])),
+        stride=data.draw(st.sampled_from([(1, 1), (2, 1), (3, 2)])),
+        padding=data.draw(st.sampled_from([(0, 0), (1, 2)])),
+        dilation=data.draw(st.sampled_from([(1, 1), (2, 1)])),
+        activation=data.draw(st.sampled_from(["none", "relu"])),
+        zero_columns=data.draw(st.sampled_from([0.0, 0.6, 1.0])),
+    )
+    owned = {
+        "a": data.draw(ownerships(inputs, world_size)),
+        "b": data.draw(ownerships(outputs, world_size)),
+    }
+    check_exact(case, world_size, owned, dense_exchange=data.draw(st.booleans()))
+
+
+@property_test
+@given(st.data(), world_sizes, st.booleans())
+def test_conv2d_with_residual(data: st.DataObject, world_size: int, tied: bool) -> None:
+    case = Case(2, 4, 4)
+    case.conv("a", "x", 5, 2)
+    case.conv("b", "a", 5, 5, kernel=(3, 3), padding=(1, 1), residual=Ref("a"), activation="relu")
+    owned = {"a": data.draw(ownerships(5, world_size))}
+    if not tied:
+        owned["b"] = data.draw(ownerships(5, world_size))
+    plan = check_exact(case, world_size, owned)
+    if tied:
+        counts = owned["a"].counts
+        assert plan.layers[1].out_counts == counts, "the output takes the residual's ownership"
+
+
+@property_test
+@given(st.data(), world_sizes, channel_counts, channel_counts, st.booleans())
+def test_linear(
+    data: st.DataObject, world_size: int, inputs: int, outputs: int, tokens: bool
+) -> None:
+    case = Case(5, 3) if tokens else Case(3)
+    case.linear("a", "x", inputs, 3)
+    zeros = data.draw(st.sampled_from([0.0, 0.6, 1.0]))
+    case.linear("b", "a", outputs, inputs, activation="relu", zero_columns=zeros)
+    owned = {
+        "a": data.draw(ownerships(inputs, world_size)),
+        "b": data.draw(ownerships(outputs, world_size)),
+    }
+    check_exact(case, world_size, owned)
+
+
+@property_test
+@given(
+    st.data(),
+    world_sizes,
+    st.sampled_from(
+        ["aten.add.Tensor", "aten.mul.Tensor", "aten.sub.Tensor", "aten.maximum.default"]
+    ),
+    st.sampled_from(["equal", "other", "input", "weight", "map", "number"]),
+    st.booleans(),
+)
+def test_add_and_its_like(
+    data: st.DataObject, world_size: int, kind: str, operand: str, swapped: bool
+) -> None:
+    """Operands of the same ownership, another one, none, without channels, and plain numbers."""
+    case = Case(4, 3, 3)
+    case.conv("a", "x", 4, 4)
+    others: dict[str, Any] = {
+        "equal": case.op("aten.tanh.default", "t", Ref("a")),
+        "other": case.conv("b", "x", 4, 4),
+        "input": Ref("x"),
+        "weight": case.weight("shift", 4, 1, 1),
+        "map": case.op("aten.mean.dim", "m", Ref("x"), (1,), True),
+        "number": 1.5,
+    }
+    args = (Ref("a"), others[operand])
+    if swapped and operand != "number":
+        args = (args[1], args[0])
+    if operand == "number" and kind == "aten.maximum.default":
+        kind = "aten.add.Tensor"
+    case.op(kind, "y", *args)
+    owned = {
+        "a": data.draw(ownerships(4, world_size)),
+        "b": data.draw(ownerships(4, world_size)),
+    }
+    plan = check_exact(case, world_size, owned)
+    assert not plan.replicated
+
+
+@property_test
+@given(st.data(), world_sizes)
+def test_flatten_before_a_linear(data: st.DataObject, world_size: int) -> None:
+    """``[B, C, 2, 3] -> [B, C * 6]``: every channel becomes six consecutive features."""
+    case = Case(2, 2, 3)
+    case.conv("a", "x", 5, 2)
+    case.op("aten.sym_size.int", "n", Ref("x"), 0)
+    case.op("aten.view.default", "f", Ref("a"), (Ref("n"), data.draw(st.sampled_from([30, -1]))))
+    case.linear("b", "f", 4, 30, zero_columns=0.5)
+    owned = {"a": data.draw(ownerships(5, world_size))}
+    plan = check_exact(case, world_size, owned)
+    assert not plan.replicated
+    assert plan.exchanges[0].value == "f"
+
+
+@property_test
+@given(st.data(), world_sizes, st.sampled_from([1, 2]))
+def test_cat_of_channels_and_of_maps(data: st.DataObject, world_size: int, dim: int) -> None:
+    case = Case(4, 3, 3)
+    case.conv("a", "x", 4, 4)
+    case.conv("b", "x", 4, 4)
+    case.op("aten.cat.default", "c", (Ref("a"), Ref("x"), Ref("b")), dim)
+    case.conv("d", "c", 3, 12 if dim == 1 else 4, kernel=(2, 2), zero_columns=0.5)
+    owned = {name: data.draw(ownerships(4, world_size)) for name in ("a", "b")}
+    plan = check_exact(case, world_size, owned)
+    assert not plan.replicated
+
+
+@property_test
+@given(st.data(), world_sizes, st.sampled_from([1, 2, 3]), st.sampled_from([1, 2]))
+def test_grouped_convolution(
+    data: st.DataObject, world_size: int, group_size: int, per_group: int
+) -> None:
+    """Local where whole groups are owned; replicated, and said so, where not."""
+    groups = 4
+    case = Case(2, 4, 4)
+    case.conv("a", "x", groups * group_size, 2)
+    attributes = {"kernel": (3, 3), "padding": (1, 1), "groups": groups, "activation": "relu"}
+    case.conv("b", "a", groups * per_group, groups * group_size, **attributes)
+    whole_groups = data.draw(ownerships(groups, world_size))
+    if data.draw(st.booleans()):
+        channels = tuple(
+            tuple(g * group_size + k for g in owned for k in range(group_size))
+            for owned in whole_groups.channels
+        )
+        plan = check_exact(case, world_size, {"a": Ownership(channels)})
+        assert not plan.replicated
+        assert plan.bytes_per_image == plan.layers[-1].bytes_per_image, "only the output travels"
+    else:
+        owned = data.draw(ownerships(groups * group_size, world_size))
+        check_exact(case, world_size, {"a": owned})
+
+
+LOCAL = [
+    ("aten.relu.default", ()),
+    ("aten.hardswish.default", ()),
+    ("aten.clamp.default", (-0.5, 0.5)),
+    ("aten.gelu.default", ()),
+    ("aten.max_pool2d.default", ((2, 2), (2, 2), (1, 1))),
+    ("aten.avg_pool2d.default", ((2, 2),)),
+    ("aten.adaptive_avg_pool2d.default", ((1, 1),)),
+    ("aten.mean.dim", ((2, 3),)),
+    ("aten.mean.dim", ((-1,), True)),
+    ("aten.amax.default", ((2,),)),
+    ("aten.softmax.int", (-1,)),
+    ("aten.pad.default", ((1, 2, 0, 1),)),
+    ("aten.permute.default", ((0, 2, 3, 1),)),
+    ("aten.transpose.int", (1, -1)),
+    ("aten.transpose.int", (0, 2)),
+    ("aten.unsqueeze.default", (1,)),
+    ("aten.unsqueeze.default", (-1,)),
+    ("aten.slice.Tensor", (2, 1, 3)),
+    ("aten.roll.default", ((1, 2), (2, 3))),
+    ("aten.flip.default", ((-1,),)),
+    ("aten.select.int", (3, 1)),
+    ("aten.layer_norm.default", ((4, 4),)),
+    ("aten.upsample_nearest2d.vec", (None, (2.0, 2.0))),
+    ("aten.flatten.using_ints", (1, 3)),
+    ("aten.flatten.using_ints", (2, -1)),
+    ("aten.view.default", ((-1, 6, 16),)),
+]
+GATHERED = [
+    ("aten.flip.default", ((1,),)),
+    ("aten.softmax.int", (1,)),
+    ("aten.mean.dim", ((1, 2),)),
+    ("aten.mean.dim", ((1,), True)),
+    ("aten.pad.default", ((0, 0, 0, 0, 1, 0),)),
+    ("aten.layer_norm.default", ((6, 4, 4),)),
+    ("aten.select.int", (1, 2)),
+    ("aten.slice.Tensor", (1, 0, 3)),
+    ("aten.flatten.using_ints", (0, 1)),
+    ("aten.pixel_shuffle.default", (1,)),
+    ("aten.cumsum.default", (1,)),
+]
+
+
+CHANNELS_LAST = [
+    ("aten.mean.dim", ((1, 2),)),
+    ("aten.mean.dim", ((1,), True)),
+    ("aten.sum.dim_IntList", ((-2,),)),
+    ("aten.select.int", (1, 0)),
+    ("aten.squeeze.dim", (2,)),
+    ("aten.squeeze.dims", ((1, 2),)),
+    ("aten.unsqueeze.default", (3,)),
+    ("aten.unsqueeze.default", (-1,)),
+    ("aten.transpose.int", (-1, 1)),
+    ("aten.view.default", ((-1, 4, 6),)),
+    ("aten.softmax.int", (1,)),
+]
+
+
+@pytest.mark.parametrize(("kind", "args"), CHANNELS_LAST)
+@settings(property_test, max_examples=4)
+@given(st.data(), st.integers(2, 3))
+def test_local_ops_with_channels_last(
+    kind: str, args: tuple[Any, ...], data: st.DataObject, world_size: int
+) -> None:
+    """Dimensions before the channels come and go, and the channels' number changes with them."""
+    case = Case(3, 4, 1)
+    case.conv("a", "x", 6, 3)
+    case.op("aten.permute.default", "p", Ref("a"), (0, 2, 3, 1))
+    case.op(kind, "y", Ref("p"), *args)
+    owned = {"a": data.draw(ownerships(6, world_size))}
+    plan = check_exact(case, world_size, owned, batches=(2,))
+    assert not plan.replicated
+
+
+def _after_convolution(kind: str, args: tuple[Any, ...], owned: Ownership, world_size: int) -> Plan:
+    case = Case(3, 4, 4)
+    case.conv("a", "x", 6, 3)
+    case.op(kind, "y", Ref("a"), *args)
+    return check_exact(case, world_size, {"a": owned}, batches=(2,))
+
+
+@pytest.mark.parametrize(("kind", "args"), LOCAL)
+@settings(property_test, max_examples=6)
+@given(st.data(), st.integers(2, 3))
+def test_local_ops(kind: str, args: tuple[Any, ...], data: st.DataObject, world_size: int) -> None:
+    """Each rank works on its own channels: nothing but the output travels."""
+    plan = _after_convolution(kind, args, data.draw(ownerships(6, world_size)), world_size)
+    assert not plan.replicated
+    assert [e.gathered_by for e in plan.exchanges] == [("output",)]
+
+
+@pytest.mark.parametrize(("kind", "args"), GATHERED)
+@settings(property_test, max_examples=6)
+@given(st.data(), st.integers(2, 3))
+def test_ops_that_mix_channels_run_replicated(
+    kind: str, args: tuple[Any, ...], data: st.DataObject, world_size: int
+) -> None:
+    """Always right, and the plan names the op and what gathering its input costs."""
+    plan = _after_convolution(kind, args, data.draw(ownerships(6, world_size)), world_size)
+    (row,) = plan.replicated
+    assert row.op == kind and row.note.startswith("no rule for")
+    assert row.bytes_per_image == plan.bytes_per_image == (world_size - 1) * 6 * 16 * 8
+    assert f"({kind}), {row.note}; gathering its inputs costs" in str(plan)
+
+
+@property_test
+@given(st.data(), world_sizes)
+def test_scale_and_shift(data: st.DataObject, world_size: int) -> None:
+    case = Case(3, 4, 4)
+    case.conv("a", "x", 5, 3)
+    scale, shift = case.weight("scale", 5), case.weight("shift", 5)
+    case.op("disco.channel_affine", "y", Ref("a"), scale, shift, activation="relu")
+    plan = check_exact(case, world_size, {"a": data.draw(ownerships(5, world_size))})
+    assert not plan.replicated
+
+
+@settings(property_test, max_examples=10)
+@given(st.data(), st.integers(2, 3), st.sampled_from([1, 2, 4]))
+def test_view_that_splits_channels(data: st.DataObject, world_size: int, block: int) -> None:
+    """Local where ranks own whole blocks, in order; else gathered. Exact either way."""
+    case = Case(3, 2, 2)
+    case.conv("a", "x", 8, 3)
+    case.op("aten.view.default", "y", Ref("a"), (-1, 8 // block, block, 2, 2))
+    contiguous = data.draw(st.booleans())
+    owned = Ownership.contiguous(8, world_size)
+    if not contiguous:
+        owned = data.draw(ownerships(8, world_size))
+    plan = check_exact(case, world_size, {"a": owned})
+    if contiguous and all(count % block == 0 for count in owned.counts):
+        assert not plan.replicated
+
+
+@property_test
+@given(st.data(), st.integers(2, 4))
+def test_one_tensor_with_many_readers_is_exchanged_once(
+    data: st.DataObject, world_size: int
+) -> None:
+    """Two convolutions, one of them twice, and an addition: one exchange, the union of needs."""
+    case = Case(3, 4, 4)
+    case.conv("a", "x", 6, 3)
+    case.conv("b", "a", 5, 6, zero_columns=0.7)
+    case.conv("c", "a", 4, 6, kernel=(3, 3), padding=(1, 1), zero_columns=0.7)
+    case.op("disco.conv2d", "b2", Ref("a"), *case.ops[1].args[1:], **case.ops[1].kwargs)
+    outputs = (Ref("b"), {"c": Ref("c"), "again": Ref("b2")})
+    owned = {name: data.draw(ownerships(n, world_size)) for name, n in (("a", 6), ("b", 5))}
+    plan = check_exact(case, world_size, owned, outputs=outputs)
+    (exchange,) = [e for e in plan.exchanges if e.value == "a"]
+    assert exchange.consumers == ("b", "c")
+    for i in range(world_size):
+        for j in range(world_size):
+            rows = [layer.selected_counts[i][j] for layer in plan.layers if layer.name in "bc"]
+            assert max(rows) <= len(exchange.sent[i][j]) <= sum(rows)
+
+
+@property_test
+@given(st.data(), st.integers(2, 3))
+def test_a_replicated_input_is_read_where_the_weights_are_not_zero(
+    data: st.DataObject, world_size: int
+) -> None:
+    case = Case(6, 4, 4)
+    case.conv("a", "x", 4, 6, zero_columns=0.7)
+    plan = check_exact(case, world_size, {"a": data.draw(ownerships(4, world_size))})
+    assert sum(plan.flops_per_rank) <= plan.flops_dense
+
+
+def test_weights_as_operands_and_as_outputs() -> None:
+    case = Case(3, 4, 4)
+    case.conv("a", "x", 4, 3)
+    case.weight("table", 4)
+    plan = check_exact(case, 2, outputs={"y": Ref("a"), "table": WeightRef("table")})
+    assert plan.world_size == 2
