@@ -63,7 +63,7 @@ def report() -> str:
     try:
         chosen = registry.resolve(None, cpu, torch.float32)
     except registry.BackendUnavailable as error:
-        chosen = f"none: {str(error).splitlines()[0]}"
+        chosen = f"none: {error}"
     lines.append(f"chosen: {chosen}")
     lines.append("")
     for package in ("triton", "cupy"):

@@ -19,6 +19,7 @@ from disco_kernels.core import (
     empty_output,
     execute,
     image_as_tokens,
+    index_tensor,
     tokens_as_image,
 )
 from disco_kernels.spec import Channels, Conv2dDescriptor, ConvSpec, Node, Pair, Segment
@@ -77,6 +78,8 @@ def _flat_index(index: Tensor, name: str) -> Tensor:
     """The kernels read a contiguous int32 index in CPU memory; the values are checked by them."""
     if index.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} must be int32 (or int64), given {index.dtype}")
+    if index.dtype == torch.int64:
+        index = index_tensor(index, 2**31 - 1, name)
     return index.to("cpu", torch.int32).contiguous()
 
 
@@ -87,16 +90,21 @@ def _check_splits(name: str, splits: Sequence[int], index: Tensor) -> None:
         )
 
 
+def _backend(name: str, like: Tensor) -> registry.Backend:
+    """The backend called ``name``, if it serves tensors such as ``like``."""
+    return registry.get(registry.resolve(name, like.device, like.dtype))
+
+
 def _prepack(weight: Tensor, segment_channels: Sequence[int], backend: str) -> Tensor:
     if weight.dim() == 2:
         weight = weight[:, :, None, None]
-    if weight.dim() != 4 or sum(segment_channels) != weight.shape[1]:
+    counts_fit = min(segment_channels, default=0) >= 0
+    if weight.dim() != 4 or sum(segment_channels) != weight.shape[1] or not counts_fit:
         raise ValueError(
-            f"weight must be [O, K, kh, kw] (or [O, K]) with K the sum of segment_channels "
-            f"{list(segment_channels)}, given {list(weight.shape)}"
+            f"weight must be [O, K, kh, kw] (or [O, K]) with K the sum of the counts in "
+            f"segment_channels {list(segment_channels)}, given {list(weight.shape)}"
         )
-    registry.resolve(backend, weight.device, weight.dtype)
-    return registry.get(backend).prepack(weight, segment_channels)
+    return _backend(backend, weight).prepack(weight, segment_channels)
 
 
 def _prepack_fake(weight: Tensor, segment_channels: Sequence[int], backend: str) -> Tensor:
@@ -144,7 +152,7 @@ def _partial_conv2d(
     sources = [channels_last(x, f"segment {s}") for s, x in enumerate(segments)]
     spec = _conv_spec(kernel_size, stride, padding, dilation, activation)
     descriptor = _partial_descriptor(sources, index, out_channels, spec)
-    prepared = registry.get(backend).prepare(descriptor)
+    prepared = _backend(backend, packed_weight).prepare(descriptor)
     return execute(prepared, descriptor, sources, packed_weight, bias, residual)
 
 
@@ -197,8 +205,10 @@ def _partial_conv2d_accumulate(
     _refuse_gradients("partial_conv2d_", out, *segments, packed_weight, residual)
     sources = [channels_last(x, f"segment {s}") for s, x in enumerate(segments)]
     spec = _conv_spec(kernel_size, stride, padding, dilation, activation)
+    if out.dim() != 4:
+        raise ValueError(f"out must be [B, O, OH, OW], given {list(out.shape)}")
     descriptor = _partial_descriptor(sources, index, out.shape[1], spec)
-    prepared = registry.get(backend).prepare(descriptor)
+    prepared = _backend(backend, packed_weight).prepare(descriptor)
     execute(prepared, descriptor, sources, packed_weight, None, residual, out, accumulate=True)
 
 
@@ -215,7 +225,7 @@ def _partial_linear(
     _refuse_gradients("partial_linear", *segments, packed_weight, bias, residual)
     sources = [tokens_as_image(x, f"segment {s}") for s, x in enumerate(segments)]
     descriptor = _partial_descriptor(sources, index, out_features, ConvSpec(activation=activation))
-    prepared = registry.get(backend).prepare(descriptor)
+    prepared = _backend(backend, packed_weight).prepare(descriptor)
     added = None if residual is None else tokens_as_image(residual, "residual")
     y = execute(prepared, descriptor, sources, packed_weight, bias, added)
     return image_as_tokens(y, segments[0].shape[:-1])
@@ -252,6 +262,12 @@ def _gather_descriptor(
     if out_index is not None:
         outputs = _flat_index(out_index, "out_index")
         _check_splits("out_splits", out_splits, outputs)
+        # Channels listed twice would leave others of the fresh output unwritten.
+        every = torch.arange(outputs.numel(), dtype=torch.int32, device="cpu")
+        if not torch.equal(outputs.sort().values, every):
+            raise ValueError(
+                f"out_index must list each of the {outputs.numel()} output channels exactly once"
+            )
     nodes = []
     in_begin = out_begin = 0
     for in_count, out_count in zip(in_splits, out_splits, strict=True):
@@ -285,7 +301,7 @@ def _gather_conv2d(
     spec = _conv_spec(kernel_size, stride, padding, dilation, activation)
     image = channels_last(x, "x")
     descriptor = _gather_descriptor(channel_index, in_splits, out_splits, out_index, spec)
-    prepared = registry.get(backend).prepare(descriptor)
+    prepared = _backend(backend, packed_weight).prepare(descriptor)
     return execute(prepared, descriptor, [image], packed_weight, bias, residual)
 
 
@@ -324,7 +340,7 @@ def _gather_linear(
     spec = ConvSpec(activation=activation)
     image = tokens_as_image(x, "x")
     descriptor = _gather_descriptor(channel_index, in_splits, out_splits, out_index, spec)
-    prepared = registry.get(backend).prepare(descriptor)
+    prepared = _backend(backend, packed_weight).prepare(descriptor)
     added = None if residual is None else tokens_as_image(residual, "residual")
     y = execute(prepared, descriptor, [image], packed_weight, bias, added)
     return image_as_tokens(y, x.shape[:-1])
@@ -366,8 +382,7 @@ def _gather_pack(
         part = out[begin : begin + pixels * count]
         messages.append(part.view(image.shape[0], image.shape[2], image.shape[3], count))
         begin += pixels * count
-    registry.resolve(backend, x.device, x.dtype)
-    registry.get(backend).gather_pack_(image, list(index.split(list(splits))), messages)
+    _backend(backend, x).gather_pack_(image, list(index.split(list(splits))), messages)
 
 
 def _mutates_only(*args: object, **kwargs: object) -> None:

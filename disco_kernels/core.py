@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,50 +11,50 @@ from torch import Tensor
 from disco_kernels.registry import PreparedConv2d
 from disco_kernels.spec import Channels, Conv2dDescriptor
 
+_INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 def channels_last(x: Tensor, name: str) -> Tensor:
     """``x`` ``[B, C, H, W]`` with a channel stride of 1, copied only if it has another."""
     if x.dim() != 4:
         raise ValueError(f"{name} must be [B, C, H, W], given {x.dim()} dimensions {_shape(x)}")
+    x = x.resolve_neg()  # the kernels read the memory, which a lazy negation has not reached
     if x.stride(1) == 1 or x.shape[1] <= 1:
         return x
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def tokens_as_image(x: Tensor, name: str) -> Tensor:
-    """``[..., C]`` as ``[1, C, 1, tokens]``, without a copy where the strides allow it."""
+    """``[..., C]`` as ``[tokens, C, 1, 1]``, without a copy where the strides allow it.
+
+    Tokens are images of one pixel rather than pixels of one image: no token is then no image,
+    which is legal, and not an image of no width, which is not.
+    """
     if x.dim() < 1:
         raise ValueError(f"{name} must be [..., C], given a scalar")
-    tokens = x.numel() // x.shape[-1] if x.shape[-1] else _num_tokens(x)
-    return x.reshape(1, 1, tokens, x.shape[-1]).permute(0, 3, 1, 2)
-
-
-def _num_tokens(x: Tensor) -> int:
-    count = 1
-    for size in x.shape[:-1]:
-        count *= size
-    return count
+    tokens = math.prod(x.shape[:-1])
+    return channels_last(x.reshape(tokens, 1, 1, x.shape[-1]).permute(0, 3, 1, 2), name)
 
 
 def image_as_tokens(y: Tensor, leading: Sequence[int]) -> Tensor:
-    """The inverse of `tokens_as_image`: ``[1, O, 1, tokens]`` -> ``[*leading, O]``."""
+    """The inverse of `tokens_as_image`: ``[tokens, O, 1, 1]`` -> ``[*leading, O]``."""
     return y.permute(0, 2, 3, 1).reshape(*leading, y.shape[1])
 
 
 def index_tensor(values: Sequence[int] | Tensor, num_channels: int, name: str) -> Tensor:
     """A contiguous int32 index in CPU memory, its values checked against ``num_channels``."""
     index = torch.as_tensor(values, device="cpu")
-    if index.numel() and (index.dtype.is_floating_point or index.dtype == torch.bool):
+    if index.numel() and index.dtype not in _INDEX_DTYPES:
         raise ValueError(f"{name} must hold whole numbers, given {index.dtype}")
-    index = index.to(torch.int32).reshape(-1).contiguous()
     if index.numel():
+        # Before the conversion, which would fold larger numbers into the allowed ones.
         low, high = int(index.min()), int(index.max())
         if low < 0 or high >= num_channels:
             raise ValueError(
                 f"{name} holds channel {low if low < 0 else high}; allowed are 0 to "
                 f"{num_channels - 1}"
             )
-    return index
+    return index.to(torch.int32).reshape(-1).contiguous()
 
 
 def channel_run(values: Sequence[int]) -> Channels:
@@ -61,7 +62,7 @@ def channel_run(values: Sequence[int]) -> Channels:
     values = list(values)
     if values == list(range(values[0], values[0] + len(values))) if values else True:
         return Channels(len(values), values[0] if values else 0)
-    return Channels(len(values), 0, torch.tensor(values, dtype=torch.int32))
+    return Channels(len(values), 0, torch.tensor(values, dtype=torch.int32, device="cpu"))
 
 
 def empty_output(like: Tensor, channels: int, height: int, width: int) -> Tensor:
@@ -121,16 +122,19 @@ def execute(
     if residual is not None:
         _check_result("residual", residual, shape, x)
         residual = channels_last(residual, "residual")
-    if bias is not None and (bias.shape != shape[1:2] or bias.dtype != x.dtype):
-        raise ValueError(f"bias must be [{shape[1]}] {x.dtype}, given {_shape(bias)} {bias.dtype}")
+    if bias is not None:
+        _check_result("bias", bias, shape[1:2], x)
     if out is None:
         out = empty_output(x, *shape[1:])
     else:
         _check_result("out", out, shape, x)
-        if out.stride(1) != 1 and out.shape[1] > 1:
-            raise ValueError(f"out must have a channel stride of 1, given strides {out.stride()}")
+        if (out.stride(1) != 1 and out.shape[1] > 1) or out.is_neg():
+            raise ValueError(
+                f"out must have a channel stride of 1 and no lazy negation, given strides "
+                f"{out.stride()}"
+            )
     if bias is not None:
-        bias = bias.contiguous()
+        bias = bias.resolve_neg().contiguous()
     prepared.run(sources, packed_weight, bias, residual, out, accumulate)
     return out
 

@@ -87,6 +87,8 @@ class _PartialKernel(_PreparedKernel):
         source_channels: Sequence[int] | None = None,
         backend: str | None = None,
     ) -> None:
+        if not segment_channels:
+            raise ValueError("give at least one segment; one of no channels is allowed")
         _check_weight(weight, sum(segment_channels), spec)
         _check_bias(bias, weight)
         indices = list(index) if index is not None else [None] * len(segment_channels)
@@ -160,7 +162,7 @@ class PartialLinear(_PartialKernel):
         backend: str | None = None,
     ) -> None:
         super().__init__(
-            weight[:, :, None, None],
+            _linear_weight(weight),
             segment_channels,
             ConvSpec(activation=activation),
             bias=bias,
@@ -197,7 +199,14 @@ class _GatherKernel(_PreparedKernel):
             inputs = pattern.input_channels(rank)
             nodes.append(Node((Segment(0, channel_run(inputs)),), channel_run(outputs)))
             weights.append(weight.detach()[list(outputs)][:, list(inputs)])
+        self.in_channels = in_ownership.num_channels
         super().__init__(Conv2dDescriptor(spec, tuple(nodes)), weights, bias, backend)
+
+    def _input(self, image: Tensor) -> Tensor:
+        # The nodes read listed channels: an input with more of them would go unnoticed.
+        if image.shape[1] != self.in_channels:
+            raise ValueError(f"x must have {self.in_channels} channels, given {image.shape[1]}")
+        return image
 
 
 class GatherConv2d(_GatherKernel):
@@ -217,7 +226,7 @@ class GatherConv2d(_GatherKernel):
         self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
         """``[B, I, H, W]`` -> ``[B, O, OH, OW]`` in channels-last memory."""
-        return self._run([channels_last(x, "x")], residual, out)
+        return self._run([self._input(channels_last(x, "x"))], residual, out)
 
 
 class GatherLinear(_GatherKernel):
@@ -235,7 +244,7 @@ class GatherLinear(_GatherKernel):
         backend: str | None = None,
     ) -> None:
         super().__init__(
-            weight[:, :, None, None],
+            _linear_weight(weight),
             out_ownership,
             in_ownership,
             selected,
@@ -246,7 +255,8 @@ class GatherLinear(_GatherKernel):
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         added = None if residual is None else tokens_as_image(residual, "residual")
-        return image_as_tokens(self._run([tokens_as_image(x, "x")], added, None), x.shape[:-1])
+        image = self._input(tokens_as_image(x, "x"))
+        return image_as_tokens(self._run([image], added, None), x.shape[:-1])
 
 
 class GatherPack:
@@ -308,9 +318,18 @@ def _check_weight(weight: Tensor, in_channels: int, spec: ConvSpec) -> None:
         )
 
 
+def _linear_weight(weight: Tensor) -> Tensor:
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [O, K], given {list(weight.shape)}")
+    return weight[:, :, None, None]
+
+
 def _check_bias(bias: Tensor | None, weight: Tensor) -> None:
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be [{weight.shape[0]}], given {list(bias.shape)}")
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
+        raise ValueError(
+            f"bias must be [{weight.shape[0]}] {weight.dtype} as the weight, given "
+            f"{list(bias.shape)} {bias.dtype}"
+        )
 
 
 def _check_count(segments: Sequence[Tensor], descriptor: Conv2dDescriptor) -> None:

@@ -7,6 +7,7 @@ that were packed before; training runs torch's own formulas on the live weights.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from disco_kernels import functional, registry
 from disco_kernels.pattern import LayerPattern, Ownership, find_selected
@@ -31,6 +33,7 @@ class SwapState:
     tolerance: float
     requested_backend: str | None
     backend: str
+    layout: str
     pattern: LayerPattern
     in_splits: tuple[int, ...]
     out_splits: tuple[int, ...]
@@ -42,9 +45,14 @@ class SwappedMixin:
     weight: Tensor
     training: bool
     _disco: SwapState
-    # False once a gradient reached the weights outside of training mode: an optimizer may have
-    # changed them since they were packed.
-    _disco_fresh: bool
+    # The Parameter that was packed, or None. Anything else in its place (assigned, handed over by
+    # torch.func.functional_call, computed by a parametrization) is not what was packed; and once a
+    # gradient reached it, an optimizer may have changed it.
+    _disco_source: Tensor | None
+    # The hook that tells when a gradient reached the Parameter, and whether there is one: there is
+    # none where the Parameter took no gradient when it was packed.
+    _disco_hook: RemovableHandle | None
+    _disco_watched: bool
     _disco_packed: Tensor
     _disco_inputs: Tensor
     _disco_outputs: Tensor | None
@@ -56,6 +64,9 @@ class SwappedMixin:
         weights in place in eval mode.
         """
         old = self._disco
+        self._stale()
+        if self.weight.is_meta:  # no data to pack; torch's formulas still give shapes
+            return
         self._attach(old.out_ownership, old.in_ownership, old.tolerance, old.requested_backend)
 
     def _attach(
@@ -82,9 +93,11 @@ class SwappedMixin:
         module: Any = self
         buffers = {
             "_disco_packed": packed,
-            "_disco_inputs": torch.tensor(flat, dtype=torch.int32),
+            "_disco_inputs": torch.tensor(flat, dtype=torch.int32, device="cpu"),
             "_disco_outputs": (
-                None if out_ownership.is_contiguous else torch.tensor(outputs, dtype=torch.int32)
+                None
+                if out_ownership.is_contiguous
+                else torch.tensor(outputs, dtype=torch.int32, device="cpu")
             ),
         }
         module._disco = SwapState(
@@ -93,20 +106,44 @@ class SwappedMixin:
             tolerance,
             requested_backend,
             backend,
+            registry.get(backend).layout,
             pattern,
             tuple(len(read) for read in inputs),
             out_ownership.counts,
         )
         for name, value in buffers.items():
             module.register_buffer(name, value, persistent=False)
-        module._disco_fresh = True
+        self._watch(module._parameters.get("weight"))
+
+    def _watch(self, source: Tensor | None) -> None:
+        """Take ``source`` as what is packed, until a gradient reaches it."""
+        self._unwatch()
+        # Not through nn.Module, which would register the Parameter a second time.
+        self.__dict__["_disco_source"] = source
+        if source is not None and source.requires_grad:
+            module = weakref.ref(self)
+
+            def reached(_: Tensor) -> None:
+                watcher = module()
+                if watcher is not None:
+                    watcher._stale()
+
+            self._disco_hook = source.register_post_accumulate_grad_hook(reached)
+        self._disco_watched = self._disco_hook is not None
+
+    def _unwatch(self) -> None:
+        hook = self.__dict__.get("_disco_hook")
+        if hook is not None:
+            hook.remove()
+        self._disco_hook = None
 
     def _detach(self) -> None:
         module: Any = self
+        self._unwatch()
         for name in _BUFFERS:
             module._buffers.pop(name, None)
             module._non_persistent_buffers_set.discard(name)
-        for name in ("_disco", "_disco_fresh"):
+        for name in ("_disco", "_disco_source", "_disco_hook", "_disco_watched"):
             module.__dict__.pop(name, None)
 
     # -- repacking where weights change hands
@@ -128,7 +165,19 @@ class SwappedMixin:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
-        self.repack()  # another machine may have another instruction set, hence another layout
+        old = self._disco
+        weight = self.weight
+        # Another machine may have other backends, or another instruction set and hence layout.
+        backend = registry.resolve(old.requested_backend, weight.device, weight.dtype)
+        if backend == old.backend and registry.get(backend).layout == old.layout:
+            self._watch(self._disco_source)
+        else:
+            self.repack()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["_disco_hook"] = None  # belongs to the Parameter of this module, not of a copy
+        return state
 
     def extra_repr(self) -> str:
         kept: str = super().extra_repr()  # type: ignore[misc]
@@ -148,15 +197,29 @@ class SwappedMixin:
             x.requires_grad or self.weight.requires_grad or bias_trains
         )
 
+    def _uses_torch(self, x: Tensor) -> bool:
+        """Whether what was packed may not be what the weight holds, so that torch has to run."""
+        # torch.export shows a stand-in for every Parameter.
+        same = self.weight is self._disco_source or torch.compiler.is_exporting()
+        if self.training or self._disco_source is None or not same:
+            return True
+        if self.weight.requires_grad and not self._disco_watched and self._records_gradient(x):
+            # Unfrozen since it was packed: a gradient could reach it unseen.
+            self._disco_source = None
+            return True
+        return False
+
     def _stale(self) -> None:
-        self._disco_fresh = False
+        # A compiled backward has no place for this; the hook on the Parameter tells there.
+        if not torch.compiler.is_compiling():
+            self._disco_source = None
 
 
 class SwappedConv2d(SwappedMixin, nn.Conv2d):
     """An ``nn.Conv2d`` computed as N virtual nodes by one fused kernel call."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.training or not self._disco_fresh:
+        if self._uses_torch(input):
             return F.conv2d(input, self.weight, self.bias, self.stride, self.padding, self.dilation)
         if self._records_gradient(input):
             return _Conv2dWithGradient.apply(input, self.weight, self.bias, self)
@@ -164,7 +227,8 @@ class SwappedConv2d(SwappedMixin, nn.Conv2d):
 
     def _fused(self, x: Tensor) -> Tensor:
         state = self._disco
-        batched = x if x.dim() == 4 else x.unsqueeze(0)
+        batched = x.unsqueeze(0) if x.dim() == 3 else x
+        _check_channels(batched, 1, self.in_channels)
         y = torch.ops.disco_kernels.gather_conv2d(
             batched,
             self._disco_inputs,
@@ -181,14 +245,14 @@ class SwappedConv2d(SwappedMixin, nn.Conv2d):
             "none",
             state.backend,
         )
-        return y if x.dim() == 4 else y.squeeze(0)
+        return y.squeeze(0) if x.dim() == 3 else y
 
 
 class SwappedLinear(SwappedMixin, nn.Linear):
     """An ``nn.Linear`` computed as N virtual nodes by one fused kernel call."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.training or not self._disco_fresh:
+        if self._uses_torch(input):
             return F.linear(input, self.weight, self.bias)
         if self._records_gradient(input):
             return _LinearWithGradient.apply(input, self.weight, self.bias, self)
@@ -196,6 +260,7 @@ class SwappedLinear(SwappedMixin, nn.Linear):
 
     def _fused(self, x: Tensor) -> Tensor:
         state = self._disco
+        _check_channels(x, -1, self.in_features)
         return torch.ops.disco_kernels.gather_linear(
             x,
             self._disco_inputs,
@@ -208,6 +273,12 @@ class SwappedLinear(SwappedMixin, nn.Linear):
             "none",
             state.backend,
         )
+
+
+def _check_channels(x: Tensor, dim: int, wanted: int) -> None:
+    # The nodes read listed channels: an input with more of them would go unnoticed.
+    if x.shape[dim] != wanted:
+        raise ValueError(f"the layer takes {wanted} channels, given {list(x.shape)}")
 
 
 def conv_padding(module: nn.Conv2d) -> Pair:

@@ -10,6 +10,8 @@ whose column in the remote block ``(i, j)`` is not all zero: what rank ``j`` has
 from __future__ import annotations
 
 import json
+import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +38,7 @@ class Ownership:
     def __post_init__(self) -> None:
         if not self.channels:
             raise ValueError("an ownership needs at least one rank, given none")
+        object.__setattr__(self, "channels", _plain(self.channels))
         flat = [channel for owned in self.channels for channel in owned]
         if sorted(flat) != list(range(len(flat))):
             raise ValueError(
@@ -82,6 +85,7 @@ class LayerPattern:
     selected: Selected
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "selected", tuple(_plain(row) for row in self.selected))
         world_size = self.out_ownership.world_size
         if self.in_ownership.world_size != world_size:
             raise ValueError(
@@ -154,7 +158,8 @@ class LayerPattern:
 
 def column_magnitude_per_output(weight: Tensor) -> Tensor:
     """Largest absolute value over the kernel window: ``[O, I, *kernel]`` -> ``[O, I]``."""
-    return weight.detach().abs().reshape(weight.shape[0], weight.shape[1], -1).amax(dim=2)
+    window = math.prod(weight.shape[2:])
+    return weight.detach().abs().reshape(weight.shape[0], weight.shape[1], window).amax(dim=2)
 
 
 def check_ownership(
@@ -243,7 +248,7 @@ class Pattern:
         """Read what `save` wrote. Raises ValueError for any other file."""
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a recorded pattern: not JSON ({error})") from error
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise ValueError(f'{path} is not a recorded pattern: no "format": "{_FORMAT}" in it')
@@ -293,6 +298,14 @@ def contradiction(
         f"layer {name!r}: block ({i}, {j}) holds |{value:.3g}| outside the recorded pattern "
         f"(allowed: {tolerance:g}); pass a tolerance, or weights that keep the pattern"
     )
+
+
+def _plain(rows: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """Lists, arrays or tensors of channels as what compares, hashes and saves the same: tuples."""
+    try:
+        return tuple(tuple(operator.index(channel) for channel in row) for row in rows)
+    except TypeError as error:
+        raise ValueError(f"channels are given as lists of whole numbers: {error}") from error
 
 
 def _layer_from_json(value: Any) -> LayerPattern:

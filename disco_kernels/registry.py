@@ -45,6 +45,11 @@ class Backend(ABC):
 
     name: str
 
+    @property
+    def layout(self) -> str:
+        """What the layout of a packed weight depends on besides the weight."""
+        return self.name
+
     @abstractmethod
     def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why tensors of this device and dtype cannot be served, or None if they can."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,12 +15,14 @@ Pair = tuple[int, int]
 
 def pair(value: int | Sequence[int], name: str) -> Pair:
     """``3`` or ``(3, 3)`` as a pair."""
-    if isinstance(value, int):
-        return (value, value)
-    values = tuple(int(v) for v in value)
-    if len(values) != 2:
-        raise ValueError(f"{name} must be one number or two (height, width), given {value!r}")
-    return values
+    try:
+        given = (value, value) if isinstance(value, int) else tuple(value)
+        height, width = (operator.index(v) for v in given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} must be one whole number or two (height, width), given {value!r}"
+        ) from error
+    return (height, width)
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,12 @@ class Channels:
     count: int
     first: int = 0
     index: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.count < 0 or self.first < 0:
+            raise ValueError(
+                f"a number of channels must not be negative, given {self.count} from {self.first}"
+            )
 
     def to_list(self) -> list[int]:
         if self.index is not None:

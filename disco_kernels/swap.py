@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,7 +27,9 @@ _SWAPPED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: SwappedConv2d,
     nn.Linear: SwappedLinear,
 }
-_ORIGINAL = {swapped: original for original, swapped in _SWAPPED.items()}
+_ORIGINAL: dict[type, type[nn.Module]] = {
+    swapped: original for original, swapped in _SWAPPED.items()
+}
 
 
 @dataclass(frozen=True)
@@ -132,12 +134,19 @@ def swap_(
             f"the pattern or ownership names layers that the model does not have: "
             f"{', '.join(strangers[:4])}"
         )
-    _require_backend(backend, layers)
+    # All looked at before one is changed: an error leaves the model as it was.
+    examined = {
+        name: _examine(name, module, nodes, tolerance, recorded, owned, filter)
+        for name, module in layers.items()
+    }
+    _require_backend(
+        backend, [layers[name] for name, (reason, _) in examined.items() if not reason]
+    )
 
     rows = []
     assumed = 0
     for name, module in layers.items():
-        skipped, found = _examine(name, module, nodes, tolerance, recorded, owned, filter)
+        skipped, found = examined[name]
         if skipped is None and found is not None:
             _change_class(module, _SWAPPED[type(module)])
             assert isinstance(module, SwappedMixin)
@@ -147,7 +156,7 @@ def swap_(
             SwapRow(
                 name,
                 "conv2d" if isinstance(module, nn.Conv2d) else "linear",
-                tuple(module.weight.shape),
+                _shape(module.weight),
                 None if found is None else found.density,
                 module._disco.backend if isinstance(module, SwappedMixin) else None,
                 skipped,
@@ -163,13 +172,20 @@ def swap_(
 
 
 def unswap_(model: nn.Module) -> int:
-    """Undo `swap_`, in place: the same objects, bit for bit as before. Returns how many layers."""
-    count = 0
-    for module in model.modules():
-        if isinstance(module, SwappedMixin):
-            _unswap_one(module)
-            count += 1
-    return count
+    """Undo `swap_`, in place: the same objects, bit for bit as before. Returns how many layers.
+
+    Raises ValueError, and changes nothing, if the class of a swapped layer was changed since.
+    """
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, SwappedMixin)]
+    for name, module in layers:
+        if type(module) not in _ORIGINAL:
+            raise ValueError(
+                f"layer {name!r} became a {type(module).__name__} after it was swapped; undo that "
+                "first (for example parametrize.remove_parametrizations)"
+            )
+    for _, module in layers:
+        _unswap_one(module)
+    return len(layers)
 
 
 @contextlib.contextmanager
@@ -217,12 +233,19 @@ def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:
     module.__class__ = cls
 
 
-def _require_backend(backend: str | None, layers: Mapping[str, nn.Module]) -> None:
+def _shape(weight: object) -> tuple[int, ...]:
+    # The weight of a lazy layer that has not run yet has no shape to ask for.
+    if not isinstance(weight, torch.Tensor) or nn.parameter.is_lazy(weight):
+        return ()
+    return tuple(weight.shape)
+
+
+def _require_backend(backend: str | None, layers: Sequence[nn.Conv2d | nn.Linear]) -> None:
     """An explicit request that cannot be met raises before anything was changed."""
-    for module in layers.values():
-        weight = module.weight
-        if isinstance(weight, torch.Tensor) and weight.dtype.is_floating_point:
-            registry.resolve(backend, weight.device, weight.dtype)
+    if backend is not None:
+        registry.get(backend)
+    for module in layers:
+        registry.resolve(backend, module.weight.device, module.weight.dtype)
 
 
 def _examine(
@@ -292,6 +315,9 @@ def _unsupported(module: nn.Module) -> str | None:
             conv_padding(module)
         except ValueError as error:
             return str(error)
+    if "weight" not in module._parameters:
+        # Its hook computes the weight at each call, after swap_ and the repacking hooks looked.
+        return "its weight is computed (weight_norm, pruning, ...): make it a parameter first"
     weight = module.weight
     if not isinstance(weight, torch.Tensor) or not weight.dtype.is_floating_point:
         return "its weight is no floating-point tensor"

@@ -105,6 +105,10 @@ class _CpuConv2d(PreparedConv2d):
 class CpuBackend(Backend):
     name = "cpu"
 
+    @property
+    def layout(self) -> str:
+        return f"{self.name} {self.extension.isa()}"
+
     def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if _C is None:
             return _load_error
@@ -124,9 +128,13 @@ class CpuBackend(Backend):
         return int(self.extension.packed_size(out_channels, in_channels, taps))
 
     def prepack(self, weight: Tensor, segment_channels: Sequence[int]) -> Tensor:
-        source = weight.detach().contiguous()
+        source = weight.detach().resolve_neg().contiguous()
         taps = source.shape[2] * source.shape[3]
-        packed = torch.empty(self.packed_numel(source.shape[0], source.shape[1], taps))
+        packed = torch.empty(
+            self.packed_numel(source.shape[0], source.shape[1], taps),
+            dtype=torch.float32,  # whatever torch's default dtype and device are
+            device="cpu",
+        )
         self.extension.pack_weights(
             source.data_ptr(), source.shape[0], list(segment_channels), taps, packed.data_ptr()
         )

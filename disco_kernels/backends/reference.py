@@ -34,6 +34,7 @@ class _ReferenceConv2d(PreparedConv2d):
     def __init__(self, descriptor: Conv2dDescriptor) -> None:
         self.descriptor = descriptor
 
+    @torch.no_grad()
     def run(
         self,
         sources: Sequence[Tensor],
@@ -44,6 +45,13 @@ class _ReferenceConv2d(PreparedConv2d):
         accumulate: bool,
     ) -> None:
         spec = self.descriptor.spec
+        taps = spec.kernel_size[0] * spec.kernel_size[1]
+        wanted = sum(n.out_channels.count * n.num_in_channels for n in self.descriptor.nodes) * taps
+        if packed_weight.numel() != wanted:
+            raise ValueError(
+                f"the packed weights hold {packed_weight.numel()} values, this layer has {wanted}: "
+                "pack them again for this backend (prepack, or repack() of the module)"
+            )
         begin = 0
         for node in self.descriptor.nodes:
             shape = (node.out_channels.count, node.num_in_channels, *spec.kernel_size)
@@ -74,6 +82,10 @@ class _ReferenceConv2d(PreparedConv2d):
 def _conv2d(x: Tensor, weight: Tensor, descriptor: Conv2dDescriptor, out: Tensor) -> Tensor:
     if x.shape[1] == 0:  # torch refuses a convolution over no channels; the sum is empty
         return out.new_zeros((out.shape[0], weight.shape[0], *out.shape[2:]))
+    if x.shape[1] == 1:
+        # torch 2.13 on the CPU computes wrong values for one channel in channels-last strides where
+        # the output is one pixel wide; clone gives such a tensor its canonical strides.
+        x = x.clone(memory_format=torch.contiguous_format)
     spec = descriptor.spec
     return F.conv2d(x, weight, None, spec.stride, spec.padding, spec.dilation)
 
@@ -93,6 +105,7 @@ class ReferenceBackend(Backend):
     def prepare(self, descriptor: Conv2dDescriptor) -> PreparedConv2d:
         return _ReferenceConv2d(descriptor)
 
+    @torch.no_grad()
     def gather_pack_(self, x: Tensor, index: Sequence[Tensor], messages: Sequence[Tensor]) -> None:
         for channels, message in zip(index, messages, strict=True):
             selected = x.index_select(1, _checked(channels, x.shape[1]).to(x.device))

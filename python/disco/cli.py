@@ -12,6 +12,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from disco import commands
+from disco.errors import InputError, TransportError
+from disco.runtime.children import WorkerError
+from disco_kernels import BackendUnavailable
+
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 _EXAMPLES = """\
@@ -51,15 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    # Imported here: `disco --help` should not wait for torch.
-    from disco import commands
-    from disco.errors import InputError, TransportError
-    from disco.runtime.children import WorkerError
-    from disco_kernels import BackendUnavailable
-
     try:
-        handler = getattr(commands, args.handler)
-        return EXIT_FAILED if handler(args) is False else 0
+        return EXIT_FAILED if args.handler(args) is False else 0
     except (InputError, BackendUnavailable) as error:
         return _fail(error, EXIT_INPUT)
     except (WorkerError, TransportError) as error:
@@ -98,17 +96,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"disco {_version()}")
     parser.set_defaults(handler=None)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
-    _add_demo(commands)
-    _add_partition(commands)
-    _add_inspect(commands)
-    _add_run(commands)
-    _add_verify(commands)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
+    _add_demo(subparsers)
+    _add_partition(subparsers)
+    _add_inspect(subparsers)
+    _add_run(subparsers)
+    _add_verify(subparsers)
     return parser
 
 
-def _add_demo(commands: Any) -> None:
-    demo = commands.add_parser(
+def _add_demo(subparsers: Any) -> None:
+    demo = subparsers.add_parser(
         "demo",
         help="make, cut, run and measure ResNet-50 on a photograph",
         description="Give ResNet-50 DISCO structure, cut it into shards, run them in processes of "
@@ -120,11 +118,11 @@ def _add_demo(commands: Any) -> None:
     demo.add_argument("--rounds", type=int, default=8, help="of measuring (default: %(default)s)")
     demo.add_argument("--keep", type=Path, metavar="DIR", help="keep shards and weights there")
     _add_json(demo)
-    demo.set_defaults(handler="demo")
+    demo.set_defaults(handler=commands.demo)
 
 
-def _add_partition(commands: Any) -> None:
-    partition = commands.add_parser(
+def _add_partition(subparsers: Any) -> None:
+    partition = subparsers.add_parser(
         "partition",
         help="cut a model into one shard per node",
         description="Cut a model into one shard per node. The zeros in its weights decide what is "
@@ -144,26 +142,26 @@ def _add_partition(commands: Any) -> None:
     )
     partition.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     partition.add_argument("--overwrite", action="store_true", help="replace an old partition")
-    partition.set_defaults(handler="partition")
+    partition.set_defaults(handler=commands.partition)
 
 
-def _add_inspect(commands: Any) -> None:
-    inspect = commands.add_parser("inspect", help="print the plan of a partition")
+def _add_inspect(subparsers: Any) -> None:
+    inspect = subparsers.add_parser("inspect", help="print the plan of a partition")
     inspect.add_argument("directory", type=Path, help="made by `disco partition`")
     _add_json(inspect)
-    inspect.set_defaults(handler="inspect")
+    inspect.set_defaults(handler=commands.inspect)
 
 
-def _add_run(commands: Any) -> None:
-    run = commands.add_parser("run", help="classify images, one process per node, over loopback")
+def _add_run(subparsers: Any) -> None:
+    run = subparsers.add_parser("run", help="classify images, one process per node, over loopback")
     _add_cluster_options(run)
     run.add_argument("--top", type=int, default=5, help="classes to show (default: %(default)s)")
     _add_json(run)
-    run.set_defaults(handler="run")
+    run.set_defaults(handler=commands.run)
 
 
-def _add_verify(commands: Any) -> None:
-    verify = commands.add_parser(
+def _add_verify(subparsers: Any) -> None:
+    verify = subparsers.add_parser(
         "verify",
         help="compare the nodes' outputs with the whole model's on your own images",
         description="Exit code 0 if every output is equal up to rounding, 1 if not.",
@@ -173,7 +171,7 @@ def _add_verify(commands: Any) -> None:
         "--weights", type=Path, metavar="FILE", help="the file that the model was made from"
     )
     _add_json(verify)
-    verify.set_defaults(handler="verify")
+    verify.set_defaults(handler=commands.verify)
 
 
 def _add_model_options(parser: argparse.ArgumentParser, *, positional: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import platform
 import re
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+from disco_kernels.backends.cpu import extension_status
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,16 +64,23 @@ def test_operators_import_without_the_framework(tmp_path: Path) -> None:
     run("-c", code, cwd=tmp_path)
 
 
-def test_help_and_version_do_not_wait_for_torch(tmp_path: Path) -> None:
-    code = (
-        "import sys, contextlib\n"
-        "from disco.cli import main\n"
-        "for word in ('--version', '--help'):\n"
-        "    with contextlib.suppress(SystemExit):\n"
-        "        main([word])\n"
-        "assert 'torch' not in sys.modules\n"
-    )
-    assert metadata.version("disco-kernels") in run("-c", code, cwd=tmp_path)
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64") or not Path("/proc/cpuinfo").exists(),
+    reason="reads an x86-64 processor's flags in /proc/cpuinfo",
+)
+def test_the_build_has_every_instruction_set_that_this_processor_has() -> None:
+    flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text().split("flags")[1]))
+    needed = {
+        "avx2": {"avx2", "fma"},
+        "avx512": {"avx512f", "avx512dq", "avx512bw", "avx512vl"},
+    }
+    here = {name for name, wanted in needed.items() if wanted <= flags}
+    assert here <= set(extension_status().available_isas), "built without them"
+
+
+def test_version(tmp_path: Path) -> None:
+    printed = run("-m", "disco.cli", "--version", cwd=tmp_path)
+    assert printed.strip() == f"disco {metadata.version('disco-kernels')}"
 
 
 def test_reports_from_any_folder(tmp_path: Path) -> None:
