@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from benchmarks.shapes import ConvShape, resnet50_shapes
 from torch import Tensor
 
 import disco_kernels as dk
+from benchmarks.shapes import ConvShape, resnet50_shapes
 
 NODES = 2
 DENSITY = 0.2

@@ -11,7 +11,8 @@ from torch import Tensor
 import disco_kernels as dk
 
 DENSITY = 0.2
-# Channels and side of the maps that ResNet-50 exchanges at 224 x 224, as one of two ranks owns them.
+# Channels and side of the maps that ResNet-50 exchanges at 224 x 224, as one of two ranks owns
+# them.
 MAPS = [(32, 56), (128, 56), (64, 28), (256, 28), (128, 14), (512, 14), (256, 7), (1024, 7)]
 
 

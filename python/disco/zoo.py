@@ -76,8 +76,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"the weights file {path} holds more than plain tensors, and only those are loaded "
-            f"({_first_line(error)}): save the model's state_dict() and give that"
+            f"the weights file {path} holds more than plain tensors (a pickled model or other "
+            "objects), and only plain tensors are loaded: save the model's state_dict() and give "
+            "that"
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise InputError(

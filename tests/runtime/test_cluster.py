@@ -140,7 +140,7 @@ def test_a_stopped_rank_is_an_error_after_the_timeout(
     assert not alive(pids)
 
 
-def test_no_orphans_when_the_launcher_is_killed(tiny_folder: Path) -> None:
+def test_no_orphans_when_the_launcher_is_killed(tiny_folder: Path, tmp_path: Path) -> None:
     code = (
         "import sys, time\n"
         "from disco.runtime import Cluster\n"
@@ -149,7 +149,11 @@ def test_no_orphans_when_the_launcher_is_killed(tiny_folder: Path) -> None:
         "    time.sleep(60)\n"
     )
     launcher = subprocess.Popen(
-        [sys.executable, "-c", code, str(tiny_folder)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(tiny_folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+        # Nothing can remove its private folder after that.
+        env={**os.environ, "TMPDIR": str(tmp_path)},
     )
     assert launcher.stdout is not None
     pids = [int(word) for word in launcher.stdout.readline().split()]

@@ -208,7 +208,11 @@ def _write_shard(folder: Path, rank: int, part: RankProgram, plan: Plan) -> Shar
         "program": program_to_json(part.program),
     }
     text = json.dumps(description, sort_keys=True, separators=(",", ":"))
+    # safetensors makes files that only their owner may read; a shard is as public as the umask says.
+    path.touch()
+    mode = path.stat().st_mode
     safetensors.torch.save_file(part.weights, path, metadata={_METADATA_KEY: text})
+    path.chmod(mode)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
     return ShardFile(rank, path.name, _sha256(path), path.stat().st_size)
