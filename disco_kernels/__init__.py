@@ -2,6 +2,12 @@
 communications (arXiv 2302.11180).
 """
 
+from pkgutil import extend_path
+
+# After a plain (not editable) install, Python started in a checkout's root finds the sources before
+# the installed package; the compiled extension is then still found, in the latter.
+__path__ = extend_path(__path__, __name__)
+
 from disco_kernels import backends as backends
 from disco_kernels.functional import (
     gather_conv2d,

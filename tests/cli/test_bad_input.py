@@ -170,7 +170,7 @@ CASES: dict[str, tuple[Make, str]] = {
         weights_of_another_model_for_the_demo,
         "is not one of torchvision resnet50: .* of another shape",
     ),
-    "weights that are code": (weights_that_are_code, "only those are loaded"),
+    "weights that are code": (weights_that_are_code, "only plain tensors are loaded"),
     "no weights": (no_weights, "there is no weights file"),
     "changed byte": (changed_byte, r"rank-1\.safetensors is damaged: its sha256 is .* manifest"),
     "cut shard": (cut_shard, r"rank-0\.safetensors has \d+ of \d+ bytes"),

@@ -154,12 +154,13 @@ class DemoResult:
             )
         samples = min(len(timing.samples_ms) for timing in self.timings.values())
         slow = sum(t.high_ms > _BUSY * t.median_ms for t in self.timings.values())
-        busy = f"\nThe machine was busy: p90 is above {_BUSY:g} medians for {slow} engine(s)."
-        return (
-            f"{_table(rows)}\n"
-            f"Median of {samples} passes at batch 1, engines in turns; nodes talk over loopback.\n"
-            f"Cores are processes x threads. Errors are against torch in one process.{busy if slow else ''}"
-        )
+        busy = f"The machine was busy: p90 is above {_BUSY:g} medians for {slow} engine(s)."
+        lines = [
+            _table(rows),
+            f"Median of {samples} passes at batch 1, engines in turns; nodes talk over loopback.",
+            "Cores are processes x threads. Errors are against torch in one process.",
+        ]
+        return "\n".join([*lines, busy] if slow else lines)
 
     def _machine(self) -> str:
         versions = ", ".join(

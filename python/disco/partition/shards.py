@@ -208,7 +208,7 @@ def _write_shard(folder: Path, rank: int, part: RankProgram, plan: Plan) -> Shar
         "program": program_to_json(part.program),
     }
     text = json.dumps(description, sort_keys=True, separators=(",", ":"))
-    # safetensors makes files that only their owner may read; a shard is as public as the umask says.
+    # safetensors makes files that only their owner may read; a shard follows the umask.
     path.touch()
     mode = path.stat().st_mode
     safetensors.torch.save_file(part.weights, path, metadata={_METADATA_KEY: text})
