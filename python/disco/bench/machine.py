@@ -1,8 +1,11 @@
-"""What was measured on: processor, cores, versions."""
+"""What was measured on, when, and by which command."""
 
 from __future__ import annotations
 
+import datetime
 import platform
+import shlex
+import sys
 from importlib import metadata
 from typing import Any
 
@@ -10,8 +13,10 @@ from disco.runtime.cluster import available_cores
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores, system and versions, for results."""
+    """Processor, cores, system, versions, date (UTC) and command, for results."""
     return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "command": shlex.join(["disco", *sys.argv[1:]]),
         "processor": _processor(),
         "cores": available_cores(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
