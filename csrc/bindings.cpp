@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/conv2d.h"
+#include "cpu/fma_peak.h"
 #include "cpu/gather_pack.h"
 
 namespace py = pybind11;
@@ -129,4 +130,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("out_channels"), py::arg("accumulate"), py::arg("num_threads"));
 
   m.def("gather_pack", &gather_pack);
+
+  m.def("fma_peak_gflops", &disco::fma_peak_gflops, py::arg("bursts") = 20,
+        py::call_guard<py::gil_scoped_release>());
 }

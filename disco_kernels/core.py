@@ -95,35 +95,34 @@ def execute(
         accumulate: add onto what ``out`` holds; bias is then not added.
     """
     x = sources[0]
-    for s, other in enumerate(sources):
-        same_extent = other.shape[0] == x.shape[0] and other.shape[2:] == x.shape[2:]
-        if not same_extent or other.dtype != x.dtype or other.device != x.device:
+    extent, dtype, device = x.shape, x.dtype, x.device
+    for s, other in enumerate(sources[1:], 1):
+        same_extent = other.shape[0] == extent[0] and other.shape[2:] == extent[2:]
+        if not same_extent or other.dtype != dtype or other.device != device:
             raise ValueError(
                 f"segment {s} is {_shape(other)} {other.dtype} on {other.device}; every segment "
                 f"must have the batch, height, width, dtype and device of segment 0, which is "
-                f"{_shape(x)} {x.dtype} on {x.device}"
+                f"{_shape(x)} {dtype} on {device}"
             )
-    if packed_weight.dtype != x.dtype or packed_weight.device != x.device:
+    if packed_weight.dtype != dtype or packed_weight.device != device:
         raise ValueError(
             f"the weights are {packed_weight.dtype} on {packed_weight.device}, the input is "
-            f"{x.dtype} on {x.device}; convert one of them"
+            f"{dtype} on {device}; convert one of them"
         )
-    for node in descriptor.nodes:
-        for segment in node.segments:
-            channels = segment.channels
-            available = sources[segment.source].shape[1]
-            if channels.index is None and channels.first + channels.count > available:
-                raise ValueError(
-                    f"segment {segment.source} has {available} channels; the weights were packed "
-                    f"for {channels.first + channels.count}"
-                )
-    height, width = descriptor.spec.output_size(x.shape[2], x.shape[3])
-    shape = (x.shape[0], descriptor.out_channels, height, width)
+    for s, needed in enumerate(descriptor.channels_needed):
+        if sources[s].shape[1] < needed:
+            raise ValueError(
+                f"segment {s} has {sources[s].shape[1]} channels; the weights were packed for "
+                f"{needed}"
+            )
+    height, width = descriptor.spec.output_size(extent[2], extent[3])
+    shape = (extent[0], descriptor.out_channels, height, width)
     if residual is not None:
         _check_result("residual", residual, shape, x)
         residual = channels_last(residual, "residual")
     if bias is not None:
         _check_result("bias", bias, shape[1:2], x)
+        bias = bias.resolve_neg().contiguous()
     if out is None:
         out = empty_output(x, *shape[1:])
     else:
@@ -133,14 +132,12 @@ def execute(
                 f"out must have a channel stride of 1 and no lazy negation, given strides "
                 f"{out.stride()}"
             )
-    if bias is not None:
-        bias = bias.resolve_neg().contiguous()
     prepared.run(sources, packed_weight, bias, residual, out, accumulate)
     return out
 
 
-def _check_result(name: str, value: Tensor, shape: Sequence[int], x: Tensor) -> None:
-    if tuple(value.shape) != tuple(shape) or value.dtype != x.dtype or value.device != x.device:
+def _check_result(name: str, value: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    if value.shape != shape or value.dtype != x.dtype or value.device != x.device:
         raise ValueError(
             f"{name} must be {list(shape)} {x.dtype} on {x.device}, given {_shape(value)} "
             f"{value.dtype} on {value.device}"

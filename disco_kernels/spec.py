@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -51,18 +52,21 @@ class ConvSpec:
 
     def output_size(self, height: int, width: int) -> Pair:
         """Height and width of the output. Raises ValueError if the window does not fit."""
-        size = []
-        for extent, k, s, p, d in zip(
-            (height, width), self.kernel_size, self.stride, self.padding, self.dilation, strict=True
-        ):
-            room = extent + 2 * p - d * (k - 1) - 1
-            if room < 0:
-                raise ValueError(
-                    f"an input of {height} x {width} is smaller than the kernel's window "
-                    f"(kernel {self.kernel_size}, dilation {self.dilation}, padding {self.padding})"
-                )
-            size.append(room // s + 1)
-        return (size[0], size[1])
+        # Written out: this runs at every call of every layer.
+        (kh, kw), (sh, sw), (ph, pw), (dh, dw) = (
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+        )
+        room_h = height + 2 * ph - dh * (kh - 1) - 1
+        room_w = width + 2 * pw - dw * (kw - 1) - 1
+        if room_h < 0 or room_w < 0:
+            raise ValueError(
+                f"an input of {height} x {width} is smaller than the kernel's window "
+                f"(kernel {self.kernel_size}, dilation {self.dilation}, padding {self.padding})"
+            )
+        return (room_h // sh + 1, room_w // sw + 1)
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,18 @@ class Conv2dDescriptor:
     spec: ConvSpec
     nodes: tuple[Node, ...]
 
-    @property
+    @cached_property
     def out_channels(self) -> int:
         return sum(node.out_channels.count for node in self.nodes)
+
+    @cached_property
+    def channels_needed(self) -> tuple[int, ...]:
+        """Per source, how many channels it must have at least; listed channels do not count, the
+        backends check them while they read."""
+        needed: dict[int, int] = {}
+        for node in self.nodes:
+            for segment in node.segments:
+                run = segment.channels
+                last = run.first + run.count if run.index is None else 0
+                needed[segment.source] = max(needed.get(segment.source, 0), last)
+        return tuple(needed.get(source, 0) for source in range(max(needed, default=-1) + 1))

@@ -11,6 +11,7 @@
 // load a k.
 
 #include <cstddef>
+#include <type_traits>
 #include <utility>
 
 #include "conv_microkernel.h"
@@ -38,6 +39,18 @@ inline void add_rows(Vector (&acc)[MR][NV], Row* const* rows, int64_t first_chan
   }
 }
 
+template <int MR, int kWidth, typename Row>
+inline void fetch_rows(Row* const* rows, int64_t first_channel) {
+  constexpr int kLineFloats = 16;
+#pragma GCC unroll 16
+  for (int p = 0; p < MR; ++p) {
+#pragma GCC unroll 16
+    for (int c = 0; c < kWidth; c += kLineFloats) {
+      __builtin_prefetch(rows[p] + first_channel + c, !std::is_const<Row>::value);
+    }
+  }
+}
+
 template <int MR, int NV>
 void convolve_tile(const Tile& tile) {
   constexpr int kWidth = NV * kVectorLength;
@@ -49,6 +62,11 @@ void convolve_tile(const Tile& tile) {
 #pragma GCC unroll 16
     for (int p = 0; p < MR; ++p) acc[p][v] = b;
   }
+
+  // The rows that the epilogue adds and writes are fetched while the sum is computed: the loop is
+  // longer than the reorder buffer, so their loads would start only after it.
+  if (tile.residual != nullptr) fetch_rows<MR, kWidth>(tile.residual, tile.first_channel);
+  fetch_rows<MR, kWidth>(tile.out, tile.first_channel);
 
   const char* prefetch = tile.prefetch;
   const int64_t prefetch_step = tile.prefetch_step;
