@@ -26,8 +26,9 @@ using Address = uintptr_t;
 using ChannelArgs = std::tuple<int32_t, int64_t, Address>;
 using SegmentArgs = std::pair<int64_t, ChannelArgs>;                // source, channels
 using NodeArgs = std::pair<std::vector<SegmentArgs>, ChannelArgs>;  // segments, output channels
-using SourceArgs = std::tuple<Address, int64_t, int64_t, int64_t, int64_t>;  // channels, n, h, w
-using ViewArgs = std::tuple<Address, int64_t, int64_t, int64_t>;             // strides n, h, w
+// Address, channels, strides n, c, h, w.
+using SourceArgs = std::tuple<Address, int64_t, int64_t, int64_t, int64_t, int64_t>;
+using ViewArgs = std::tuple<Address, int64_t, int64_t, int64_t>;  // strides n, h, w
 
 template <typename T>
 T* pointer(Address address) {
@@ -66,8 +67,8 @@ void run_conv2d(const disco::Conv2d& conv2d, const std::vector<SourceArgs>& sour
                 Address bias, const ViewArgs& residual, const ViewArgs& out, int64_t out_channels,
                 bool accumulate, int32_t num_threads) {
   disco::Conv2dCall call = {};
-  for (const auto& [data, channels, n, h, w] : sources) {
-    call.sources.push_back({pointer<const float>(data), channels, n, h, w});
+  for (const auto& [data, channels, n, c, h, w] : sources) {
+    call.sources.push_back({pointer<const float>(data), channels, n, c, h, w});
   }
   call.batch = batch_h_w[0];
   call.in_h = batch_h_w[1];
@@ -113,6 +114,8 @@ void gather_pack(Address x, int64_t channels, const std::array<int64_t, 3>& n_h_
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of disco_kernels; use them through the package's operators.";
   m.attr("__version__") = DISCO_KERNELS_VERSION;
+
+  m.attr("few_channels") = disco::kFewChannels;
 
   m.def("isa", [] { return std::string(disco::active_isa().name); });
   m.def("available_isas", &disco::available_isas);

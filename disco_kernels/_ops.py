@@ -15,6 +15,7 @@ from torch import Tensor
 
 from disco_kernels import registry
 from disco_kernels.core import (
+    as_sources,
     channels_last,
     empty_output,
     execute,
@@ -149,7 +150,7 @@ def _partial_conv2d(
     backend: str,
 ) -> Tensor:
     _refuse_gradients("partial_conv2d", *segments, packed_weight, bias, residual)
-    sources = [channels_last(x, f"segment {s}") for s, x in enumerate(segments)]
+    sources = as_sources(segments)
     spec = _conv_spec(kernel_size, stride, padding, dilation, activation)
     descriptor = _partial_descriptor(sources, index, out_channels, spec)
     prepared = _backend(backend, packed_weight).prepare(descriptor)
@@ -203,7 +204,7 @@ def _partial_conv2d_accumulate(
     backend: str,
 ) -> None:
     _refuse_gradients("partial_conv2d_", out, *segments, packed_weight, residual)
-    sources = [channels_last(x, f"segment {s}") for s, x in enumerate(segments)]
+    sources = as_sources(segments)
     spec = _conv_spec(kernel_size, stride, padding, dilation, activation)
     if out.dim() != 4:
         raise ValueError(f"out must be [B, O, OH, OW], given {list(out.shape)}")
@@ -299,10 +300,10 @@ def _gather_conv2d(
 ) -> Tensor:
     _refuse_gradients("gather_conv2d", x, packed_weight, bias, residual)
     spec = _conv_spec(kernel_size, stride, padding, dilation, activation)
-    image = channels_last(x, "x")
+    sources = as_sources([x])
     descriptor = _gather_descriptor(channel_index, in_splits, out_splits, out_index, spec)
     prepared = _backend(backend, packed_weight).prepare(descriptor)
-    return execute(prepared, descriptor, [image], packed_weight, bias, residual)
+    return execute(prepared, descriptor, sources, packed_weight, bias, residual)
 
 
 def _gather_conv2d_fake(

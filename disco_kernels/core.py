@@ -11,6 +11,9 @@ from torch import Tensor
 from disco_kernels.registry import PreparedConv2d
 from disco_kernels.spec import Channels, Conv2dDescriptor
 
+# Up to here kernels take any channel stride (kFewChannels in csrc/cpu/conv2d.h).
+FEW_CHANNELS = 8
+
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -22,6 +25,17 @@ def channels_last(x: Tensor, name: str) -> Tensor:
     if x.stride(1) == 1 or x.shape[1] <= 1:
         return x
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def as_sources(segments: Sequence[Tensor]) -> list[Tensor]:
+    """The segments as kernels take them: channels last, or as they lie if all have few channels.
+
+    An image of three planes would otherwise be copied twice: kernels put few channels into a
+    layout of their own.
+    """
+    if all(x.dim() == 4 and x.shape[1] <= FEW_CHANNELS for x in segments):
+        return [x.resolve_neg() for x in segments]
+    return [channels_last(x, f"segment {s}") for s, x in enumerate(segments)]
 
 
 def tokens_as_image(x: Tensor, name: str) -> Tensor:
@@ -88,7 +102,7 @@ def execute(
     """Check what the call brings, allocate ``out`` if none is given, run.
 
     Args:
-        sources: ``[B, C_s, H, W]`` tensors, channel stride 1, one dtype and device.
+        sources: ``[B, C_s, H, W]`` tensors from `as_sources`, one dtype and device.
         packed_weight, bias: as packed for ``descriptor``; bias ``[O]`` or None.
         residual: ``[B, O, OH, OW]`` or None, added before the activation.
         out: ``[B, O, OH, OW]``, channel stride 1, or None. Must not overlap a source.

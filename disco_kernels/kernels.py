@@ -14,6 +14,7 @@ from torch import Tensor
 
 from disco_kernels import registry
 from disco_kernels.core import (
+    as_sources,
     channel_run,
     channels_last,
     execute,
@@ -143,9 +144,7 @@ class PartialConv2d(_PartialKernel):
             ``[B, O, OH, OW]`` in channels-last memory.
         """
         _check_count(segments, self.descriptor)
-        return self._run(
-            [channels_last(x, f"segment {s}") for s, x in enumerate(segments)], residual, out
-        )
+        return self._run(as_sources(segments), residual, out)
 
 
 class PartialLinear(_PartialKernel):
@@ -226,7 +225,7 @@ class GatherConv2d(_GatherKernel):
         self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
         """``[B, I, H, W]`` -> ``[B, O, OH, OW]`` in channels-last memory."""
-        return self._run([self._input(channels_last(x, "x"))], residual, out)
+        return self._run([self._input(*as_sources([x]))], residual, out)
 
 
 class GatherLinear(_GatherKernel):

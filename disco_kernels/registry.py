@@ -41,7 +41,8 @@ class PreparedConv2d(ABC):
 
 
 class Backend(ABC):
-    """What a backend provides. All tensors are ``[B, C, H, W]`` with a channel stride of 1."""
+    """What a backend provides. All tensors are ``[B, C, H, W]`` with a channel stride of 1,
+    but for sources of few channels, which may lie in any way (`disco_kernels.core.as_sources`)."""
 
     name: str
 

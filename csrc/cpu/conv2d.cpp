@@ -93,6 +93,11 @@ class Run {
     int64_t most_channels = 0;
     for (const SourceView& source : call.sources) {
       most_channels = std::max(most_channels, source.channels);
+      if (source.channels > 1 && source.stride_c != 1) {
+        refuse("a source of more than " + std::to_string(kFewChannels) +
+               " channels must have a channel stride of 1, given " +
+               std::to_string(source.stride_c));
+      }
     }
     zeros_.assign(static_cast<size_t>(most_channels), 0.0f);
     plan_nodes(nodes);
@@ -436,6 +441,47 @@ class Run {
   std::vector<Item> items_;
 };
 
+// The same convolution over copies of the sources, channels last, with zeros around them.
+struct PaddedCall {
+  PaddedCall(const Conv2dGeometry& original, const Conv2dCall& from)
+      : geometry(original), call(from) {
+    geometry.padding_h = geometry.padding_w = 0;
+    call.in_h += 2 * original.padding_h;
+    call.in_w += 2 * original.padding_w;
+    for (SourceView& source : call.sources) {
+      const int64_t row = call.in_w * source.channels;
+      copies.emplace_back(new float[static_cast<size_t>(call.batch * call.in_h * row)]);
+      copy(source, from, original, copies.back().get());
+      source = {copies.back().get(), source.channels, call.in_h * row, 1, row, source.channels};
+    }
+  }
+
+  Conv2dGeometry geometry;
+  Conv2dCall call;
+
+ private:
+  void copy(const SourceView& source, const Conv2dCall& from, const Conv2dGeometry& original,
+            float* to) const {
+    const int64_t channels = source.channels, width = call.in_w;
+    const int64_t rows = call.batch * call.in_h;
+#pragma omp parallel for schedule(static) num_threads(call.num_threads) if (call.num_threads > 1)
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t n = i / call.in_h, h = i % call.in_h - original.padding_h;
+      float* row = to + i * width * channels;
+      std::fill(row, row + width * channels, 0.0f);
+      if (h < 0 || h >= from.in_h) continue;
+      for (int64_t c = 0; c < channels; ++c) {
+        const float* x =
+            source.data + n * source.stride_n + c * source.stride_c + h * source.stride_h;
+        float* y = row + original.padding_w * channels + c;
+        for (int64_t w = 0; w < from.in_w; ++w) y[w * channels] = x[w * source.stride_w];
+      }
+    }
+  }
+
+  std::vector<std::unique_ptr<float[]>> copies;
+};
+
 }  // namespace
 
 int64_t Node::num_in_channels() const {
@@ -463,7 +509,19 @@ int64_t Conv2d::packed_size() const {
 }
 
 void Conv2d::run(const Conv2dCall& call) const {
-  Run(geometry_, nodes_, activation_, call).execute();
+  bool few = true, plain = geometry_.taps() == 1;
+  for (const SourceView& source : call.sources) {
+    few &= source.channels <= kFewChannels;
+    plain &= source.stride_c == 1;
+  }
+  if (few && !plain) {
+    // With three channels a tap is over after three steps, and an image comes in planes: a copy
+    // with the padding around it costs less than the borders and another layout would.
+    const PaddedCall padded(geometry_, call);
+    Run(padded.geometry, nodes_, activation_, padded.call).execute();
+  } else {
+    Run(geometry_, nodes_, activation_, call).execute();
+  }
 }
 
 }  // namespace disco

@@ -35,13 +35,17 @@ struct Node {
   int64_t num_in_channels() const;
 };
 
-// Strides in elements; the channel stride is 1.
+// Sources of at most this many channels (images) may have any channel stride: they are copied.
+constexpr int64_t kFewChannels = 8;
+
+// Strides in elements; the channel stride is 1 where there are more than kFewChannels.
 struct SourceView {
   const float* data;
   int64_t channels;
-  int64_t stride_n, stride_h, stride_w;
+  int64_t stride_n, stride_c, stride_h, stride_w;
 };
 
+// Strides in elements; the channel stride is 1.
 struct OutputView {
   float* data;
   int64_t stride_n, stride_h, stride_w;

@@ -80,8 +80,7 @@ class _CpuConv2d(PreparedConv2d):
     ) -> None:
         views = []
         for x in sources:
-            n, _, h, w = x.stride()
-            views.append((x.data_ptr(), x.shape[1], n, h, w))
+            views.append((x.data_ptr(), x.shape[1], *x.stride()))
         first = sources[0].shape
         added = _NO_RESIDUAL
         if residual is not None:

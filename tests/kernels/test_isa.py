@@ -145,7 +145,7 @@ def test_wide_registers_only_in_the_instruction_sets_files() -> None:
             function = head.group(1)
         elif re.search(r"%[yz]mm\d|%k[1-7]\b", line):
             wide += 1
-            if not re.search(r"convolve_tile<|avx2_kernels|avx512_kernels", function):
+            if not re.search(r"convolve_tile<|fma_rounds|avx2_kernels|avx512_kernels", function):
                 leaks.append(f"{function}: {line.strip()}")
     assert not leaks, "\n".join(leaks[:10])
     has_wide = set(STATUS.available_isas) & {"avx2", "avx512"}
