@@ -1,0 +1,162 @@
+// Portable part of the convolution: checks, offsets, and the division into items.
+
+#include "conv2d_plan.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "packed_header.h"
+
+namespace disco {
+namespace {
+
+// Input bytes that one work item touches: they stay in a 1 MB second-level cache beside a panel of
+// weights (K = 2,763 of a 3x3 layer with 512 + 51 channels is 354 KB) while the panels go by.
+constexpr int64_t kInputBlockBytes = 256 * 1024;
+// Work items per thread, so that one thread's delay leaves work for the others to take.
+constexpr int64_t kItemsPerThread = 4;
+
+}  // namespace
+
+ConvPlan::ConvPlan(const Conv2dGeometry& geometry, const std::vector<Node>& nodes,
+                   Activation activation, const Conv2dCall& call)
+    : isa(active_isa()), geometry(geometry), activation(activation), call(call) {
+  const int64_t span_h = geometry.dilation_h * (geometry.kernel_h - 1) + 1;
+  const int64_t span_w = geometry.dilation_w * (geometry.kernel_w - 1) + 1;
+  const int64_t room_h = call.in_h + 2 * geometry.padding_h - span_h;
+  const int64_t room_w = call.in_w + 2 * geometry.padding_w - span_w;
+  if (room_h < 0 || room_w < 0) {
+    refuse("an input of " + std::to_string(call.in_h) + " x " + std::to_string(call.in_w) +
+           " is smaller than the kernel's window of " + std::to_string(span_h) + " x " +
+           std::to_string(span_w) + " less the padding");
+  }
+  out_h = room_h / geometry.stride_h + 1;
+  out_w = room_w / geometry.stride_w + 1;
+  num_pixels = call.batch * out_h * out_w;
+  num_tiles = (num_pixels + isa.max_pixels - 1) / isa.max_pixels;
+  int64_t most_channels = 0;
+  for (const SourceView& source : call.sources) {
+    most_channels = std::max(most_channels, source.channels);
+    if (source.channels > 1 && source.stride_c != 1) {
+      refuse("a source of more than " + std::to_string(kFewChannels) +
+             " channels must have a channel stride of 1, given " + std::to_string(source.stride_c));
+    }
+  }
+  zeros.assign(static_cast<size_t>(most_channels), 0.0f);
+  plan_nodes(nodes);
+  plan_items();
+}
+
+void ConvPlan::plan_nodes(const std::vector<Node>& given) {
+  const int64_t taps = geometry.taps();
+  const float* packed = call.packed;
+  int64_t left = call.packed_size;
+  for (const Node& node : given) {
+    NodePlan plan;
+    plan.node = &node;
+    const int64_t outputs = static_cast<int64_t>(node.out_channels.size());
+    const int64_t size = disco::packed_size(isa, outputs, node.num_in_channels(), taps);
+    const PackedHeader wanted = packed_header(isa, outputs, node.num_in_channels(), taps);
+    if (size > left || std::memcmp(packed, &wanted, sizeof(wanted)) != 0) {
+      refuse(std::string("the packed weights are not those of this layer for ") + isa.name +
+             ": pack them again (prepack, or repack() of the module)");
+    }
+    plan.panels = packed + kHeaderWords;
+    packed += size;
+    left -= size;
+    plan.rows = node.num_in_channels() * taps;
+    plan_segments(node, plan);
+    plan.num_panels = (outputs + panel_width() - 1) / panel_width();
+    plan.bias.assign(static_cast<size_t>(plan.num_panels * panel_width()), 0.0f);
+    plan.first_out = outputs > 0 ? node.out_channels[0] : 0;
+    plan.scattered = false;
+    for (int64_t o = 0; o < outputs; ++o) {
+      const int32_t channel = node.out_channels[static_cast<size_t>(o)];
+      plan.scattered |= channel != plan.first_out + o;
+      if (channel < 0 || channel >= call.out_channels) {
+        refuse("output channel " + std::to_string(channel) + " is not one of the output's " +
+               std::to_string(call.out_channels));
+      }
+      if (call.bias != nullptr && !call.accumulate) {
+        plan.bias[static_cast<size_t>(o)] = call.bias[channel];
+      }
+    }
+    nodes.push_back(std::move(plan));
+  }
+  if (left != 0) refuse("the packed weights are longer than this layer's nodes need");
+}
+
+void ConvPlan::plan_segments(const Node& node, NodePlan& plan) const {
+  int64_t row = 0;
+  for (const Segment& segment : node.segments) {
+    const int64_t count = static_cast<int64_t>(segment.channels.size());
+    if (segment.source < 0 || segment.source >= static_cast<int64_t>(call.sources.size())) {
+      refuse("segment " + std::to_string(plan.offsets.size()) + " reads source " +
+             std::to_string(segment.source) + " of " + std::to_string(call.sources.size()));
+    }
+    const SourceView& source = call.sources[static_cast<size_t>(segment.source)];
+    const int64_t furthest = (geometry.kernel_h - 1) * geometry.dilation_h * source.stride_h +
+                             (geometry.kernel_w - 1) * geometry.dilation_w * source.stride_w +
+                             source.channels;
+    if (furthest > std::numeric_limits<int32_t>::max()) {
+      refuse("the kernel's window spans more than 2^31 elements of the input");
+    }
+    std::vector<int32_t> offsets;
+    offsets.reserve(static_cast<size_t>(count * geometry.taps()));
+    for (int64_t r = 0; r < geometry.kernel_h; ++r) {
+      for (int64_t s = 0; s < geometry.kernel_w; ++s) {
+        const int64_t tap =
+            r * geometry.dilation_h * source.stride_h + s * geometry.dilation_w * source.stride_w;
+        for (const int32_t channel : segment.channels) {
+          if (channel < 0 || channel >= source.channels) {
+            refuse("channel " + std::to_string(channel) + " is not one of the segment's " +
+                   std::to_string(source.channels));
+          }
+          offsets.push_back(static_cast<int32_t>(tap + channel));
+        }
+      }
+    }
+    plan.offsets.push_back(std::move(offsets));
+    plan.first_row.push_back(row);
+    row += count * geometry.taps();
+  }
+}
+
+void ConvPlan::plan_items() {
+  if (num_pixels == 0) return;
+  int64_t most_channels = 1, most_panels = 0;
+  for (const NodePlan& plan : nodes) {
+    most_channels = std::max(most_channels, plan.node->num_in_channels());
+    most_panels = std::max(most_panels, plan.num_panels);
+  }
+  const int64_t bytes_per_pixel =
+      most_channels * geometry.stride_h * geometry.stride_w * static_cast<int64_t>(sizeof(float));
+  const int64_t block = std::max<int64_t>(4 * isa.max_pixels, kInputBlockBytes / bytes_per_pixel);
+  int64_t num_blocks = (num_pixels + block - 1) / block;
+  // Small maps first split by panels: every thread then reads only its share of the weights.
+  const int64_t num_nodes = static_cast<int64_t>(nodes.size());
+  const int64_t wanted =
+      call.num_threads > 1 ? (kItemsPerThread * call.num_threads + num_nodes - 1) / num_nodes : 1;
+  int64_t groups = 1;
+  if (num_blocks < wanted) {
+    groups = std::max<int64_t>(1, std::min(most_panels, (wanted + num_blocks - 1) / num_blocks));
+    num_blocks = std::max(num_blocks, std::min(num_tiles, (wanted + groups - 1) / groups));
+  }
+  // A block's nodes one after the other: they read the same input, which then still is near.
+  for (int64_t b = 0; b < num_blocks; ++b) {
+    const int64_t begin = num_tiles * b / num_blocks;
+    const int64_t end = num_tiles * (b + 1) / num_blocks;
+    most_tiles = std::max(most_tiles, end - begin);
+    for (size_t n = 0; n < nodes.size() && begin < end; ++n) {
+      const int64_t panels = nodes[n].num_panels;
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t first = panels * g / groups;
+        const int64_t count = panels * (g + 1) / groups - first;
+        if (count > 0) items.push_back({static_cast<int32_t>(n), begin, end - begin, first, count});
+      }
+    }
+  }
+}
+
+}  // namespace disco

@@ -1,0 +1,71 @@
+// What one call of a convolution comes down to: nodes with their offsets, and items of work.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "conv2d.h"
+
+namespace disco {
+
+[[noreturn]] inline void refuse(const std::string& message) {
+  throw std::invalid_argument(message);
+}
+
+// Everything about one node that does not depend on the pixel.
+struct NodePlan {
+  const Node* node;
+  const float* panels;
+  int64_t rows;                               // K of the panel
+  std::vector<std::vector<int32_t>> offsets;  // per segment [taps][channels]
+  std::vector<int64_t> first_row;             // per segment
+  std::vector<float> bias;                    // padded to whole panels
+  int64_t num_panels;
+  int64_t first_out;  // the out channels are first_out, first_out + 1, ... unless scattered
+  bool scattered;
+};
+
+// A run of tiles and panels of one node, done by one thread.
+struct Item {
+  int32_t node;
+  int64_t first_tile, num_tiles;
+  int64_t first_panel, num_panels;
+};
+
+// Everything that is decided before the first multiplication; the threads only read it.
+struct ConvPlan {
+  // Throws std::invalid_argument if sources, packed weights and output do not fit each other. Keeps
+  // references: the arguments must outlive the plan.
+  ConvPlan(const Conv2dGeometry& geometry, const std::vector<Node>& nodes, Activation activation,
+           const Conv2dCall& call);
+
+  int64_t panel_width() const { return int64_t{isa.vector_length} * isa.max_vectors; }
+
+  // Tiles of nearly equal height: a ragged last tile would run at a fraction of the speed. Which
+  // pixels share a tile does not depend on the blocks, nor on the number of threads: it decides
+  // which taps of a border are left out, and 0 * infinity and -0 + 0 would show that.
+  int64_t tile_edge(int64_t t) const { return num_pixels * t / num_tiles; }
+
+  const IsaKernels& isa;
+  const Conv2dGeometry& geometry;
+  const Activation activation;
+  const Conv2dCall& call;
+  int64_t out_h = 0, out_w = 0;
+  int64_t num_pixels = 0, num_tiles = 0;
+  int64_t most_tiles = 0;    // of an item
+  std::vector<float> zeros;  // what a border reads outside of the map
+  std::vector<NodePlan> nodes;
+  std::vector<Item> items;
+
+ private:
+  void plan_nodes(const std::vector<Node>& given);
+  void plan_segments(const Node& node, NodePlan& plan) const;
+  void plan_items();
+};
+
+// Runs every item, on as many threads as the call asks for.
+void run_plan(const ConvPlan& plan);
+
+}  // namespace disco
