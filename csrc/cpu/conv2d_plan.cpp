@@ -134,12 +134,18 @@ void ConvPlan::plan_items() {
       most_channels * geometry.stride_h * geometry.stride_w * static_cast<int64_t>(sizeof(float));
   const int64_t block = std::max<int64_t>(4 * isa.max_pixels, kInputBlockBytes / bytes_per_pixel);
   int64_t num_blocks = (num_pixels + block - 1) / block;
-  // Small maps first split by panels: every thread then reads only its share of the weights.
   const int64_t num_nodes = static_cast<int64_t>(nodes.size());
   const int64_t wanted =
       call.num_threads > 1 ? (kItemsPerThread * call.num_threads + num_nodes - 1) / num_nodes : 1;
   int64_t groups = 1;
   if (num_blocks < wanted) {
+    // Too few items for the threads. Whatever is larger is split first, since every thread reads
+    // its share of that and all of the other: the map into blocks, or the weights into panels.
+    const int64_t weight_bytes = most_channels * geometry.taps() * most_panels * panel_width() *
+                                 static_cast<int64_t>(sizeof(float));
+    if (weight_bytes <= num_pixels * bytes_per_pixel) {
+      num_blocks = std::max(num_blocks, std::min(num_tiles, wanted));
+    }
     groups = std::max<int64_t>(1, std::min(most_panels, (wanted + num_blocks - 1) / num_blocks));
     num_blocks = std::max(num_blocks, std::min(num_tiles, (wanted + groups - 1) / groups));
   }

@@ -13,7 +13,7 @@ from disco.capture import Captured, capture
 from disco.errors import InputError
 from disco.executor import Executor, run_together
 from disco.partition import Decisions, Plan, RankProgram, build_all, decide
-from disco.partition.one_machine import one_machine_program
+from disco.partition.one_machine import GATHERED_KINDS, one_machine_program
 from disco.partition.shards import load_manifest, load_shard, save_artifact
 from disco.sparsify import sparsify_weights_
 from disco.sparsify.groups import Reader, groups_of
@@ -76,11 +76,15 @@ class Compiled(nn.Module):
     """A whole model on one machine, folded, fused and packed. For inference; any batch size.
 
     It has no parameters: changes to the original model do not reach it.
+
+    Attributes:
+        gathered: the values whose layers skip the zeros of a pattern.
     """
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(self, executor: Executor, gathered: Sequence[str] = ()) -> None:
         super().__init__()
         self._executor = executor
+        self.gathered = tuple(gathered)
 
     @property
     def kernel_backends(self) -> dict[str, str]:
@@ -157,7 +161,8 @@ def compile(
     program = one_machine_program(decide(*captured, nodes))
     # Copies: what is not packed would otherwise follow the model when that is trained on.
     weights = {name: captured.weights[name].clone() for name in program.weight_names()}
-    return Compiled(Executor(program, weights, backend=backend))
+    gathered = [op.name for op in program.ops if op.kind in GATHERED_KINDS]
+    return Compiled(Executor(program, weights, backend=backend), gathered)
 
 
 def load(directory: PathLike) -> Partitioned:

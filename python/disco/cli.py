@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from disco import commands
+from disco.bench.throughput import DENSE_ENGINES
 from disco.errors import InputError, TransportError
 from disco.runtime.children import WorkerError
 from disco_kernels import BackendUnavailable
@@ -102,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(subparsers)
     _add_run(subparsers)
     _add_verify(subparsers)
+    _add_bench(subparsers)
     return parser
 
 
@@ -172,6 +174,32 @@ def _add_verify(subparsers: Any) -> None:
     )
     _add_json(verify)
     verify.set_defaults(handler=commands.verify)
+
+
+def _add_bench(subparsers: Any) -> None:
+    bench = subparsers.add_parser("bench", help="measure against the best dense engines")
+    kinds = bench.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
+    throughput = kinds.add_parser(
+        "throughput",
+        help="whole models on this machine",
+        description="Time a compiled DISCO model and the dense model in torch (eager in both "
+        "layouts, compiled), ONNX Runtime and OpenVINO, each in a process of its own, in turns. "
+        "Exit code 1 if an output is wrong or nothing was skipped.",
+        epilog="example:\n  disco bench throughput --model resnet50 --threads 1 --batch 1",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_model_options(throughput, positional=False)
+    throughput.add_argument("--density", type=float, default=0.2, help="default: %(default)s")
+    throughput.add_argument("--threads", type=int, default=1, help="of every engine (default: 1)")
+    throughput.add_argument("--batch", type=int, default=1, help="images a pass (default: 1)")
+    throughput.add_argument(
+        "--rounds", type=int, default=10, help="of 3 timed passes an engine (default: %(default)s)"
+    )
+    throughput.add_argument(
+        "--engines", metavar="A,B,C", help=f"of {','.join(DENSE_ENGINES)} (default: all installed)"
+    )
+    _add_json(throughput)
+    throughput.set_defaults(handler=commands.throughput)
 
 
 def _add_model_options(parser: argparse.ArgumentParser, *, positional: bool) -> None:

@@ -12,6 +12,7 @@ import disco_kernels as dk
 from disco import api
 from disco.bench.classes import is_logits, top_classes
 from disco.bench.demo import DemoOptions, run_demo
+from disco.bench.throughput import ThroughputOptions, run_throughput
 from disco.bench.verify import verify as verify_images
 from disco.errors import InputError
 from disco.images import Preprocessing, find_images, load_image
@@ -38,6 +39,30 @@ def demo(args: argparse.Namespace) -> bool:
     )
     result = run_demo(options, _say)
     _say(str(result))
+    _write_json(args.json, result.to_json())
+    for problem in result.problems:
+        _say(f"FAILED: {problem}")
+    return not result.problems
+
+
+def throughput(args: argparse.Namespace) -> bool:
+    """`disco bench throughput`; False if an output is wrong or nothing was skipped."""
+    _check_json(args.json)
+    options = ThroughputOptions(
+        source=args.source,
+        model=args.model,
+        weights=args.weights,
+        seed=args.seed,
+        density=args.density,
+        nodes=args.nodes,
+        threads=args.threads,
+        batch=args.batch,
+        rounds=args.rounds,
+        image_size=args.image_size,
+        engines=None if args.engines is None else [e.strip() for e in args.engines.split(",")],
+    )
+    result = run_throughput(options, _say)
+    _say(f"\n{result}")
     _write_json(args.json, result.to_json())
     for problem in result.problems:
         _say(f"FAILED: {problem}")

@@ -98,6 +98,13 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return dict(loaded)
 
 
+def save_weights(model: nn.Module, path: str | Path) -> None:
+    """Write a model's state dict as safetensors."""
+    # Tied parameters share memory, which the format refuses.
+    state = {name: tensor.clone().contiguous() for name, tensor in model.state_dict().items()}
+    safetensors.torch.save_file(state, path)
+
+
 def state_digest(state: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and values, in order of name."""
     digest = hashlib.sha256()

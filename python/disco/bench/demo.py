@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
 from torch import Tensor, nn
 
 from disco import api
@@ -22,7 +21,7 @@ from disco.images import Preprocessing, default_photograph, load_image
 from disco.partition.plan import Plan
 from disco.recipe import Recipe
 from disco.runtime import RunResult
-from disco.zoo import weights_digest
+from disco.zoo import save_weights, weights_digest
 
 Say = Callable[[str], None]
 
@@ -62,7 +61,7 @@ def run_demo(options: DemoOptions, say: Say) -> DemoResult:
     model = recipe.build_dense(options.weights)
     dense = whole_model(model, x)
     with _folder(options.keep) as folder:
-        _save_weights(model, folder / "dense.safetensors")
+        save_weights(model, folder / "dense.safetensors")
         say(f"[2/6] the baseline: cut for {options.nodes} nodes, every channel exchanged")
         dense_plan = _save_partition(model, recipe, folder / "dense", dense_exchange=True)
 
@@ -70,7 +69,7 @@ def run_demo(options: DemoOptions, say: Say) -> DemoResult:
         pattern = recipe.sparsify_(model)
         assert pattern is not None
         pattern.save(folder / "sparse.pattern.json")
-        _save_weights(model, folder / "sparse.safetensors")
+        save_weights(model, folder / "sparse.safetensors")
         sparse = whole_model(model, x)
         plan = _save_partition(model, recipe, folder / "disco", dense_exchange=False)
         del model
@@ -167,12 +166,6 @@ def _folder(keep: Path | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="disco-demo-") as folder:
         yield Path(folder)
-
-
-def _save_weights(model: nn.Module, path: Path) -> None:
-    # Tied parameters share memory, which the format refuses.
-    state = {name: tensor.clone().contiguous() for name, tensor in model.state_dict().items()}
-    safetensors.torch.save_file(state, path)
 
 
 def _save_partition(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,16 @@ from torch import nn
 
 import disco
 import disco_kernels as dk
+from disco.bench.dense_engines import MAKERS
 from disco.errors import InputError
 from disco.runtime.children import ChildSpec
-from disco.runtime.launched import Launched
+from disco.runtime.launched import START_TIMEOUT_S, Launched
 from disco.runtime.messages import Message, load_tensors, unflatten
 from disco.runtime.passes import Passes
 from disco.runtime.serve import Handlers, serve
 from disco.zoo import build_model
 
-ENGINES = ("eager", "swapped", "compiled")
+ENGINES = (*MAKERS, "swapped", "compiled")
 
 
 class LocalEngine(Launched):
@@ -39,6 +40,8 @@ class LocalEngine(Launched):
         pattern: the recorded pattern, for "swapped".
         image_size: of the square inputs, in pixels.
         threads: how many it may use.
+        batch: images of a pass; some engines are made for one size.
+        start_timeout_s: until it is ready. Compiling takes longest.
     """
 
     def __init__(
@@ -52,9 +55,11 @@ class LocalEngine(Launched):
         pattern: str | Path | None,
         image_size: int,
         threads: int,
+        batch: int = 1,
         timeout_s: float = 30.0,
+        start_timeout_s: float = START_TIMEOUT_S,
     ) -> None:
-        super().__init__(timeout_s)
+        super().__init__(timeout_s, start_timeout_s)
         assert engine in ENGINES, engine
         self._engine = engine
         self._threads = threads
@@ -66,6 +71,7 @@ class LocalEngine(Launched):
             "--nodes": str(nodes),
             "--image-size": str(image_size),
             "--threads": str(threads),
+            "--batch": str(batch),
         }
         if pattern is not None:
             self._args["--pattern"] = os.path.abspath(pattern)
@@ -86,22 +92,34 @@ def prepare(args: argparse.Namespace) -> tuple[Message, Handlers]:
     """Build the model and turn it into the engine."""
     torch.set_num_threads(args.threads)
     model: nn.Module = build_model(args.source, args.name, weights=args.weights)
-    backends = {"torch"}
+    example = torch.zeros(args.batch, 3, args.image_size, args.image_size)
+    ready: Message = {"threads": args.threads, "backends": ["torch"]}
+    function: Callable[..., Any] = model
     if args.engine == "swapped":
-        pattern = None if args.pattern is None else dk.Pattern.load(args.pattern)
-        report = dk.swap_(model, args.nodes, pattern=pattern)
-        if not report.swapped:
-            raise InputError(
-                f"no layer of {args.name} has a pattern for {args.nodes} nodes: sparsify it first"
-            )
-        backends = {row.backend for row in report.swapped if row.backend is not None}
+        ready["backends"] = _swap(model, args)
     elif args.engine == "compiled":
-        example = torch.zeros(1, 3, args.image_size, args.image_size)
         compiled = disco.compile(model, nodes=args.nodes, example_inputs=(example,))
-        model, backends = compiled, set(compiled.kernel_backends.values())
-    ready: Message = {"threads": args.threads, "backends": sorted(backends)}
-    passes = Passes(model, os.path.join(args.folder, "outputs.safetensors"))
+        function = compiled
+        ready["backends"] = sorted(set(compiled.kernel_backends.values()))
+        ready["gathered"] = list(compiled.gathered)
+    else:
+        engine = MAKERS[args.engine](model, example, args.folder)
+        function, ready["threads"] = engine.function, engine.threads
+        if args.engine in ("onnxruntime", "openvino"):
+            ready["backends"] = [args.engine]
+    passes = Passes(function, os.path.join(args.folder, "outputs.safetensors"))
     return ready, passes.handlers()
+
+
+def _swap(model: nn.Module, args: argparse.Namespace) -> list[str]:
+    """Swap layers in place; the backends of the new ones."""
+    pattern = None if args.pattern is None else dk.Pattern.load(args.pattern)
+    report = dk.swap_(model, args.nodes, pattern=pattern)
+    if not report.swapped:
+        raise InputError(
+            f"no layer of {args.name} has a pattern for {args.nodes} nodes: sparsify it first"
+        )
+    return sorted({row.backend for row in report.swapped if row.backend is not None})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pattern")
     parser.add_argument("--image-size", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--folder", required=True, help="private; outputs are written there")
     args = parser.parse_args(argv)
     return serve(lambda: prepare(args))

@@ -1,13 +1,13 @@
-"""The engines that `disco demo` compares, alive at once and measured in turns."""
+"""Engines alive at once and measured in turns; those of `disco demo`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from disco.runtime.launched import Launched
 _WARMUP = 2
 _REPEATS = 3
 
+Self = TypeVar("Self", bound="Engines")
 
 LABELS = {
     "torch_eager": "torch eager, dense weights",
@@ -40,11 +41,69 @@ class Setup:
     backends: tuple[str, ...]
 
 
-class Lineup:
-    """Two clusters and three engines of one process each. Use as a context manager.
+class Engines:
+    """Engines alive at once, each in processes of its own. Use as a context manager.
 
-    They live in processes of their own because thread pools that share the cores spin against each
-    other; only one engine works at a time.
+    In processes of their own because thread pools that share the cores spin against each other;
+    only one engine works at a time.
+
+    Args:
+        engines: by name, in the order of their turns.
+        progress: called with an engine's name when it is ready.
+    """
+
+    def __init__(
+        self, engines: Mapping[str, Launched], progress: Callable[[str], None] = lambda name: None
+    ) -> None:
+        self._engines = dict(engines)
+        self._stack = ExitStack()
+        self._progress = progress
+
+    def __enter__(self: Self) -> Self:
+        with ExitStack() as stack:
+            for name, engine in self._engines.items():
+                stack.enter_context(engine)
+                self._progress(name)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.__exit__(kind, value, trace)
+
+    def measure(self, x: Tensor, rounds: int, progress: Callable[[int], None]) -> dict[str, Timing]:
+        """Latencies by engine."""
+
+        def turn(engine: Launched) -> Callable[[int, int], list[float]]:
+            return lambda warmup, repeats: engine.measure(x, warmup=warmup, repeats=repeats)
+
+        return interleave(
+            {name: turn(engine) for name, engine in self._engines.items()},
+            rounds=rounds,
+            repeats=_REPEATS,
+            warmup=_WARMUP,
+            progress=progress,
+        )
+
+    @property
+    def setups(self) -> dict[str, Setup]:
+        """By engine, what it runs on."""
+        return {
+            name: Setup(
+                processes=len(engine.ready),
+                threads=engine.ready[0]["threads"],
+                backends=tuple(sorted({b for ready in engine.ready for b in ready["backends"]})),
+            )
+            for name, engine in self._engines.items()
+        }
+
+
+class Lineup(Engines):
+    """The engines of `disco demo`: two clusters and three engines of one process each.
 
     Args:
         folder: with the partitions "dense" and "disco", the weights "dense.safetensors" and
@@ -84,24 +143,8 @@ class Lineup:
             "swapped": LocalEngine("swapped", weights=sparse, pattern=pattern, **common),
             "compiled": LocalEngine("compiled", weights=sparse, pattern=None, **common),
         }
-        self._stack = ExitStack()
-        self._progress = progress
-
-    def __enter__(self) -> Lineup:
-        with ExitStack() as stack:
-            for name, engine in self._everyone.items():
-                stack.enter_context(engine)
-                self._progress(name)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.__exit__(kind, value, trace)
+        everyone: dict[str, Launched] = {**self._clusters, **self._locals}
+        super().__init__({name: everyone[name] for name in LABELS}, progress)
 
     def run_nodes(self, engine: str, x: Tensor) -> RunResult:
         """One pass of "two_nodes_dense" or "two_nodes_disco"."""
@@ -110,35 +153,3 @@ class Lineup:
     def run_local(self, x: Tensor) -> dict[str, Any]:
         """One pass of each engine that is one process, by name."""
         return {name: engine.run(x) for name, engine in self._locals.items()}
-
-    def measure(self, x: Tensor, rounds: int, progress: Callable[[int], None]) -> dict[str, Timing]:
-        """Latencies by engine."""
-
-        def turn(engine: Launched) -> Callable[[int, int], list[float]]:
-            return lambda warmup, repeats: engine.measure(x, warmup=warmup, repeats=repeats)
-
-        return interleave(
-            {name: turn(engine) for name, engine in self._everyone.items()},
-            rounds=rounds,
-            repeats=_REPEATS,
-            warmup=_WARMUP,
-            progress=progress,
-        )
-
-    @property
-    def setups(self) -> dict[str, Setup]:
-        """By engine, what it runs on."""
-        return {
-            name: Setup(
-                processes=len(engine.ready),
-                threads=engine.ready[0]["threads"],
-                backends=tuple(sorted({b for ready in engine.ready for b in ready["backends"]})),
-            )
-            for name, engine in self._everyone.items()
-        }
-
-    @property
-    def _everyone(self) -> dict[str, Launched]:
-        """All engines in the order of the table."""
-        engines: dict[str, Launched] = {**self._clusters, **self._locals}
-        return {name: engines[name] for name in LABELS}

@@ -11,9 +11,15 @@ from typing import Any
 
 from disco.runtime.cluster import available_cores
 
+_PACKAGES = ("disco-kernels", "torch", "torchvision")
 
-def describe_machine() -> dict[str, Any]:
-    """Processor, cores, system, versions, date (UTC) and command, for results."""
+
+def describe_machine(*packages: str) -> dict[str, Any]:
+    """Processor, cores, system, versions, date (UTC) and command, for results.
+
+    Args:
+        packages: whose versions matter beside those of disco-kernels, torch and torchvision.
+    """
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "command": shlex.join(["disco", *sys.argv[1:]]),
@@ -22,7 +28,7 @@ def describe_machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "versions": {
             "python": platform.python_version(),
-            **{name: _version(name) for name in ("disco-kernels", "torch", "torchvision")},
+            **{name: _version(name) for name in (*_PACKAGES, *packages)},
         },
     }
 

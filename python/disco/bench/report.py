@@ -9,10 +9,8 @@ from typing import Any
 from disco.bench.classes import Guess
 from disco.bench.compare import Comparison
 from disco.bench.lineup import LABELS, Setup
+from disco.bench.tables import BUSY, table
 from disco.bench.timing import Timing
-
-# p90 over median from which on the table warns. A judgement, not a measurement.
-_BUSY = 1.5
 
 
 @dataclass(frozen=True)
@@ -136,7 +134,7 @@ class DemoResult:
                 _times(self.bytes_dense_counted, self.bytes_counted),
             ),
         ]
-        return f"{_table(rows)}\n\n{_table(exchange)}"
+        return f"{table(rows)}\n\n{table(exchange)}"
 
     def _latencies(self) -> str:
         rows = [("engine", "cores", "kernels", "ms (p10-p90)", "images/s", "max |error|")]
@@ -153,10 +151,10 @@ class DemoResult:
                 )
             )
         samples = min(len(timing.samples_ms) for timing in self.timings.values())
-        slow = sum(t.high_ms > _BUSY * t.median_ms for t in self.timings.values())
-        busy = f"The machine was busy: p90 is above {_BUSY:g} medians for {slow} engine(s)."
+        slow = sum(t.high_ms > BUSY * t.median_ms for t in self.timings.values())
+        busy = f"The machine was busy: p90 is above {BUSY:g} medians for {slow} engine(s)."
         lines = [
-            _table(rows),
+            table(rows),
             f"Median of {samples} passes at batch 1, engines in turns; nodes talk over loopback.",
             "Cores are processes x threads. Errors are against torch in one process.",
         ]
@@ -178,15 +176,3 @@ def _each(values: Sequence[int], unit: float, digits: int) -> str:
 
 def _times(dense: int, sparse: int) -> str:
     return f"{dense / sparse:.2f}x less" if sparse else "no exchange"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])

@@ -10,6 +10,7 @@ from disco.partition.rules import Lowering
 from disco.program import Arg, Op, Program
 
 _GATHERED = {"disco.conv2d": "disco.gather_conv2d", "disco.linear": "disco.gather_linear"}
+GATHERED_KINDS = frozenset(_GATHERED.values())
 
 # Splitting a layer into N blocks gives it N ragged last tiles, so it has to save something: a layer
 # with a pattern at d = 0.2 saves 40% on two nodes, one with a few dead channels next to nothing.

@@ -14,7 +14,7 @@ from torch import Tensor
 from disco.runtime.children import Children, ChildSpec
 from disco.runtime.messages import Message, save_tensors
 
-_START_TIMEOUT_S = 180.0  # importing torch and packing weights, on slow storage
+START_TIMEOUT_S = 180.0  # importing torch and packing weights, on slow storage
 
 Self = TypeVar("Self", bound="Launched")
 
@@ -26,10 +26,12 @@ class Launched(ABC):
 
     Attributes:
         timeout_s: how long one pass may take.
+        start_timeout_s: how long the children may take to be ready.
     """
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, start_timeout_s: float = START_TIMEOUT_S) -> None:
         self.timeout_s = timeout_s
+        self.start_timeout_s = start_timeout_s
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._children: Children | None = None
 
@@ -52,7 +54,7 @@ class Launched(ABC):
         folder = tempfile.TemporaryDirectory(prefix="disco-")
         try:
             children = Children(
-                self.specs(folder.name), cwd=folder.name, start_timeout_s=_START_TIMEOUT_S
+                self.specs(folder.name), cwd=folder.name, start_timeout_s=self.start_timeout_s
             )
             children.__enter__()
         except BaseException:

@@ -1,0 +1,129 @@
+"""The whole dense model in other people's engines, each with its best settings for few threads.
+
+A maker takes a model in `eval()` mode, an example input and a private folder, and returns the
+function to call. It uses as many threads as `torch.get_num_threads()`. Shapes are fixed to the
+example's wherever an engine gains by that.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A model ready to run. `threads` is what the engine itself says that it uses."""
+
+    function: Callable[..., Any]
+    threads: int
+
+
+Maker = Callable[[nn.Module, Tensor, str], Engine]
+
+
+def make_eager(model: nn.Module, example: Tensor, folder: str) -> Engine:
+    """torch as it is."""
+    return Engine(model, torch.get_num_threads())
+
+
+def make_channels_last(model: nn.Module, example: Tensor, folder: str) -> Engine:
+    """torch with weights and activations in channels-last order."""
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Engine(
+        lambda x: model(x.contiguous(memory_format=torch.channels_last)), torch.get_num_threads()
+    )
+
+
+def make_inductor(model: nn.Module, example: Tensor, folder: str) -> Engine:
+    """`torch.compile` with the weights frozen: batch norms folded, weights packed for oneDNN."""
+    config: Any = importlib.import_module("torch._inductor.config")
+    config.freezing = True
+    # No pool of compiler processes that would stay beside the measurements.
+    config.compile_threads = 1
+    compiled = torch.compile(model, dynamic=False)
+    with torch.inference_mode():
+        compiled(example)
+    return Engine(compiled, torch.get_num_threads())
+
+
+def make_onnxruntime(model: nn.Module, example: Tensor, folder: str) -> Engine:
+    """ONNX Runtime in float32: all graph optimisations, one operator at a time."""
+    runtime: Any = importlib.import_module("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    options.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    session = runtime.InferenceSession(
+        _export(model, example, folder), options, providers=["CPUExecutionProvider"]
+    )
+
+    def run(x: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(value) for value in session.run(None, {"x": x.numpy()})]
+
+    return Engine(run, session.get_session_options().intra_op_num_threads)
+
+
+def make_openvino(model: nn.Module, example: Tensor, folder: str) -> Engine:
+    """OpenVINO in float32, compiled for latency: one stream with all threads."""
+    core = importlib.import_module("openvino").Core()
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": "1",
+        # Without it, CPUs with bf16 would compute in that.
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
+    }
+    compiled = core.compile_model(_export(model, example, folder), "CPU", settings)
+    request = compiled.create_infer_request()
+
+    def run(x: Tensor) -> list[Tensor]:
+        values = request.infer({0: x.numpy()}, share_inputs=True, share_outputs=True)
+        return [torch.from_numpy(value) for value in values.to_tuple()]
+
+    return Engine(run, int(compiled.get_property("INFERENCE_NUM_THREADS")))
+
+
+MAKERS: dict[str, Maker] = {
+    "eager": make_eager,
+    "channels_last": make_channels_last,
+    "inductor": make_inductor,
+    "onnxruntime": make_onnxruntime,
+    "openvino": make_openvino,
+}
+
+_PACKAGES = {
+    "onnxruntime": ("onnx", "onnxruntime"),
+    "openvino": ("onnx", "openvino"),
+}
+
+
+def why_missing(kind: str) -> str | None:
+    """What an engine lacks here, in words, or None if it can run."""
+    packages = _PACKAGES.get(kind, ())
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"{' and '.join(missing)} not installed: install them with `pip install '.[bench]'`"
+    compiler = os.environ.get("CXX", "g++")
+    if kind == "inductor" and shutil.which(compiler) is None:
+        return f"torch.compile needs a C++ compiler, and there is no {compiler}"
+    return None
+
+
+def _export(model: nn.Module, example: Tensor, folder: str) -> str:
+    """The model as an ONNX file with the example's shapes.
+
+    By TorchScript, because torch's newer exporter asks for another package.
+    """
+    path = os.path.join(folder, "model.onnx")
+    torch.onnx.export(model, (example,), path, dynamo=False, opset_version=17, input_names=["x"])
+    return path
