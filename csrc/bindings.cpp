@@ -47,7 +47,8 @@ std::vector<int32_t> channel_list(const ChannelArgs& args) {
 }
 
 disco::Conv2d make_conv2d(const std::array<int64_t, 8>& geometry,
-                          const std::vector<NodeArgs>& nodes, int32_t activation) {
+                          const std::vector<NodeArgs>& nodes, int32_t activation,
+                          int32_t algorithm) {
   const auto& [kh, kw, sh, sw, ph, pw, dh, dw] = geometry;
   std::vector<disco::Node> made;
   for (const NodeArgs& node : nodes) {
@@ -58,14 +59,16 @@ disco::Conv2d make_conv2d(const std::array<int64_t, 8>& geometry,
     one.out_channels = channel_list(node.second);
     made.push_back(std::move(one));
   }
-  return disco::Conv2d({kh, kw, sh, sw, ph, pw, dh, dw}, std::move(made),
-                       static_cast<disco::Activation>(activation));
+  return disco::Conv2d(
+      {kh, kw, sh, sw, ph, pw, dh, dw, static_cast<disco::Algorithm>(algorithm)}, std::move(made),
+      static_cast<disco::Activation>(activation));
 }
 
-void run_conv2d(const disco::Conv2d& conv2d, const std::vector<SourceArgs>& sources,
-                const std::array<int64_t, 3>& batch_h_w, Address packed, int64_t packed_size,
-                Address bias, const ViewArgs& residual, const ViewArgs& out, int64_t out_channels,
-                bool accumulate, int32_t num_threads) {
+disco::Conv2dCall make_call(const std::vector<SourceArgs>& sources,
+                            const std::array<int64_t, 3>& batch_h_w, Address packed,
+                            int64_t packed_size, Address bias, const ViewArgs& residual,
+                            const ViewArgs& out, int64_t out_channels, bool accumulate,
+                            int32_t num_threads) {
   disco::Conv2dCall call = {};
   for (const auto& [data, channels, n, c, h, w] : sources) {
     call.sources.push_back({pointer<const float>(data), channels, n, c, h, w});
@@ -85,15 +88,19 @@ void run_conv2d(const disco::Conv2d& conv2d, const std::vector<SourceArgs>& sour
   call.out_channels = out_channels;
   call.accumulate = accumulate;
   call.num_threads = num_threads;
-  py::gil_scoped_release release;
-  conv2d.run(call);
+  return call;
 }
 
 void pack_weights(Address weight, int64_t out_channels,
-                  const std::vector<int64_t>& segment_channels, int64_t taps, Address packed) {
+                  const std::vector<int64_t>& segment_channels, int64_t taps, int32_t algorithm,
+                  Address packed) {
   py::gil_scoped_release release;
-  disco::pack_weights(disco::active_isa(), pointer<const float>(weight), out_channels,
-                      segment_channels, taps, pointer<float>(packed));
+  const int64_t in_channels =
+      std::accumulate(segment_channels.begin(), segment_channels.end(), int64_t{0});
+  disco::pack_weights(
+      disco::active_isa(), pointer<const float>(weight),
+      {out_channels, in_channels, taps, static_cast<disco::Algorithm>(algorithm)}, segment_channels,
+      pointer<float>(packed));
 }
 
 void gather_pack(Address x, int64_t channels, const std::array<int64_t, 3>& n_h_w,
@@ -120,17 +127,28 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(disco::active_isa().name); });
   m.def("available_isas", &disco::available_isas);
 
-  m.def("packed_size", [](int64_t out_channels, int64_t in_channels, int64_t taps) {
-    return disco::packed_size(disco::active_isa(), out_channels, in_channels, taps);
-  });
+  m.def("packed_size",
+        [](int64_t out_channels, int64_t in_channels, int64_t taps, int32_t algorithm) {
+          return disco::packed_size(
+              disco::active_isa(),
+              {out_channels, in_channels, taps, static_cast<disco::Algorithm>(algorithm)});
+        });
   m.def("pack_weights", &pack_weights);
 
   py::class_<disco::Conv2d>(m, "Conv2d")
-      .def(py::init(&make_conv2d), py::arg("geometry"), py::arg("nodes"), py::arg("activation"))
+      .def(py::init(&make_conv2d), py::arg("geometry"), py::arg("nodes"), py::arg("activation"),
+           py::arg("algorithm"))
       .def("packed_size", &disco::Conv2d::packed_size)
-      .def("run", &run_conv2d, py::arg("sources"), py::arg("batch_h_w"), py::arg("packed"),
+      .def("run", &disco::Conv2d::run, py::call_guard<py::gil_scoped_release>());
+
+  py::class_<disco::Conv2dCall>(m, "Conv2dCall")
+      .def(py::init(&make_call), py::arg("sources"), py::arg("batch_h_w"), py::arg("packed"),
            py::arg("packed_size"), py::arg("bias"), py::arg("residual"), py::arg("out"),
            py::arg("out_channels"), py::arg("accumulate"), py::arg("num_threads"));
+
+  py::class_<disco::BoundConv2d>(m, "BoundConv2d")
+      .def(py::init<const disco::Conv2d&, disco::Conv2dCall>(), py::keep_alive<1, 2>())
+      .def("run", &disco::BoundConv2d::run, py::call_guard<py::gil_scoped_release>());
 
   m.def("gather_pack", &gather_pack);
 

@@ -33,7 +33,7 @@ from disco_kernels.pattern import (
     find_selected,
 )
 from disco_kernels.registry import BackendUnavailable
-from disco_kernels.spec import ConvSpec
+from disco_kernels.spec import WINOGRAD, ConvSpec
 from disco_kernels.swap import (
     SwapReport,
     SwapRow,
@@ -43,8 +43,10 @@ from disco_kernels.swap import (
     swapped,
     unswap_,
 )
+from disco_kernels.winograd import choose_winograd
 
 __all__ = [
+    "WINOGRAD",
     "BackendUnavailable",
     "ConvSpec",
     "GatherConv2d",
@@ -58,6 +60,7 @@ __all__ = [
     "SwapReport",
     "SwapRow",
     "backend_of",
+    "choose_winograd",
     "contradiction",
     "find_selected",
     "gather_conv2d",

@@ -6,7 +6,7 @@ want `disco_kernels.swap_`, users of tensors the operators in `disco_kernels.fun
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +22,10 @@ from disco_kernels.core import (
     index_tensor,
     tokens_as_image,
 )
+from disco_kernels.memory import Pool
 from disco_kernels.pattern import LayerPattern, Ownership, Selected, check_ownership
-from disco_kernels.spec import Channels, Conv2dDescriptor, ConvSpec, Node, Segment
+from disco_kernels.spec import Channels, Conv2dDescriptor, ConvSpec, Node, Pair, Segment
+from disco_kernels.winograd import resolve_winograd
 
 
 class _PreparedKernel:
@@ -35,17 +37,31 @@ class _PreparedKernel:
         node_weights: Sequence[Tensor],
         bias: Tensor | None,
         backend: str | None,
+        image_size: Pair | None = None,
+        pool: Pool | None = None,
     ) -> None:
         like = node_weights[0]
-        self.descriptor = descriptor
         self.backend = registry.resolve(backend, like.device, like.dtype)
+        # One algorithm for the whole layer, chosen by its largest node.
+        spec = resolve_winograd(
+            descriptor.spec,
+            max(node.out_channels.count for node in descriptor.nodes),
+            max(node.num_in_channels for node in descriptor.nodes),
+            image_size,
+            self.backend,
+        )
+        descriptor = Conv2dDescriptor(spec, descriptor.nodes)
+        self.descriptor = descriptor
         chosen = registry.get(self.backend)
-        self.packed_weight = torch.cat(
+        packed = torch.cat(
             [
-                chosen.prepack(weight, node.segment_channels)
+                chosen.prepack(weight, node.segment_channels, descriptor.spec.winograd)
                 for node, weight in zip(descriptor.nodes, node_weights, strict=True)
             ]
         )
+        if pool is not None and packed.device.type == "cpu":
+            packed = pool.empty(packed.numel(), packed.dtype).copy_(packed)
+        self.packed_weight = packed
         self.bias = None if bias is None else bias.detach().clone()
         self._prepared = chosen.prepare(descriptor)
 
@@ -64,6 +80,33 @@ class _PreparedKernel:
         return execute(
             self._prepared, self.descriptor, sources, self.packed_weight, self.bias, residual, out
         )
+
+    def _run_tokens(
+        self,
+        images: Sequence[Tensor],
+        residual: Tensor | None,
+        out: Tensor | None,
+        leading: Sequence[int],
+    ) -> Tensor:
+        added = None if residual is None else tokens_as_image(residual, "residual")
+        if out is None:
+            return image_as_tokens(self._run(images, added, None), leading)
+        wanted = (*leading, self.out_channels)
+        if tuple(out.shape) != wanted or not out.is_contiguous():
+            raise ValueError(
+                f"out must be contiguous {list(wanted)}, given {list(out.shape)} with strides "
+                f"{out.stride()}"
+            )
+        self._run(images, added, tokens_as_image(out, "out"))
+        return out
+
+    def _bind(
+        self, sources: Sequence[Tensor], residual: Tensor | None, out: Tensor
+    ) -> Callable[[], None]:
+        # Computes once as any call does, checks included.
+        self._run(sources, residual, out)
+        added = None if residual is None else channels_last(residual, "residual")
+        return self._prepared.bind(sources, self.packed_weight, self.bias, added, out)
 
     # The backend's part holds addresses, so copies and pickles make their own.
     def __getstate__(self) -> dict[str, Any]:
@@ -86,7 +129,9 @@ class _PartialKernel(_PreparedKernel):
         bias: Tensor | None = None,
         index: Sequence[Tensor | Sequence[int] | None] | None = None,
         source_channels: Sequence[int] | None = None,
+        image_size: Pair | None = None,
         backend: str | None = None,
+        pool: Pool | None = None,
     ) -> None:
         if not segment_channels:
             raise ValueError("give at least one segment; one of no channels is allowed")
@@ -111,7 +156,7 @@ class _PartialKernel(_PreparedKernel):
                 channels = Channels(count, 0, values)
             segments.append(Segment(s, channels))
         node = Node(tuple(segments), Channels(weight.shape[0]))
-        super().__init__(Conv2dDescriptor(spec, (node,)), [weight], bias, backend)
+        super().__init__(Conv2dDescriptor(spec, (node,)), [weight], bias, backend, image_size, pool)
 
 
 class PartialConv2d(_PartialKernel):
@@ -123,7 +168,10 @@ class PartialConv2d(_PartialKernel):
         spec: geometry and activation.
         bias: ``[O]`` or None.
         index: per segment None (its first channels, in order) or the channels to take.
+        image_size: (height, width) of the inputs to expect, for ``spec.winograd == "auto"``;
+            other sizes are computed as well. Without it "auto" is "off".
         backend: a name, or None for the automatic choice.
+        pool: where to keep the packed weight, or None for memory of its own.
 
     Raises:
         ValueError: shapes that do not fit each other.
@@ -146,6 +194,20 @@ class PartialConv2d(_PartialKernel):
         _check_count(segments, self.descriptor)
         return self._run(as_sources(segments), residual, out)
 
+    def bind(
+        self, segments: Sequence[Tensor], residual: Tensor | None, out: Tensor
+    ) -> Callable[[], None]:
+        """The call with these tensors, made ready to be repeated: nothing is checked again.
+
+        Runs once. What it returns computes ``out`` from what the tensors hold by then, keeps them
+        alive, and is for one thread at a time. Raises ValueError for segments that had to be
+        copied (a channel stride other than 1).
+        """
+        _check_count(segments, self.descriptor)
+        sources = as_sources(segments)
+        _check_in_place(segments, sources)
+        return self._bind(sources, residual, out)
+
 
 class PartialLinear(_PartialKernel):
     """`PartialConv2d` over tokens: segments ``[..., C_s]``, weight ``[O, K]``."""
@@ -159,6 +221,7 @@ class PartialLinear(_PartialKernel):
         index: Sequence[Tensor | Sequence[int] | None] | None = None,
         activation: str = "none",
         backend: str | None = None,
+        pool: Pool | None = None,
     ) -> None:
         super().__init__(
             _linear_weight(weight),
@@ -167,14 +230,19 @@ class PartialLinear(_PartialKernel):
             bias=bias,
             index=index,
             backend=backend,
+            pool=pool,
         )
 
-    def __call__(self, segments: Sequence[Tensor], residual: Tensor | None = None) -> Tensor:
-        """Segments ``[..., C_s]``, residual ``[..., O]`` or None -> ``[..., O]``."""
+    def __call__(
+        self, segments: Sequence[Tensor], residual: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """Segments ``[..., C_s]``, residual ``[..., O]`` or None -> ``[..., O]``.
+
+        ``out``, if given, is contiguous ``[..., O]``, written and returned.
+        """
         _check_count(segments, self.descriptor)
         images = [tokens_as_image(x, f"segment {s}") for s, x in enumerate(segments)]
-        added = None if residual is None else tokens_as_image(residual, "residual")
-        return image_as_tokens(self._run(images, added, None), segments[0].shape[:-1])
+        return self._run_tokens(images, residual, out, segments[0].shape[:-1])
 
 
 class _GatherKernel(_PreparedKernel):
@@ -187,7 +255,9 @@ class _GatherKernel(_PreparedKernel):
         spec: ConvSpec,
         *,
         bias: Tensor | None = None,
+        image_size: Pair | None = None,
         backend: str | None = None,
+        pool: Pool | None = None,
     ) -> None:
         _check_weight(weight, in_ownership.num_channels, spec)
         _check_bias(bias, weight)
@@ -199,7 +269,9 @@ class _GatherKernel(_PreparedKernel):
             nodes.append(Node((Segment(0, channel_run(inputs)),), channel_run(outputs)))
             weights.append(weight.detach()[list(outputs)][:, list(inputs)])
         self.in_channels = in_ownership.num_channels
-        super().__init__(Conv2dDescriptor(spec, tuple(nodes)), weights, bias, backend)
+        super().__init__(
+            Conv2dDescriptor(spec, tuple(nodes)), weights, bias, backend, image_size, pool
+        )
 
     def _input(self, image: Tensor) -> Tensor:
         # The nodes read listed channels: an input with more of them would go unnoticed.
@@ -218,7 +290,7 @@ class GatherConv2d(_GatherKernel):
         weight: ``[O, I, kh, kw]``, dense; what lies outside the pattern is not read.
         out_ownership, in_ownership: who owns which of the O outputs and I inputs.
         selected: ``selected[i][j]``, see `disco_kernels.find_selected`.
-        spec, bias, backend: as for `PartialConv2d`.
+        spec, bias, image_size, backend, pool: as for `PartialConv2d`.
     """
 
     def __call__(
@@ -226,6 +298,12 @@ class GatherConv2d(_GatherKernel):
     ) -> Tensor:
         """``[B, I, H, W]`` -> ``[B, O, OH, OW]`` in channels-last memory."""
         return self._run([self._input(*as_sources([x]))], residual, out)
+
+    def bind(self, x: Tensor, residual: Tensor | None, out: Tensor) -> Callable[[], None]:
+        """As `PartialConv2d.bind`."""
+        sources = as_sources([self._input(x)])
+        _check_in_place([x], sources)
+        return self._bind(sources, residual, out)
 
 
 class GatherLinear(_GatherKernel):
@@ -241,6 +319,7 @@ class GatherLinear(_GatherKernel):
         bias: Tensor | None = None,
         activation: str = "none",
         backend: str | None = None,
+        pool: Pool | None = None,
     ) -> None:
         super().__init__(
             _linear_weight(weight),
@@ -250,12 +329,14 @@ class GatherLinear(_GatherKernel):
             ConvSpec(activation=activation),
             bias=bias,
             backend=backend,
+            pool=pool,
         )
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        added = None if residual is None else tokens_as_image(residual, "residual")
+    def __call__(
+        self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
         image = self._input(tokens_as_image(x, "x"))
-        return image_as_tokens(self._run([image], added, None), x.shape[:-1])
+        return self._run_tokens([image], residual, out, x.shape[:-1])
 
 
 class GatherPack:
@@ -329,6 +410,15 @@ def _check_bias(bias: Tensor | None, weight: Tensor) -> None:
             f"bias must be [{weight.shape[0]}] {weight.dtype} as the weight, given "
             f"{list(bias.shape)} {bias.dtype}"
         )
+
+
+def _check_in_place(given: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    for s, (x, source) in enumerate(zip(given, sources, strict=True)):
+        if x.data_ptr() != source.data_ptr():
+            raise ValueError(
+                f"segment {s} {list(x.shape)} with strides {x.stride()} cannot be bound: the "
+                "kernel reads a copy of it; give it in channels-last memory"
+            )
 
 
 def _check_count(segments: Sequence[Tensor], descriptor: Conv2dDescriptor) -> None:

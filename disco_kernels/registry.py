@@ -10,7 +10,7 @@ import os
 import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +39,24 @@ class PreparedConv2d(ABC):
     ) -> None:
         """Write (or add onto) ``out`` ``[B, O, OH, OW]``, channel stride 1."""
 
+    def bind(
+        self,
+        sources: Sequence[Tensor],
+        packed_weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        out: Tensor,
+    ) -> Callable[[], None]:
+        """`run` for these tensors, to be called again and again, by one thread at a time.
+
+        It reads and writes their memory as it is at each call, and keeps it alive.
+        """
+
+        def run() -> None:
+            self.run(sources, packed_weight, bias, residual, out, False)
+
+        return run
+
 
 class Backend(ABC):
     """What a backend provides. All tensors are ``[B, C, H, W]`` with a channel stride of 1,
@@ -56,12 +74,19 @@ class Backend(ABC):
         """Why tensors of this device and dtype cannot be served, or None if they can."""
 
     @abstractmethod
-    def packed_numel(self, out_channels: int, in_channels: int, taps: int) -> int:
+    def packed_numel(
+        self, out_channels: int, in_channels: int, taps: int, winograd: str = "off"
+    ) -> int:
         """Elements of one node's packed weight."""
 
     @abstractmethod
-    def prepack(self, weight: Tensor, segment_channels: Sequence[int]) -> Tensor:
-        """``[O, K, kh, kw]`` -> ``[packed_numel]``, K in the order of the segments."""
+    def prepack(
+        self, weight: Tensor, segment_channels: Sequence[int], winograd: str = "off"
+    ) -> Tensor:
+        """``[O, K, kh, kw]`` -> ``[packed_numel]``, K in the order of the segments.
+
+        Raises ValueError if the backend has no such algorithm (``winograd`` of a `ConvSpec`).
+        """
 
     @abstractmethod
     def prepare(self, descriptor: Conv2dDescriptor) -> PreparedConv2d: ...

@@ -10,6 +10,8 @@ from functools import cached_property
 from torch import Tensor
 
 ACTIVATIONS = ("none", "relu")
+# Direct convolution, Winograd F(2x2, 3x3), F(4x4, 3x3), or what suits the shape (see winograd.py).
+WINOGRAD = ("off", "f2", "f4", "auto")
 
 Pair = tuple[int, int]
 
@@ -38,6 +40,7 @@ class ConvSpec:
     padding: Pair = (0, 0)
     dilation: Pair = (1, 1)
     activation: str = "none"
+    winograd: str = "off"
 
     def __post_init__(self) -> None:
         for name in ("kernel_size", "stride", "dilation"):
@@ -49,6 +52,20 @@ class ConvSpec:
             raise ValueError(
                 f"activation must be one of {', '.join(ACTIVATIONS)}, given {self.activation!r}"
             )
+        if self.winograd not in WINOGRAD:
+            raise ValueError(
+                f"winograd must be one of {', '.join(WINOGRAD)}, given {self.winograd!r}"
+            )
+        if self.winograd in ("f2", "f4") and not self.winograd_fits:
+            raise ValueError(
+                f"winograd {self.winograd!r} is for kernels of 3 x 3 with stride and dilation 1, "
+                f"given kernel {self.kernel_size}, stride {self.stride}, dilation {self.dilation}"
+            )
+
+    @property
+    def winograd_fits(self) -> bool:
+        """Whether Winograd can compute this geometry."""
+        return (self.kernel_size, self.stride, self.dilation) == ((3, 3), (1, 1), (1, 1))
 
     def output_size(self, height: int, width: int) -> Pair:
         """Height and width of the output. Raises ValueError if the window does not fit."""

@@ -66,30 +66,64 @@ Conv2d::Conv2d(const Conv2dGeometry& geometry, std::vector<Node> nodes, Activati
       geometry.padding_h < 0 || geometry.padding_w < 0) {
     refuse("kernel, stride and dilation must be at least 1 and padding at least 0");
   }
+  if (geometry.algorithm != Algorithm::kDirect &&
+      (geometry.kernel_h != 3 || geometry.kernel_w != 3 || geometry.stride_h != 1 ||
+       geometry.stride_w != 1 || geometry.dilation_h != 1 || geometry.dilation_w != 1)) {
+    refuse("Winograd is for kernels of 3 x 3 with stride and dilation 1");
+  }
 }
 
 int64_t Conv2d::packed_size() const {
   int64_t size = 0;
   for (const Node& node : nodes_) {
-    size += disco::packed_size(active_isa(), static_cast<int64_t>(node.out_channels.size()),
-                               node.num_in_channels(), geometry_.taps());
+    size += disco::packed_size(
+        active_isa(), {static_cast<int64_t>(node.out_channels.size()), node.num_in_channels(),
+                       geometry_.taps(), geometry_.algorithm});
   }
   return size;
 }
 
-void Conv2d::run(const Conv2dCall& call) const {
+// With three channels a tap is over after three steps, and an image comes in planes: a copy with
+// the padding around it costs less than the borders and another layout would.
+bool Conv2d::copies_sources(const Conv2dCall& call) const {
   bool few = true, plain = geometry_.taps() == 1;
   for (const SourceView& source : call.sources) {
     few &= source.channels <= kFewChannels;
     plain &= source.stride_c == 1;
   }
-  if (few && !plain) {
-    // With three channels a tap is over after three steps, and an image comes in planes: a copy
-    // with the padding around it costs less than the borders and another layout would.
+  return few && !plain && geometry_.algorithm == Algorithm::kDirect;
+}
+
+void Conv2d::run(const Conv2dCall& call) const {
+  if (copies_sources(call)) {
     const PaddedCall padded(geometry_, call);
     run_plan(ConvPlan(padded.geometry, nodes_, activation_, padded.call));
   } else {
     run_plan(ConvPlan(geometry_, nodes_, activation_, call));
+  }
+}
+
+BoundConv2d::BoundConv2d(const Conv2d& conv2d, Conv2dCall call)
+    : conv2d_(conv2d), call_(std::move(call)) {
+  plan();
+}
+
+BoundConv2d::~BoundConv2d() = default;
+
+void BoundConv2d::plan() {
+  if (conv2d_.copies_sources(call_)) return;
+  plan_ = std::make_unique<ConvPlan>(conv2d_.geometry_, conv2d_.nodes_, conv2d_.activation_, call_);
+}
+
+void BoundConv2d::run(int32_t num_threads) {
+  if (num_threads != call_.num_threads) {
+    call_.num_threads = num_threads;
+    plan();
+  }
+  if (plan_ != nullptr) {
+    run_plan(*plan_);
+  } else {
+    conv2d_.run(call_);
   }
 }
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -14,11 +15,15 @@
 
 namespace disco {
 
+// How the sums are made. Winograd is for 3 x 3 kernels with stride and dilation 1.
+enum class Algorithm : int32_t { kDirect = 0, kWinograd2 = 2, kWinograd4 = 4 };
+
 struct Conv2dGeometry {
   int64_t kernel_h, kernel_w;
   int64_t stride_h, stride_w;
   int64_t padding_h, padding_w;
   int64_t dilation_h, dilation_w;
+  Algorithm algorithm = Algorithm::kDirect;
 
   int64_t taps() const { return kernel_h * kernel_w; }
 };
@@ -65,15 +70,29 @@ struct Conv2dCall {
   int32_t num_threads;
 };
 
+// One node's weights, before and after packing.
+struct WeightShape {
+  int64_t out_channels, in_channels, taps;
+  Algorithm algorithm;
+
+  // Weights that every pair of an input and an output channel has when packed.
+  int64_t points() const {
+    const int64_t edge = static_cast<int64_t>(algorithm) + 2;
+    return algorithm == Algorithm::kDirect ? taps : edge * edge;
+  }
+};
+
 // Floats that pack_weights writes for one node; a multiple of 16, so that nodes stay 64-byte
 // aligned.
-int64_t packed_size(const IsaKernels& isa, int64_t out_channels, int64_t in_channels, int64_t taps);
+int64_t packed_size(const IsaKernels& isa, const WeightShape& shape);
 
 // weight: [out_channels][sum of segment_channels][taps], contiguous. Layout of `packed`: a header
-// of 16 words that names the layout, then panels [K][panel width], K ordered segment, tap, channel.
-// Denormal weights become zero: they cost some 40 times a normal multiplication.
-void pack_weights(const IsaKernels& isa, const float* weight, int64_t out_channels,
-                  const std::vector<int64_t>& segment_channels, int64_t taps, float* packed);
+// of 16 words that names the layout, then panels. A panel is [K][panel width], K ordered segment,
+// tap, channel; for Winograd [point][K][panel width], K ordered segment, channel. Denormal weights
+// become zero: they cost some 40 times a normal multiplication. Throws std::invalid_argument for
+// Winograd weights that are not 3 x 3.
+void pack_weights(const IsaKernels& isa, const float* weight, const WeightShape& shape,
+                  const std::vector<int64_t>& segment_channels, float* packed);
 
 class Conv2d {
  public:
@@ -86,9 +105,32 @@ class Conv2d {
   int64_t packed_size() const;
 
  private:
+  friend class BoundConv2d;
+  bool copies_sources(const Conv2dCall& call) const;
+
   Conv2dGeometry geometry_;
   std::vector<Node> nodes_;
   Activation activation_;
+};
+
+struct ConvPlan;
+
+// A convolution bound to its sources, weights and output: what depends on their addresses and sizes
+// alone is done once. They must outlive it, as must the Conv2d. Not for two threads at a time.
+class BoundConv2d {
+ public:
+  // Throws as Conv2d::run does.
+  BoundConv2d(const Conv2d& conv2d, Conv2dCall call);
+  ~BoundConv2d();
+
+  void run(int32_t num_threads);
+
+ private:
+  void plan();
+
+  const Conv2d& conv2d_;
+  Conv2dCall call_;
+  std::unique_ptr<ConvPlan> plan_;  // none for a call that copies its sources
 };
 
 // The instruction set in use: the best that CPU and build offer, or what DISCO_KERNELS_ISA names.

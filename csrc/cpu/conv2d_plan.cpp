@@ -45,19 +45,20 @@ ConvPlan::ConvPlan(const Conv2dGeometry& geometry, const std::vector<Node>& node
   }
   zeros.assign(static_cast<size_t>(most_channels), 0.0f);
   plan_nodes(nodes);
-  plan_items();
+  if (geometry.algorithm == Algorithm::kDirect) plan_items();
 }
 
 void ConvPlan::plan_nodes(const std::vector<Node>& given) {
-  const int64_t taps = geometry.taps();
   const float* packed = call.packed;
   int64_t left = call.packed_size;
   for (const Node& node : given) {
     NodePlan plan;
     plan.node = &node;
     const int64_t outputs = static_cast<int64_t>(node.out_channels.size());
-    const int64_t size = disco::packed_size(isa, outputs, node.num_in_channels(), taps);
-    const PackedHeader wanted = packed_header(isa, outputs, node.num_in_channels(), taps);
+    const WeightShape shape = {outputs, node.num_in_channels(), geometry.taps(),
+                               geometry.algorithm};
+    const int64_t size = disco::packed_size(isa, shape);
+    const PackedHeader wanted = packed_header(isa, shape);
     if (size > left || std::memcmp(packed, &wanted, sizeof(wanted)) != 0) {
       refuse(std::string("the packed weights are not those of this layer for ") + isa.name +
              ": pack them again (prepack, or repack() of the module)");
@@ -65,9 +66,10 @@ void ConvPlan::plan_nodes(const std::vector<Node>& given) {
     plan.panels = packed + kHeaderWords;
     packed += size;
     left -= size;
-    plan.rows = node.num_in_channels() * taps;
+    plan.rows = shape.in_channels * shape.points();
     plan_segments(node, plan);
     plan.num_panels = (outputs + panel_width() - 1) / panel_width();
+    most_panels = std::max(most_panels, plan.num_panels);
     plan.bias.assign(static_cast<size_t>(plan.num_panels * panel_width()), 0.0f);
     plan.first_out = outputs > 0 ? node.out_channels[0] : 0;
     plan.scattered = false;
@@ -102,17 +104,23 @@ void ConvPlan::plan_segments(const Node& node, NodePlan& plan) const {
     if (furthest > std::numeric_limits<int32_t>::max()) {
       refuse("the kernel's window spans more than 2^31 elements of the input");
     }
+    for (const int32_t channel : segment.channels) {
+      if (channel < 0 || channel >= source.channels) {
+        refuse("channel " + std::to_string(channel) + " is not one of the segment's " +
+               std::to_string(source.channels));
+      }
+    }
     std::vector<int32_t> offsets;
+    if (geometry.algorithm != Algorithm::kDirect) {
+      plan.offsets.push_back({});
+      continue;
+    }
     offsets.reserve(static_cast<size_t>(count * geometry.taps()));
     for (int64_t r = 0; r < geometry.kernel_h; ++r) {
       for (int64_t s = 0; s < geometry.kernel_w; ++s) {
         const int64_t tap =
             r * geometry.dilation_h * source.stride_h + s * geometry.dilation_w * source.stride_w;
         for (const int32_t channel : segment.channels) {
-          if (channel < 0 || channel >= source.channels) {
-            refuse("channel " + std::to_string(channel) + " is not one of the segment's " +
-                   std::to_string(source.channels));
-          }
           offsets.push_back(static_cast<int32_t>(tap + channel));
         }
       }
@@ -125,10 +133,9 @@ void ConvPlan::plan_segments(const Node& node, NodePlan& plan) const {
 
 void ConvPlan::plan_items() {
   if (num_pixels == 0) return;
-  int64_t most_channels = 1, most_panels = 0;
+  int64_t most_channels = 1;
   for (const NodePlan& plan : nodes) {
     most_channels = std::max(most_channels, plan.node->num_in_channels());
-    most_panels = std::max(most_panels, plan.num_panels);
   }
   const int64_t bytes_per_pixel =
       most_channels * geometry.stride_h * geometry.stride_w * static_cast<int64_t>(sizeof(float));

@@ -18,8 +18,8 @@ namespace disco {
 struct NodePlan {
   const Node* node;
   const float* panels;
-  int64_t rows;                               // K of the panel
-  std::vector<std::vector<int32_t>> offsets;  // per segment [taps][channels]
+  int64_t rows;                               // of the panel, all taps or points
+  std::vector<std::vector<int32_t>> offsets;  // per segment [taps][channels]; not for Winograd
   std::vector<int64_t> first_row;             // per segment
   std::vector<float> bias;                    // padded to whole panels
   int64_t num_panels;
@@ -55,6 +55,7 @@ struct ConvPlan {
   int64_t out_h = 0, out_w = 0;
   int64_t num_pixels = 0, num_tiles = 0;
   int64_t most_tiles = 0;    // of an item
+  int64_t most_panels = 0;   // of a node
   std::vector<float> zeros;  // what a border reads outside of the map
   std::vector<NodePlan> nodes;
   std::vector<Item> items;
@@ -65,7 +66,10 @@ struct ConvPlan {
   void plan_items();
 };
 
-// Runs every item, on as many threads as the call asks for.
+// Runs the plan, on as many threads as the call asks for.
 void run_plan(const ConvPlan& plan);
+
+// Plans of a Winograd algorithm; they have no items.
+void run_winograd(const ConvPlan& plan);
 
 }  // namespace disco

@@ -20,11 +20,13 @@ __m256i first_lanes(int64_t n) {
 }
 
 Vector zero() { return _mm256_setzero_ps(); }
+Vector set(float x) { return _mm256_set1_ps(x); }
 Vector broadcast(const float* x) { return _mm256_broadcast_ss(x); }
 Vector load(const float* x) { return _mm256_loadu_ps(x); }
 Vector load_n(const float* x, int64_t n) { return _mm256_maskload_ps(x, first_lanes(n)); }
 void store(float* x, Vector v) { _mm256_storeu_ps(x, v); }
 void store_n(float* x, Vector v, int64_t n) { _mm256_maskstore_ps(x, first_lanes(n), v); }
+Vector subtract(Vector a, Vector b) { return _mm256_sub_ps(a, b); }
 Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
 // The second operand is returned where either is NaN: a NaN in `a` stays, as torch.relu keeps it.
 Vector maximum(Vector a, Vector b) { return _mm256_max_ps(b, a); }
@@ -34,11 +36,13 @@ Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b,
 }  // namespace disco
 
 #include "conv_microkernel_body.h"
+#include "winograd_body.h"
 
 namespace disco {
 
 const IsaKernels& avx2_kernels() {
-  static constexpr IsaKernels table = {"avx2", kVectorLength, kMaxVectors, kMaxPixels, kKernels};
+  static constexpr IsaKernels table = {"avx2", kVectorLength, kMaxVectors, kMaxPixels, kKernels,
+                                       &kWinograd2, &kWinograd4};
   return table;
 }
 

@@ -37,12 +37,42 @@ struct Tile {
 
 using MicroKernel = void (*)(const Tile&);
 
+// One tile of (M + 2) x (M + 2) pixels, transformed for all listed channel groups.
+struct WinogradInput {
+  const float* const* pixels;  // [(M + 2)^2] start of each pixel's channels
+  const int32_t* groups;       // [num_groups] first channels, vector_length of them each
+  int64_t num_groups;
+  int64_t channels;    // that a pixel has; beyond them nothing is read
+  float* out;          // [point][out_stride], whole vectors are written
+  int64_t out_stride;  // floats between points
+};
+
+// One tile of M x M pixels, transformed back, and the epilogue.
+struct WinogradOutput {
+  const float* products;         // [point][stride], whole vectors are read
+  int64_t stride;                // floats between points
+  const float* bias;             // [num_channels, whole vectors]
+  float* const* out;             // [M^2], nullptr for a pixel outside of the map
+  const float* const* residual;  // [M^2] likewise, or nullptr
+  int64_t num_channels;
+  bool accumulate;  // add what *out holds
+  Activation activation;
+};
+
+struct WinogradKernels {
+  int32_t m;
+  void (*input)(const WinogradInput&);
+  void (*output)(const WinogradOutput&);
+};
+
 struct IsaKernels {
   const char* name;
   int32_t vector_length;       // float32 lanes
   int32_t max_vectors;         // output-channel vectors of the widest panel
   int32_t max_pixels;          // rows of the largest tile
   const MicroKernel* kernels;  // [max_pixels][max_vectors], index (mr - 1) * max_vectors + nv - 1
+  const WinogradKernels* winograd2;
+  const WinogradKernels* winograd4;
 };
 
 const IsaKernels& scalar_kernels();

@@ -15,6 +15,7 @@ struct Vector {
 };
 
 Vector zero() { return Vector{}; }
+Vector set(float x) { return {{x, x, x, x}}; }
 Vector broadcast(const float* x) { return {{*x, *x, *x, *x}}; }
 Vector load_n(const float* x, int64_t n) {
   Vector v{};
@@ -33,6 +34,11 @@ Vector add(const Vector& a, const Vector& b) {
   for (int i = 0; i < kVectorLength; ++i) v.lane[i] = a.lane[i] + b.lane[i];
   return v;
 }
+Vector subtract(const Vector& a, const Vector& b) {
+  Vector v;
+  for (int i = 0; i < kVectorLength; ++i) v.lane[i] = a.lane[i] - b.lane[i];
+  return v;
+}
 // NaN in `a` stays NaN, as torch.relu keeps it.
 Vector maximum(const Vector& a, const Vector& b) {
   Vector v;
@@ -49,11 +55,13 @@ Vector multiply_add(const Vector& a, const Vector& b, const Vector& c) {
 }  // namespace disco
 
 #include "conv_microkernel_body.h"
+#include "winograd_body.h"
 
 namespace disco {
 
 const IsaKernels& scalar_kernels() {
-  static constexpr IsaKernels table = {"scalar", kVectorLength, kMaxVectors, kMaxPixels, kKernels};
+  static constexpr IsaKernels table = {"scalar", kVectorLength, kMaxVectors, kMaxPixels, kKernels,
+                                       &kWinograd2, &kWinograd4};
   return table;
 }
 

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "conv_microkernel.h"
+#include "conv2d.h"
 
 namespace disco {
 
@@ -18,11 +18,11 @@ struct PackedHeader {
   int32_t out_channels;
   int32_t in_channels;
   int32_t taps;
-  int32_t reserved[10];
+  int32_t algorithm;
+  int32_t reserved[9];
 };
 static_assert(sizeof(PackedHeader) == kHeaderWords * sizeof(float), "header must keep alignment");
 
-PackedHeader packed_header(const IsaKernels& isa, int64_t out_channels, int64_t in_channels,
-                           int64_t taps);
+PackedHeader packed_header(const IsaKernels& isa, const WeightShape& shape);
 
 }  // namespace disco

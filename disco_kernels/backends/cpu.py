@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -14,6 +14,8 @@ from torch import Tensor
 from disco_kernels.registry import Backend, PreparedConv2d, register
 from disco_kernels.spec import ACTIVATIONS, Channels, Conv2dDescriptor
 
+# The numbers of csrc/cpu/conv2d.h's Algorithm.
+_ALGORITHMS = {"off": 0, "f2": 2, "f4": 4}
 _NO_RESIDUAL = (0, 0, 0, 0)
 
 
@@ -56,6 +58,7 @@ def _channel_args(channels: Channels) -> tuple[int, int, int]:
 class _CpuConv2d(PreparedConv2d):
     def __init__(self, extension: Any, descriptor: Conv2dDescriptor) -> None:
         spec = descriptor.spec
+        self.extension = extension
         self.out_channels = descriptor.out_channels
         self.conv2d = extension.Conv2d(
             (*spec.kernel_size, *spec.stride, *spec.padding, *spec.dilation),
@@ -67,6 +70,7 @@ class _CpuConv2d(PreparedConv2d):
                 for node in descriptor.nodes
             ],
             ACTIVATIONS.index(spec.activation),
+            _ALGORITHMS[spec.winograd],
         )
 
     def run(
@@ -78,6 +82,34 @@ class _CpuConv2d(PreparedConv2d):
         out: Tensor,
         accumulate: bool,
     ) -> None:
+        self.conv2d.run(self._call(sources, packed_weight, bias, residual, out, accumulate))
+
+    def bind(
+        self,
+        sources: Sequence[Tensor],
+        packed_weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        out: Tensor,
+    ) -> Callable[[], None]:
+        call = self._call(sources, packed_weight, bias, residual, out, False)
+        run = self.extension.BoundConv2d(self.conv2d, call).run
+        alive = (tuple(sources), packed_weight, bias, residual, out)
+
+        def bound(alive: tuple[Any, ...] = alive) -> None:
+            run(torch.get_num_threads())
+
+        return bound
+
+    def _call(
+        self,
+        sources: Sequence[Tensor],
+        packed_weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        out: Tensor,
+        accumulate: bool,
+    ) -> Any:
         views = []
         for x in sources:
             views.append((x.data_ptr(), x.shape[1], *x.stride()))
@@ -87,7 +119,7 @@ class _CpuConv2d(PreparedConv2d):
             n, _, h, w = residual.stride()
             added = (residual.data_ptr(), n, h, w)
         n, _, h, w = out.stride()
-        self.conv2d.run(
+        return self.extension.Conv2dCall(
             views,
             (first[0], first[2], first[3]),
             packed_weight.data_ptr(),
@@ -123,19 +155,29 @@ class CpuBackend(Backend):
             raise RuntimeError(f"backend 'cpu': {_load_error}")
         return _C
 
-    def packed_numel(self, out_channels: int, in_channels: int, taps: int) -> int:
-        return int(self.extension.packed_size(out_channels, in_channels, taps))
+    def packed_numel(
+        self, out_channels: int, in_channels: int, taps: int, winograd: str = "off"
+    ) -> int:
+        algorithm = _ALGORITHMS[winograd]
+        return int(self.extension.packed_size(out_channels, in_channels, taps, algorithm))
 
-    def prepack(self, weight: Tensor, segment_channels: Sequence[int]) -> Tensor:
+    def prepack(
+        self, weight: Tensor, segment_channels: Sequence[int], winograd: str = "off"
+    ) -> Tensor:
         source = weight.detach().resolve_neg().contiguous()
         taps = source.shape[2] * source.shape[3]
         packed = torch.empty(
-            self.packed_numel(source.shape[0], source.shape[1], taps),
+            self.packed_numel(source.shape[0], source.shape[1], taps, winograd),
             dtype=torch.float32,  # whatever torch's default dtype and device are
             device="cpu",
         )
         self.extension.pack_weights(
-            source.data_ptr(), source.shape[0], list(segment_channels), taps, packed.data_ptr()
+            source.data_ptr(),
+            source.shape[0],
+            list(segment_channels),
+            taps,
+            _ALGORITHMS[winograd],
+            packed.data_ptr(),
         )
         return packed
 

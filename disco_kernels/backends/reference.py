@@ -96,10 +96,18 @@ class ReferenceBackend(Backend):
     def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None if dtype.is_floating_point else f"floating dtypes only, given {dtype}"
 
-    def packed_numel(self, out_channels: int, in_channels: int, taps: int) -> int:
+    def packed_numel(
+        self, out_channels: int, in_channels: int, taps: int, winograd: str = "off"
+    ) -> int:
         return out_channels * in_channels * taps
 
-    def prepack(self, weight: Tensor, segment_channels: Sequence[int]) -> Tensor:
+    def prepack(
+        self, weight: Tensor, segment_channels: Sequence[int], winograd: str = "off"
+    ) -> Tensor:
+        if winograd != "off":
+            raise ValueError(
+                f"backend 'reference' has no Winograd, asked for {winograd!r}; use winograd='off'"
+            )
         return weight.detach().reshape(-1).clone()
 
     def prepare(self, descriptor: Conv2dDescriptor) -> PreparedConv2d:

@@ -17,7 +17,7 @@ from disco.partition.one_machine import GATHERED_KINDS, one_machine_program
 from disco.partition.shards import load_manifest, load_shard, save_artifact
 from disco.sparsify import sparsify_weights_
 from disco.sparsify.groups import Reader, groups_of
-from disco_kernels import Ownership, Pattern
+from disco_kernels import WINOGRAD, Ownership, Pattern
 
 PathLike = str | os.PathLike[str]
 
@@ -141,6 +141,7 @@ def compile(
     *,
     example_inputs: Sequence[Tensor],
     backend: str | None = None,
+    winograd: str = "auto",
 ) -> Compiled:
     """Make `model` fast on one machine: batch norms folded, epilogues fused, one layout.
 
@@ -151,18 +152,23 @@ def compile(
         nodes: number of nodes that the weights' zero pattern is for.
         example_inputs: positional inputs, batch first; other sizes are fixed by them.
         backend: of the kernels, or None for the automatic choice.
+        winograd: how 3 x 3 convolutions of stride 1 are computed: "auto" (what suits the shape),
+            "off", "f2" or "f4". Winograd is faster and rounds more; docs/architecture.md says how
+            much.
 
     Raises:
-        InputError: the model cannot be captured.
+        InputError: the model cannot be captured, or `winograd` is none of these.
         disco_kernels.BackendUnavailable: `backend` was asked for and cannot serve.
     """
     _check_nodes(nodes)
+    if winograd not in WINOGRAD:
+        raise InputError(f"winograd is one of {', '.join(WINOGRAD)}, given {winograd!r}")
     captured = capture(model, example_inputs)
     program = one_machine_program(decide(*captured, nodes))
     # Copies: what is not packed would otherwise follow the model when that is trained on.
     weights = {name: captured.weights[name].clone() for name in program.weight_names()}
     gathered = [op.name for op in program.ops if op.kind in GATHERED_KINDS]
-    return Compiled(Executor(program, weights, backend=backend), gathered)
+    return Compiled(Executor(program, weights, backend=backend, winograd=winograd), gathered)
 
 
 def load(directory: PathLike) -> Partitioned:

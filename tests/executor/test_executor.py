@@ -159,11 +159,11 @@ def test_a_request_ends_when_its_messages_are_taken(partitioned: disco.Partition
     with torch.no_grad():
         run_until_all_wait()
         assert list(waiting) == [0] and waiting[0] is slow[0]
-        assert not executors[0]._buffers._free and executors[1]._buffers._free
+        assert not executors[0]._buffers._known and executors[1]._buffers._known
         for handle in slow:
             handle.done = True  # type: ignore[misc, method-assign]
         run_until_all_wait()
-    assert not waiting and executors[0]._buffers._free
+    assert not waiting and executors[0]._buffers._known
 
 
 def test_values_are_freed_at_their_last_use() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from disco.errors import InputError
 from disco.executor import exchange, kernels
+from disco.executor.activations import plan_buffers
 from disco.executor.request import BufferPool, Request, ShapeKey
 from disco.executor.steps import REQUEST_SLOT, Preparation, Step, Values, prepare_pure
 from disco.executor.transport import Handle, Transport
@@ -41,6 +42,7 @@ class Executor:
         transport: to the other ranks; None for a program without exchanges, or to be given later.
         backend: of the kernels, or None for the automatic choice.
         deadline_s: longest wait for any one message.
+        winograd: for 3 x 3 convolutions, as in `disco_kernels.ConvSpec`.
 
     Calls from several threads are safe; with a transport they take turns, because messages are
     matched by the order of requests.
@@ -53,18 +55,26 @@ class Executor:
         transport: Transport | None = None,
         backend: str | None = None,
         deadline_s: float = DEADLINE_S,
+        winograd: str = "off",
     ) -> None:
         self.inputs = {name: program.values[name] for name in program.inputs}
         self.transport = transport
         self.deadline_s = deadline_s
-        prepare = Preparation(weights, backend)
+        prepare = Preparation(weights, backend, program.values, winograd)
         self._input_slots = [prepare.slot(name) for name in program.inputs]
         exchanges = {op.name for op in program.ops if op.kind == "disco.exchange"}
         self._steps = [_prepare(op, prepare, exchanges) for op in program.ops]
         self._outputs = map_leaves(program.outputs, lambda leaf: _output(leaf, prepare))
         self._num_slots = len(prepare.slots) + 1
         _free_at_last_use(program, self._steps, prepare)
-        self._buffers = BufferPool()
+        kept = {
+            op.name: op.args[-1].name if isinstance(op.args[-1], Ref) else None
+            for op, step in zip(program.ops, self._steps, strict=True)
+            if step.writes_out
+        }
+        buffers = plan_buffers(program, kept)
+        self._buffer_of = {prepare.slot(name): number for name, number in buffers.items()}
+        self._buffers = BufferPool(self._buffer_of)
         self._requests = itertools.count()
         self._turn = threading.Lock()
 
@@ -112,6 +122,8 @@ class Executor:
         self, inputs: Sequence[Tensor], request: Request, shapes: ShapeKey
     ) -> Generator[Handle, None, Any]:
         values: Values = [None] * self._num_slots
+        layout: dict[int, tuple[torch.Size, torch.dtype]] = {}
+        first = not request.activations.out
         values[REQUEST_SLOT] = request
         for slot, x in zip(self._input_slots, inputs, strict=True):
             values[slot] = x
@@ -122,7 +134,9 @@ class Executor:
                 handle = values[source].handles[position]
                 if not handle.done:
                     yield handle
-            values[step.out] = step.run(values)
+            value = values[step.out] = step.run(values)
+            if first and step.out in self._buffer_of:
+                layout[step.out] = (value.shape, value.dtype)
             for slot in step.free:
                 values[slot] = None
             if step.progress and request.transport is not None:
@@ -132,7 +146,7 @@ class Executor:
         for handle in request.handles:
             if not handle.done:
                 yield handle
-        self._buffers.give_back(shapes, request.buffers)
+        self._buffers.give_back(shapes, request.kept, layout)
         return outputs
 
     def _check(self, inputs: Sequence[Tensor]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 import disco_kernels as dk
 from disco.errors import InputError
-from disco.executor.steps import Preparation, Run, Step, Values
+from disco.executor.steps import REQUEST_SLOT, Preparation, Run, Step, Values
 from disco.program import Op, pure_function
 
 
@@ -22,9 +23,11 @@ def prepare_conv2d(op: Op, prepare: Preparation) -> Step:
     convolution = dk.PartialConv2d(
         kernel,
         (kernel.shape[1],),
-        _spec(op, kernel),
+        _spec(op, kernel, prepare),
         bias=prepare.optional_weight(bias, op),
+        image_size=prepare.image_size(x),
         backend=prepare.backend,
+        pool=prepare.pool,
     )
     return _over_segments(op, prepare, convolution, (x,), residual)
 
@@ -39,6 +42,7 @@ def prepare_linear(op: Op, prepare: Preparation) -> Step:
         bias=prepare.optional_weight(bias, op),
         activation=_text(op, "activation"),
         backend=prepare.backend,
+        pool=prepare.pool,
     )
     return _over_segments(op, prepare, kernel, (x,), residual)
 
@@ -48,14 +52,17 @@ def prepare_partial_conv2d(op: Op, prepare: Preparation) -> Step:
     segments, weight, bias, residual = op.args
     kernel = prepare.weight(weight, op)
     index, counts, held = _segments(op, prepare)
+    first = segments[0] if isinstance(segments, tuple) else None
     convolution = dk.PartialConv2d(
         kernel,
         counts,
-        _spec(op, kernel),
+        _spec(op, kernel, prepare),
         bias=prepare.optional_weight(bias, op),
         index=index,
         source_channels=held,
+        image_size=prepare.image_size(first),
         backend=prepare.backend,
+        pool=prepare.pool,
     )
     return _over_segments(op, prepare, convolution, segments, residual)
 
@@ -71,6 +78,7 @@ def prepare_partial_linear(op: Op, prepare: Preparation) -> Step:
         index=index,
         activation=_text(op, "activation"),
         backend=prepare.backend,
+        pool=prepare.pool,
     )
     return _over_segments(op, prepare, kernel, segments, residual)
 
@@ -82,9 +90,11 @@ def prepare_gather_conv2d(op: Op, prepare: Preparation) -> Step:
     convolution = dk.GatherConv2d(
         kernel,
         *_pattern(op),
-        _spec(op, kernel),
+        _spec(op, kernel, prepare),
         bias=prepare.optional_weight(bias, op),
+        image_size=prepare.image_size(x),
         backend=prepare.backend,
+        pool=prepare.pool,
     )
     return _over_input(op, prepare, convolution, x, residual)
 
@@ -98,6 +108,7 @@ def prepare_gather_linear(op: Op, prepare: Preparation) -> Step:
         bias=prepare.optional_weight(bias, op),
         activation=_text(op, "activation"),
         backend=prepare.backend,
+        pool=prepare.pool,
     )
     return _over_input(op, prepare, kernel, x, residual)
 
@@ -118,25 +129,51 @@ def _prepare_grouped(op: Op, prepare: Preparation) -> Step:
 
 def _over_segments(op: Op, prepare: Preparation, kernel: Any, segments: Any, residual: Any) -> Step:
     slots = tuple(prepare.slot_of(segment, op) for segment in segments)
-    added = prepare.optional_slot(residual, op)
+    added, target = prepare.optional_slot(residual, op), prepare.slot(op.name)
+    fixed = slots if added is None else (*slots, added)
 
     def run(values: Values) -> Tensor:
-        return kernel([values[slot] for slot in slots], None if added is None else values[added])
+        kept = values[REQUEST_SLOT].activations
+        bound = kept.bound.get(target)
+        if bound is not None:
+            bound()
+            return kept.out[target]
+        given = [values[slot] for slot in slots]
+        residual, out = None if added is None else values[added], kept.out.get(target)
+        if out is not None and kept.holds(fixed) and can_bind:
+            kept.bound[target] = kernel.bind(given, residual, out)
+            return out
+        return kernel(given, residual, out)
 
+    can_bind = hasattr(kernel, "bind")
     return _kernel_step(op, prepare, run, kernel)
 
 
 def _over_input(op: Op, prepare: Preparation, kernel: Any, x: Any, residual: Any) -> Step:
     slot, added = prepare.slot_of(x, op), prepare.optional_slot(residual, op)
+    target = prepare.slot(op.name)
+
+    fixed = (slot,) if added is None else (slot, added)
+    can_bind = hasattr(kernel, "bind")
 
     def run(values: Values) -> Tensor:
-        return kernel(values[slot], None if added is None else values[added])
+        kept = values[REQUEST_SLOT].activations
+        bound = kept.bound.get(target)
+        if bound is not None:
+            bound()
+            return kept.out[target]
+        residual, out = None if added is None else values[added], kept.out.get(target)
+        if out is not None and kept.holds(fixed) and can_bind:
+            kept.bound[target] = kernel.bind(values[slot], residual, out)
+            return out
+        return kernel(values[slot], residual, out)
 
     return _kernel_step(op, prepare, run, kernel)
 
 
 def _kernel_step(op: Op, prepare: Preparation, run: Run, kernel: Any) -> Step:
-    return Step(op.name, run, prepare.slot(op.name), progress=True, backend=kernel.backend)
+    out = prepare.slot(op.name)
+    return Step(op.name, run, out, progress=True, backend=kernel.backend, writes_out=True)
 
 
 def _segments(op: Op, prepare: Preparation) -> tuple[list[Tensor | None], list[int], list[int]]:
@@ -160,10 +197,17 @@ def _pattern(op: Op) -> tuple[dk.Ownership, dk.Ownership, Any]:
     return dk.Ownership(out), dk.Ownership(inputs), selected  # type: ignore[arg-type]
 
 
-def _spec(op: Op, weight: Tensor) -> dk.ConvSpec:
+def _spec(op: Op, weight: Tensor, prepare: Preparation) -> dk.ConvSpec:
     pairs = {key: _pair(op, key) for key in ("stride", "padding", "dilation")}
     height, width = weight.shape[2:]
-    return dk.ConvSpec(kernel_size=(height, width), activation=_text(op, "activation"), **pairs)
+    spec = dk.ConvSpec(
+        (height, width),
+        pairs["stride"],
+        pairs["padding"],
+        pairs["dilation"],
+        _text(op, "activation"),
+    )
+    return replace(spec, winograd=prepare.winograd) if spec.winograd_fits else spec
 
 
 def _pair(op: Op, key: str) -> tuple[int, int]:

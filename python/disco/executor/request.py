@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from disco.executor.activations import Activations, Layout
 from disco.executor.transport import Handle, Transport
 
-Buffers = dict[tuple[int, int, bool], Tensor]
 ShapeKey = tuple[tuple[int, ...], ...]
 
 # Buffers of this many different input shapes are kept; a service sees few, a sweep need not keep
 # all.
 _SHAPES_KEPT = 4
+
+
+@dataclass
+class Kept:
+    """The memory of one request, which a later one of the same input shapes uses again."""
+
+    activations: Activations
+    messages: dict[tuple[int, int, bool], Tensor] = field(default_factory=dict)
 
 
 class Request:
@@ -27,45 +36,72 @@ class Request:
         transport: None in a program without exchanges.
         symbols: sizes that the inputs give to the program's symbols.
         handles: of all its messages, which read or write its buffers until they are done.
+        activations: where kernels write their results.
     """
 
     def __init__(
-        self, number: int, transport: Transport | None, symbols: dict[str, int], buffers: Buffers
+        self, number: int, transport: Transport | None, symbols: dict[str, int], kept: Kept
     ) -> None:
         self.number = number
         self.transport = transport
         self.symbols = symbols
         self.handles: list[Handle] = []
-        self.buffers = buffers
+        self.kept = kept
+        self.activations = kept.activations
 
     def buffer(
         self, exchange: int, peer: int, is_send: bool, shape: Sequence[int], dtype: torch.dtype
     ) -> Tensor:
         """The contiguous buffer of one message, kept for later requests of the same shapes."""
         key = (exchange, peer, is_send)
-        found = self.buffers.get(key)
+        found = self.kept.messages.get(key)
         if found is None or found.shape != tuple(shape) or found.dtype != dtype:
-            found = self.buffers[key] = torch.empty(tuple(shape), dtype=dtype)
+            found = self.kept.messages[key] = torch.empty(tuple(shape), dtype=dtype)
         return found
 
 
+@dataclass
+class _Shape:
+    """What is known of requests of one set of input shapes, and the memory that none uses now."""
+
+    layout: Layout | None = None
+    free: list[Kept] = field(default_factory=list)
+
+
 class BufferPool:
-    """Message buffers that no request uses now, by input shape. Threads may share it."""
+    """Memory that no request uses now, by input shape. Threads may share it.
 
-    def __init__(self) -> None:
+    Args:
+        buffer_of: slot of a kernel's result -> number of its buffer (`plan_buffers`).
+    """
+
+    def __init__(self, buffer_of: Mapping[int, int]) -> None:
+        self._buffer_of = buffer_of
         self._lock = threading.Lock()
-        self._free: OrderedDict[ShapeKey, list[Buffers]] = OrderedDict()
+        self._known: OrderedDict[ShapeKey, _Shape] = OrderedDict()
 
-    def take(self, shape: ShapeKey) -> Buffers:
-        """Buffers used before with these input shapes, or new ones."""
+    def take(self, shapes: ShapeKey) -> Kept:
+        """Memory used before with these input shapes, or new one."""
         with self._lock:
-            free = self._free.get(shape)
-            return free.pop() if free else {}
+            known = self._known.get(shapes)
+            if known is not None and known.free:
+                return known.free.pop()
+        return Kept(Activations(None if known is None else known.layout, self._buffer_of))
 
-    def give_back(self, shape: ShapeKey, buffers: Buffers) -> None:
-        """Only when no transport can touch them any more: not after an error."""
+    def give_back(self, shapes: ShapeKey, kept: Kept, layout: Layout) -> None:
+        """Only when no transport can touch it any more: not after an error.
+
+        Args:
+            shapes: of the inputs.
+            kept: from `take`.
+            layout: of the values in ``buffer_of``, as they have been computed.
+        """
         with self._lock:
-            self._free.setdefault(shape, []).append(buffers)
-            self._free.move_to_end(shape)
-            if len(self._free) > _SHAPES_KEPT:
-                self._free.popitem(last=False)
+            known = self._known.setdefault(shapes, _Shape())
+            if known.layout is None:
+                known.layout = layout
+                kept = Kept(Activations(layout, self._buffer_of), kept.messages)
+            known.free.append(kept)
+            self._known.move_to_end(shapes)
+            if len(self._known) > _SHAPES_KEPT:
+                self._known.popitem(last=False)

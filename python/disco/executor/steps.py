@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from disco.errors import InputError
-from disco.program import Dtype, Op, Ref, WeightRef, leaves, pure_function
+from disco.program import Dtype, Op, Ref, ValueInfo, WeightRef, leaves, pure_function
 from disco.program.interpret import dtype_of
+from disco_kernels.memory import Pool
 
 # The values of one request, by slot. Slot 0 holds the Request itself.
 Values = list[Any]
@@ -24,6 +25,8 @@ class Step:
 
     Attributes:
         awaits: set for a received payload: the slot of its exchange and the payload's position.
+        writes_out: True for kernels that write to the request's ``out`` of their slot; their op's
+            last argument is the residual.
         progress: True for ops that take long enough to move messages along after them.
     """
 
@@ -34,6 +37,7 @@ class Step:
     progress: bool = False
     free: tuple[int, ...] = ()
     backend: str = ""
+    writes_out: bool = False
 
 
 @dataclass
@@ -43,11 +47,17 @@ class Preparation:
     Attributes:
         weights: beside the program.
         backend: requested for the kernels, or None for the automatic choice.
+        values: shape and dtype of the program's values.
+        winograd: for 3 x 3 convolutions, as in `disco_kernels.ConvSpec`, where it fits.
+        pool: holds the packed weights.
         slots: value -> slot.
     """
 
     weights: Mapping[str, Tensor]
     backend: str | None
+    values: Mapping[str, ValueInfo] = field(default_factory=dict)
+    winograd: str = "off"
+    pool: Pool = field(default_factory=Pool)
     slots: dict[str, int] = field(default_factory=dict)
 
     def slot(self, name: str) -> int:
@@ -71,6 +81,14 @@ class Preparation:
         if arg.name not in self.weights:
             raise InputError(f"op {op.name!r} reads weight {arg.name!r}, which is not there")
         return self.weights[arg.name]
+
+    def image_size(self, arg: Any) -> tuple[int, int] | None:
+        """Height and width of a map ``[B, C, H, W]``, or None where they are not fixed."""
+        info = self.values.get(arg.name) if isinstance(arg, Ref) else None
+        if info is None or len(info.shape) != 4:
+            return None
+        height, width = info.shape[2:]
+        return (height, width) if isinstance(height, int) and isinstance(width, int) else None
 
     def optional_weight(self, arg: Any, op: Op) -> Tensor | None:
         """The tensor of an argument that may be None."""

@@ -1,0 +1,274 @@
+// Winograd convolution around the micro-kernels: the tiles' pixels are transformed once for all
+// nodes, every point is a 1 x 1 convolution (the gather is its offset list), and the products are
+// transformed back together with the epilogue.
+
+#include <algorithm>
+#include <exception>
+#include <cstdlib>
+
+#include "arena.h"
+#include "conv2d_plan.h"
+
+namespace disco {
+namespace {
+
+// Transformed pixels that are worked on at a time, per thread. They are read once for every panel
+// of weights, so they should stay in a second-level cache, but every chunk reads all weights again.
+constexpr int64_t kChunkBytes = 1024 * 1024;
+// Items of products per thread and chunk, so that one thread's delay leaves work for the others.
+constexpr int64_t kItemsPerThread = 4;
+
+constexpr int kMostPixels = 64;  // of a micro-kernel's tile
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The channels of one source that some node reads, as vectors.
+struct SourceGroups {
+  int64_t first;                // of this source in a row of transformed channels
+  std::vector<int32_t> groups;  // first channels
+};
+
+class Winograd {
+ public:
+  explicit Winograd(const ConvPlan& plan)
+      : plan_(plan),
+        kernels_(plan.geometry.algorithm == Algorithm::kWinograd2 ? *plan.isa.winograd2
+                                                                  : *plan.isa.winograd4),
+        m_(kernels_.m),
+        edge_(m_ + 2),
+        points_(edge_ * edge_),
+        tiles_h_(divide_up(plan.out_h, m_)),
+        tiles_w_(divide_up(plan.out_w, m_)),
+        num_tiles_(plan.call.batch * tiles_h_ * tiles_w_),
+        num_threads_(std::max(1, plan.call.num_threads)) {
+    plan_rows();
+    zero_bias_.assign(static_cast<size_t>(plan.panel_width()), 0.0f);
+    const int64_t tile_bytes = points_ * row_ * static_cast<int64_t>(sizeof(float));
+    static const int64_t kb = getenv("CH") ? atoi(getenv("CH")) * 1024 : kChunkBytes;
+    const int64_t most = std::max<int64_t>(plan.isa.max_pixels, num_threads_ * kb /
+                                                                    std::max<int64_t>(1, tile_bytes));
+    num_chunks_ = divide_up(num_tiles_, most);
+    chunk_ = num_chunks_ > 0 ? divide_up(num_tiles_, num_chunks_) : 0;
+  }
+
+  void execute() {
+    if (num_tiles_ == 0) return;
+    transformed_ = static_cast<float*>(arena(
+        ArenaSlot::kShared, points_ * chunk_ * row_ * static_cast<int64_t>(sizeof(float))));
+    const int64_t product_bytes =
+        points_ * chunk_ * plan_.panel_width() * static_cast<int64_t>(sizeof(float));
+    std::exception_ptr error;
+    // Each output's sum has one order whatever the chunks, items and threads are, so any schedule
+    // gives the same bits.
+#pragma omp parallel num_threads(num_threads_) if (num_threads_ > 1)
+    {
+      float* products = nullptr;
+      try {
+        products = static_cast<float*>(arena(ArenaSlot::kPrivate, product_bytes));
+      } catch (...) {
+#pragma omp critical
+        error = std::current_exception();
+      }
+#pragma omp barrier
+      for (int64_t c = 0; c < num_chunks_ && !error; ++c) {
+        const int64_t begin = num_tiles_ * c / num_chunks_;
+        const int64_t count = num_tiles_ * (c + 1) / num_chunks_ - begin;
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < count; ++t) transform_input(begin + t, t, count);
+        const int64_t ranges = ranges_of(count);
+        const int64_t items = static_cast<int64_t>(panels_.size()) * ranges;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < items; ++i) {
+          const int64_t r = i % ranges;
+          const int64_t from = count * r / ranges, to = count * (r + 1) / ranges;
+          run_panel(panels_[static_cast<size_t>(i / ranges)], begin, from, to - from, count,
+                    products);
+        }
+      }
+    }
+    if (error) std::rethrow_exception(error);
+  }
+
+ private:
+  struct Panel {
+    int32_t node;
+    int64_t panel;
+  };
+
+  // Where every source's channels lie in a row, and every node's offsets into it.
+  void plan_rows() {
+    const int64_t lanes = plan_.isa.vector_length;
+    row_ = 0;
+    for (const SourceView& source : plan_.call.sources) {
+      sources_.push_back({row_, {}});
+      row_ += divide_up(source.channels, lanes) * lanes;
+    }
+    std::vector<char> used(static_cast<size_t>(row_ / lanes), 0);
+    for (size_t n = 0; n < plan_.nodes.size(); ++n) {
+      std::vector<int32_t> offsets;
+      for (const Segment& segment : plan_.nodes[n].node->segments) {
+        const int64_t first = sources_[static_cast<size_t>(segment.source)].first;
+        for (const int32_t channel : segment.channels) {
+          offsets.push_back(static_cast<int32_t>(first + channel));
+          used[static_cast<size_t>((first + channel) / lanes)] = 1;
+        }
+      }
+      offsets_.push_back(std::move(offsets));
+      for (int64_t p = 0; p < plan_.nodes[n].num_panels; ++p) {
+        panels_.push_back({static_cast<int32_t>(n), p});
+      }
+    }
+    for (size_t s = 0; s < sources_.size(); ++s) {
+      for (int64_t c = 0; c < plan_.call.sources[s].channels; c += lanes) {
+        if (used[static_cast<size_t>((sources_[s].first + c) / lanes)]) {
+          sources_[s].groups.push_back(static_cast<int32_t>(c));
+        }
+      }
+    }
+    // An odd number of cache lines: rows a multiple of 4 KB apart would share few cache sets.
+    const int64_t line = kCacheLineBytes / static_cast<int64_t>(sizeof(float));
+    row_ = (divide_up(row_, line) | 1) * line;
+  }
+
+  int64_t ranges_of(int64_t count) const {
+    if (num_threads_ == 1) return 1;
+    const int64_t panels = std::max<int64_t>(1, static_cast<int64_t>(panels_.size()));
+    if (panels % num_threads_ == 0) return 1;
+    return std::min(divide_up(count, plan_.isa.max_pixels),
+                    divide_up(kItemsPerThread * num_threads_, panels));
+  }
+
+  void transform_input(int64_t tile, int64_t slot, int64_t count) const {
+    const Conv2dCall& call = plan_.call;
+    const int64_t n = tile / (tiles_h_ * tiles_w_);
+    const int64_t h = tile / tiles_w_ % tiles_h_ * m_ - plan_.geometry.padding_h;
+    const int64_t w = tile % tiles_w_ * m_ - plan_.geometry.padding_w;
+    const float* pixels[36];
+    for (size_t s = 0; s < sources_.size(); ++s) {
+      const SourceView& source = call.sources[s];
+      for (int64_t i = 0; i < edge_; ++i) {
+        for (int64_t j = 0; j < edge_; ++j) {
+          const int64_t ih = h + i, iw = w + j;
+          const bool inside = ih >= 0 && ih < call.in_h && iw >= 0 && iw < call.in_w;
+          pixels[i * edge_ + j] = inside ? source.data + n * source.stride_n +
+                                               ih * source.stride_h + iw * source.stride_w
+                                         : plan_.zeros.data();
+        }
+      }
+      kernels_.input({pixels, sources_[s].groups.data(),
+                      static_cast<int64_t>(sources_[s].groups.size()), source.channels,
+                      transformed_ + slot * row_ + sources_[s].first, count * row_});
+    }
+  }
+
+  // Tiles [from, from + num) of a chunk of `count` that begins at tile `begin`.
+  void run_panel(const Panel& item, int64_t begin, int64_t from, int64_t num, int64_t count,
+                 float* products) const {
+    const NodePlan& plan = plan_.nodes[static_cast<size_t>(item.node)];
+    const std::vector<int32_t>& offsets = offsets_[static_cast<size_t>(item.node)];
+    const int64_t k = static_cast<int64_t>(offsets.size());
+    const int64_t lanes = plan_.isa.vector_length;
+    const int64_t outputs = static_cast<int64_t>(plan.node->out_channels.size());
+    const int64_t first = item.panel * plan_.panel_width();
+    const int64_t valid = std::min(plan_.panel_width(), outputs - first);
+    const int64_t vectors = divide_up(valid, lanes), width = vectors * lanes;
+    const float* panel = plan.panels + item.panel * plan_.panel_width() * plan.rows;
+    const int64_t groups = divide_up(num, plan_.isa.max_pixels);
+    const int64_t row_bytes = width * static_cast<int64_t>(sizeof(float));
+    for (int64_t p = 0; p < points_; ++p) {
+      const float* weights = panel + p * k * width;
+      const float* pixels_of = transformed_ + (p * count + from) * row_;
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t t0 = num * g / groups, mr = num * (g + 1) / groups - t0;
+        const float* pixels[kMostPixels];
+        float* rows[kMostPixels];
+        for (int64_t t = 0; t < mr; ++t) {
+          pixels[t] = pixels_of + (t0 + t) * row_;
+          rows[t] = products + ((t0 + t) * points_ + p) * width;
+        }
+        const Pass pass = {pixels, offsets.data(), k, 0};
+        Tile tile = {};
+        tile.passes = &pass;
+        tile.num_passes = k > 0 ? 1 : 0;
+        tile.panel = weights;
+        tile.bias = zero_bias_.data();
+        tile.out = rows;
+        tile.num_channels = width;
+        // The next point's weights, a part of every row with each group.
+        const int64_t step = divide_up(row_bytes, groups);
+        tile.prefetch = reinterpret_cast<const char*>(weights + (p + 1 < points_ ? k * width : 0)) +
+                        g * step * k;
+        tile.prefetch_step = step;
+        plan_.isa.kernels[(mr - 1) * plan_.isa.max_vectors + vectors - 1](tile);
+      }
+    }
+    for (int64_t t = 0; t < num; ++t) {
+      transform_output(plan, begin + from + t, first, valid, width, products + t * points_ * width);
+    }
+  }
+
+  void transform_output(const NodePlan& plan, int64_t tile, int64_t first, int64_t valid,
+                        int64_t width, const float* products) const {
+    const Conv2dCall& call = plan_.call;
+    const int64_t n = tile / (tiles_h_ * tiles_w_);
+    const int64_t h = tile / tiles_w_ % tiles_h_ * m_;
+    const int64_t w = tile % tiles_w_ * m_;
+    const int32_t* channels = plan.node->out_channels.data() + first;
+    float* out[16];
+    const float* residual[16];
+    float dense_out[16][kMostPixels], dense_residual[16][kMostPixels];
+    for (int64_t i = 0; i < m_; ++i) {
+      for (int64_t j = 0; j < m_; ++j) {
+        const int64_t p = i * m_ + j, oh = h + i, ow = w + j;
+        out[p] = nullptr;
+        if (oh >= plan_.out_h || ow >= plan_.out_w) continue;
+        out[p] = call.out.data + n * call.out.stride_n + oh * call.out.stride_h +
+                 ow * call.out.stride_w;
+        if (call.residual != nullptr) {
+          residual[p] = call.residual + n * call.residual_stride_n +
+                        oh * call.residual_stride_h + ow * call.residual_stride_w;
+        }
+        if (plan.scattered) {
+          // Output channels that are no run: a dense copy takes their place.
+          for (int64_t o = 0; o < valid; ++o) {
+            if (call.accumulate) dense_out[p][o] = out[p][channels[o]];
+            if (call.residual != nullptr) dense_residual[p][o] = residual[p][channels[o]];
+          }
+        } else {
+          out[p] += plan.first_out + first;
+          if (call.residual != nullptr) residual[p] += plan.first_out + first;
+        }
+      }
+    }
+    float* to[16];
+    const float* added[16];
+    for (int64_t p = 0; p < m_ * m_; ++p) {
+      to[p] = plan.scattered && out[p] != nullptr ? dense_out[p] : out[p];
+      added[p] = plan.scattered ? dense_residual[p] : residual[p];
+    }
+    kernels_.output({products, width, plan.bias.data() + first, to,
+                     call.residual != nullptr ? added : nullptr, valid, call.accumulate,
+                     plan_.activation});
+    for (int64_t p = 0; plan.scattered && p < m_ * m_; ++p) {
+      for (int64_t o = 0; out[p] != nullptr && o < valid; ++o) out[p][channels[o]] = dense_out[p][o];
+    }
+  }
+
+  const ConvPlan& plan_;
+  const WinogradKernels& kernels_;
+  const int64_t m_, edge_, points_, tiles_h_, tiles_w_, num_tiles_;
+  const int num_threads_;
+  int64_t row_ = 0;  // floats of one tile's transformed channels at one point
+  int64_t num_chunks_ = 0, chunk_ = 0;
+  std::vector<SourceGroups> sources_;
+  std::vector<std::vector<int32_t>> offsets_;  // per node [K]
+  std::vector<Panel> panels_;
+  std::vector<float> zero_bias_;
+  float* transformed_ = nullptr;  // [point][tile of the chunk][row]
+};
+
+}  // namespace
+
+void run_winograd(const ConvPlan& plan) { Winograd(plan).execute(); }
+
+}  // namespace disco

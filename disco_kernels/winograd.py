@@ -1,0 +1,52 @@
+"""The shipped choice between direct convolution and Winograd, made when weights are packed.
+
+It depends on the layer's shape alone, so every rank and every run chooses the same; nothing is
+timed at load. The measurements are in ``benchmarks/results``; ``benchmarks/bench_winograd.py``
+repeats them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from disco_kernels.spec import ConvSpec, Pair
+
+# Fewer channels fill less than a vector on either side, and the transforms are not paid back.
+_FEWEST_CHANNELS = 16
+
+# Output pixels of a map (at least) -> algorithm, largest maps first. The saving grows with the
+# tile, but a weight becomes 16 or 36 words for 9, and the fewer pixels share it, the more reading
+# it costs: F(4x4) needs maps of many tiles, and on the smallest maps nothing pays.
+_BY_PIXELS = ((196, "f4"), (36, "f2"))
+
+
+def choose_winograd(
+    spec: ConvSpec, out_channels: int, in_channels: int, image_size: Pair | None
+) -> str:
+    """``"off"``, ``"f2"`` or ``"f4"`` for one layer.
+
+    Args:
+        spec: geometry; its own ``winograd`` is not looked at.
+        out_channels, in_channels: of one node.
+        image_size: (height, width) of the input in pixels; None if not known, which gives "off".
+    """
+    if not spec.winograd_fits or image_size is None:
+        return "off"
+    if min(out_channels, in_channels) < _FEWEST_CHANNELS:
+        return "off"
+    height, width = spec.output_size(*image_size)
+    for pixels, algorithm in _BY_PIXELS:
+        if height * width >= pixels:
+            return algorithm
+    return "off"
+
+
+def resolve_winograd(
+    spec: ConvSpec, out_channels: int, in_channels: int, image_size: Pair | None, backend: str
+) -> ConvSpec:
+    """``spec`` with "auto" replaced by a choice; backends without Winograd get "off"."""
+    if spec.winograd != "auto":
+        return spec
+    if backend != "cpu":
+        return replace(spec, winograd="off")
+    return replace(spec, winograd=choose_winograd(spec, out_channels, in_channels, image_size))
