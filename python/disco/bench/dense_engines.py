@@ -75,12 +75,21 @@ def make_onnxruntime(model: nn.Module, example: Tensor, folder: str) -> Engine:
 
 def make_openvino(model: nn.Module, example: Tensor, folder: str) -> Engine:
     """OpenVINO in float32, compiled for latency: one stream with all threads."""
+    return _make_openvino(model, example, folder, "f32")
+
+
+def make_openvino_bf16(model: nn.Module, example: Tensor, folder: str) -> Engine:
+    """OpenVINO with bfloat16 products and activations; inputs and outputs are float32."""
+    return _make_openvino(model, example, folder, "bf16")
+
+
+def _make_openvino(model: nn.Module, example: Tensor, folder: str, precision: str) -> Engine:
     core = importlib.import_module("openvino").Core()
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": "1",
         # Without it, CPUs with bf16 would compute in that.
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
     }
     compiled = core.compile_model(_export(model, example, folder), "CPU", settings)
@@ -99,11 +108,13 @@ MAKERS: dict[str, Maker] = {
     "inductor": make_inductor,
     "onnxruntime": make_onnxruntime,
     "openvino": make_openvino,
+    "openvino_bf16": make_openvino_bf16,
 }
 
 _PACKAGES = {
     "onnxruntime": ("onnx", "onnxruntime"),
     "openvino": ("onnx", "openvino"),
+    "openvino_bf16": ("onnx", "openvino"),
 }
 
 

@@ -105,7 +105,7 @@ def prepare(args: argparse.Namespace) -> tuple[Message, Handlers]:
     else:
         engine = MAKERS[args.engine](model, example, args.folder)
         function, ready["threads"] = engine.function, engine.threads
-        if args.engine in ("onnxruntime", "openvino"):
+        if args.engine in ("onnxruntime", "openvino", "openvino_bf16"):
             ready["backends"] = [args.engine]
     passes = Passes(function, os.path.join(args.folder, "outputs.safetensors"))
     return ready, passes.handlers()

@@ -37,6 +37,7 @@ DENSE_ENGINES = {
     "torch_compile": "inductor",
     "onnxruntime": "onnxruntime",
     "openvino": "openvino",
+    "openvino_bf16": "openvino_bf16",
 }
 
 _START_TIMEOUT_S = 900.0  # torch.compile of a large model on a slow core
