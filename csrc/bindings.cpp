@@ -47,8 +47,8 @@ std::vector<int32_t> channel_list(const ChannelArgs& args) {
 }
 
 disco::Conv2d make_conv2d(const std::array<int64_t, 8>& geometry,
-                          const std::vector<NodeArgs>& nodes, int32_t activation,
-                          int32_t algorithm) {
+                          const std::vector<NodeArgs>& nodes, int32_t activation, int32_t algorithm,
+                          int32_t dtype) {
   const auto& [kh, kw, sh, sw, ph, pw, dh, dw] = geometry;
   std::vector<disco::Node> made;
   for (const NodeArgs& node : nodes) {
@@ -59,31 +59,31 @@ disco::Conv2d make_conv2d(const std::array<int64_t, 8>& geometry,
     one.out_channels = channel_list(node.second);
     made.push_back(std::move(one));
   }
-  return disco::Conv2d(
-      {kh, kw, sh, sw, ph, pw, dh, dw, static_cast<disco::Algorithm>(algorithm)}, std::move(made),
-      static_cast<disco::Activation>(activation));
+  return disco::Conv2d({kh, kw, sh, sw, ph, pw, dh, dw, static_cast<disco::Algorithm>(algorithm),
+                        static_cast<disco::DataType>(dtype)},
+                       std::move(made), static_cast<disco::Activation>(activation));
 }
 
 disco::Conv2dCall make_call(const std::vector<SourceArgs>& sources,
                             const std::array<int64_t, 3>& batch_h_w, Address packed,
-                            int64_t packed_size, Address bias, const ViewArgs& residual,
+                            int64_t packed_bytes, Address bias, const ViewArgs& residual,
                             const ViewArgs& out, int64_t out_channels, bool accumulate,
                             int32_t num_threads) {
   disco::Conv2dCall call = {};
   for (const auto& [data, channels, n, c, h, w] : sources) {
-    call.sources.push_back({pointer<const float>(data), channels, n, c, h, w});
+    call.sources.push_back({pointer<const void>(data), channels, n, c, h, w});
   }
   call.batch = batch_h_w[0];
   call.in_h = batch_h_w[1];
   call.in_w = batch_h_w[2];
-  call.packed = pointer<const float>(packed);
-  call.packed_size = packed_size;
+  call.packed = pointer<const void>(packed);
+  call.packed_bytes = packed_bytes;
   call.bias = pointer<const float>(bias);
-  call.residual = pointer<const float>(std::get<0>(residual));
+  call.residual = pointer<const void>(std::get<0>(residual));
   call.residual_stride_n = std::get<1>(residual);
   call.residual_stride_h = std::get<2>(residual);
   call.residual_stride_w = std::get<3>(residual);
-  call.out = {pointer<float>(std::get<0>(out)), std::get<1>(out), std::get<2>(out),
+  call.out = {pointer<void>(std::get<0>(out)), std::get<1>(out), std::get<2>(out),
               std::get<3>(out)};
   call.out_channels = out_channels;
   call.accumulate = accumulate;
@@ -91,16 +91,19 @@ disco::Conv2dCall make_call(const std::vector<SourceArgs>& sources,
   return call;
 }
 
+disco::WeightShape weight_shape(int64_t out_channels, const std::vector<int64_t>& segment_channels,
+                                int64_t taps, int32_t algorithm, int32_t dtype) {
+  return {out_channels, segment_channels, taps, static_cast<disco::Algorithm>(algorithm),
+          static_cast<disco::DataType>(dtype)};
+}
+
 void pack_weights(Address weight, int64_t out_channels,
                   const std::vector<int64_t>& segment_channels, int64_t taps, int32_t algorithm,
-                  Address packed) {
+                  int32_t dtype, Address packed) {
   py::gil_scoped_release release;
-  const int64_t in_channels =
-      std::accumulate(segment_channels.begin(), segment_channels.end(), int64_t{0});
-  disco::pack_weights(
-      disco::active_isa(), pointer<const float>(weight),
-      {out_channels, in_channels, taps, static_cast<disco::Algorithm>(algorithm)}, segment_channels,
-      pointer<float>(packed));
+  disco::pack_weights(disco::active_isa(), pointer<const float>(weight),
+                      weight_shape(out_channels, segment_channels, taps, algorithm, dtype),
+                      pointer<void>(packed));
 }
 
 void gather_pack(Address x, int64_t channels, const std::array<int64_t, 3>& n_h_w,
@@ -127,23 +130,21 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(disco::active_isa().name); });
   m.def("available_isas", &disco::available_isas);
 
-  m.def("packed_size",
-        [](int64_t out_channels, int64_t in_channels, int64_t taps, int32_t algorithm) {
-          return disco::packed_size(
-              disco::active_isa(),
-              {out_channels, in_channels, taps, static_cast<disco::Algorithm>(algorithm)});
-        });
+  m.def("packed_bytes", [](int64_t out_channels, const std::vector<int64_t>& segment_channels,
+                           int64_t taps, int32_t algorithm, int32_t dtype) {
+    return disco::packed_bytes(
+        disco::active_isa(), weight_shape(out_channels, segment_channels, taps, algorithm, dtype));
+  });
   m.def("pack_weights", &pack_weights);
 
   py::class_<disco::Conv2d>(m, "Conv2d")
       .def(py::init(&make_conv2d), py::arg("geometry"), py::arg("nodes"), py::arg("activation"),
-           py::arg("algorithm"))
-      .def("packed_size", &disco::Conv2d::packed_size)
+           py::arg("algorithm"), py::arg("dtype"))
       .def("run", &disco::Conv2d::run, py::call_guard<py::gil_scoped_release>());
 
   py::class_<disco::Conv2dCall>(m, "Conv2dCall")
       .def(py::init(&make_call), py::arg("sources"), py::arg("batch_h_w"), py::arg("packed"),
-           py::arg("packed_size"), py::arg("bias"), py::arg("residual"), py::arg("out"),
+           py::arg("packed_bytes"), py::arg("bias"), py::arg("residual"), py::arg("out"),
            py::arg("out_channels"), py::arg("accumulate"), py::arg("num_threads"));
 
   py::class_<disco::BoundConv2d>(m, "BoundConv2d")

@@ -110,7 +110,9 @@ def _prepack(weight: Tensor, segment_channels: Sequence[int], backend: str) -> T
 
 def _prepack_fake(weight: Tensor, segment_channels: Sequence[int], backend: str) -> Tensor:
     taps = weight.shape[2] * weight.shape[3] if weight.dim() == 4 else 1
-    numel = registry.get(backend).packed_numel(weight.shape[0], weight.shape[1], taps)
+    numel = registry.get(backend).packed_numel(
+        weight.shape[0], segment_channels, taps, weight.dtype
+    )
     return weight.new_empty((numel,))
 
 
@@ -153,7 +155,7 @@ def _partial_conv2d(
     sources = as_sources(segments)
     spec = _conv_spec(kernel_size, stride, padding, dilation, activation)
     descriptor = _partial_descriptor(sources, index, out_channels, spec)
-    prepared = _backend(backend, packed_weight).prepare(descriptor)
+    prepared = _backend(backend, packed_weight).prepare(descriptor, packed_weight.dtype)
     return execute(prepared, descriptor, sources, packed_weight, bias, residual)
 
 
@@ -209,7 +211,7 @@ def _partial_conv2d_accumulate(
     if out.dim() != 4:
         raise ValueError(f"out must be [B, O, OH, OW], given {list(out.shape)}")
     descriptor = _partial_descriptor(sources, index, out.shape[1], spec)
-    prepared = _backend(backend, packed_weight).prepare(descriptor)
+    prepared = _backend(backend, packed_weight).prepare(descriptor, packed_weight.dtype)
     execute(prepared, descriptor, sources, packed_weight, None, residual, out, accumulate=True)
 
 
@@ -226,7 +228,7 @@ def _partial_linear(
     _refuse_gradients("partial_linear", *segments, packed_weight, bias, residual)
     sources = [tokens_as_image(x, f"segment {s}") for s, x in enumerate(segments)]
     descriptor = _partial_descriptor(sources, index, out_features, ConvSpec(activation=activation))
-    prepared = _backend(backend, packed_weight).prepare(descriptor)
+    prepared = _backend(backend, packed_weight).prepare(descriptor, packed_weight.dtype)
     added = None if residual is None else tokens_as_image(residual, "residual")
     y = execute(prepared, descriptor, sources, packed_weight, bias, added)
     return image_as_tokens(y, segments[0].shape[:-1])
@@ -302,7 +304,7 @@ def _gather_conv2d(
     spec = _conv_spec(kernel_size, stride, padding, dilation, activation)
     sources = as_sources([x])
     descriptor = _gather_descriptor(channel_index, in_splits, out_splits, out_index, spec)
-    prepared = _backend(backend, packed_weight).prepare(descriptor)
+    prepared = _backend(backend, packed_weight).prepare(descriptor, packed_weight.dtype)
     return execute(prepared, descriptor, sources, packed_weight, bias, residual)
 
 
@@ -341,7 +343,7 @@ def _gather_linear(
     spec = ConvSpec(activation=activation)
     image = tokens_as_image(x, "x")
     descriptor = _gather_descriptor(channel_index, in_splits, out_splits, out_index, spec)
-    prepared = _backend(backend, packed_weight).prepare(descriptor)
+    prepared = _backend(backend, packed_weight).prepare(descriptor, packed_weight.dtype)
     added = None if residual is None else tokens_as_image(residual, "residual")
     y = execute(prepared, descriptor, [image], packed_weight, bias, added)
     return image_as_tokens(y, x.shape[:-1])

@@ -49,6 +49,7 @@ class _PreparedKernel:
             max(node.num_in_channels for node in descriptor.nodes),
             image_size,
             self.backend,
+            like.dtype,
         )
         descriptor = Conv2dDescriptor(spec, descriptor.nodes)
         self.descriptor = descriptor
@@ -63,7 +64,7 @@ class _PreparedKernel:
             packed = pool.empty(packed.numel(), packed.dtype).copy_(packed)
         self.packed_weight = packed
         self.bias = None if bias is None else bias.detach().clone()
-        self._prepared = chosen.prepare(descriptor)
+        self._prepared = chosen.prepare(descriptor, packed.dtype)
 
     @property
     def packed_bytes(self) -> int:
@@ -116,7 +117,9 @@ class _PreparedKernel:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._prepared = registry.get(self.backend).prepare(self.descriptor)
+        self._prepared = registry.get(self.backend).prepare(
+            self.descriptor, self.packed_weight.dtype
+        )
 
 
 class _PartialKernel(_PreparedKernel):
@@ -265,9 +268,11 @@ class _GatherKernel(_PreparedKernel):
         pattern = LayerPattern(out_ownership, in_ownership, selected)
         nodes, weights = [], []
         for rank, outputs in enumerate(out_ownership.channels):
-            inputs = pattern.input_channels(rank)
-            nodes.append(Node((Segment(0, channel_run(inputs)),), channel_run(outputs)))
-            weights.append(weight.detach()[list(outputs)][:, list(inputs)])
+            parts = _segments_of(pattern.input_channels(rank), weight.dtype)
+            segments = tuple(Segment(0, channel_run(part)) for part in parts)
+            nodes.append(Node(segments, channel_run(outputs)))
+            inputs = [channel for part in parts for channel in part]
+            weights.append(weight.detach()[list(outputs)][:, inputs])
         self.in_channels = in_ownership.num_channels
         super().__init__(
             Conv2dDescriptor(spec, tuple(nodes)), weights, bias, backend, image_size, pool
@@ -387,6 +392,30 @@ class GatherPack:
         packed = [m.view(image.shape[0], image.shape[2], image.shape[3], m.shape[-1]) for m in out]
         backend.gather_pack_(image, self.index, packed)
         return list(out)
+
+
+# A shorter run of channels is copied together with the single ones (16 bytes of bfloat16).
+_SHORTEST_RUN = 8
+
+
+def _segments_of(channels: Sequence[int], dtype: torch.dtype) -> list[list[int]]:
+    """How a node reads a list of channels.
+
+    Float32 kernels read any list in place. In bfloat16 two neighbours make one operand: long runs
+    are read in place, the other channels are packed together before the sums begin.
+    """
+    if dtype != torch.bfloat16:
+        return [list(channels)]
+    runs: list[list[int]] = []
+    for channel in channels:
+        if runs and channel == runs[-1][-1] + 1:
+            runs[-1].append(channel)
+        else:
+            runs.append([channel])
+    in_place = [run[: len(run) // 2 * 2] for run in runs if len(run) >= _SHORTEST_RUN]
+    taken = {channel for run in in_place for channel in run}
+    others = [channel for channel in channels if channel not in taken]
+    return [*in_place, others] if others or not in_place else in_place
 
 
 def _check_weight(weight: Tensor, in_channels: int, spec: ConvSpec) -> None:

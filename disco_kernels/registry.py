@@ -75,9 +75,14 @@ class Backend(ABC):
 
     @abstractmethod
     def packed_numel(
-        self, out_channels: int, in_channels: int, taps: int, winograd: str = "off"
+        self,
+        out_channels: int,
+        segment_channels: Sequence[int],
+        taps: int,
+        dtype: torch.dtype,
+        winograd: str = "off",
     ) -> int:
-        """Elements of one node's packed weight."""
+        """Elements of one node's packed weight, which is of the weight's dtype."""
 
     @abstractmethod
     def prepack(
@@ -89,7 +94,8 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def prepare(self, descriptor: Conv2dDescriptor) -> PreparedConv2d: ...
+    def prepare(self, descriptor: Conv2dDescriptor, dtype: torch.dtype) -> PreparedConv2d:
+        """``dtype`` is that of the weights, and of every tensor of the calls."""
 
     @abstractmethod
     def gather_pack_(self, x: Tensor, index: Sequence[Tensor], messages: Sequence[Tensor]) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from disco_kernels.spec import ConvSpec, Pair
 
 # Fewer channels fill less than a vector on either side, and the transforms are not paid back.
@@ -42,11 +44,16 @@ def choose_winograd(
 
 
 def resolve_winograd(
-    spec: ConvSpec, out_channels: int, in_channels: int, image_size: Pair | None, backend: str
+    spec: ConvSpec,
+    out_channels: int,
+    in_channels: int,
+    image_size: Pair | None,
+    backend: str,
+    dtype: torch.dtype,
 ) -> ConvSpec:
-    """``spec`` with "auto" replaced by a choice; backends without Winograd get "off"."""
+    """``spec`` with "auto" replaced by a choice; what has no Winograd gets "off"."""
     if spec.winograd != "auto":
         return spec
-    if backend != "cpu":
+    if backend != "cpu" or dtype != torch.float32:
         return replace(spec, winograd="off")
     return replace(spec, winograd=choose_winograd(spec, out_channels, in_channels, image_size))

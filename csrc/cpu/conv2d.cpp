@@ -2,56 +2,10 @@
 
 #include "conv2d.h"
 
-#include <algorithm>
-#include <memory>
-
 #include "conv2d_plan.h"
+#include "staging.h"
 
 namespace disco {
-namespace {
-
-// The same convolution over copies of the sources, channels last, with zeros around them.
-struct PaddedCall {
-  PaddedCall(const Conv2dGeometry& original, const Conv2dCall& from)
-      : geometry(original), call(from) {
-    geometry.padding_h = geometry.padding_w = 0;
-    call.in_h += 2 * original.padding_h;
-    call.in_w += 2 * original.padding_w;
-    for (SourceView& source : call.sources) {
-      const int64_t row = call.in_w * source.channels;
-      copies.emplace_back(new float[static_cast<size_t>(call.batch * call.in_h * row)]);
-      copy(source, from, original, copies.back().get());
-      source = {copies.back().get(), source.channels, call.in_h * row, 1, row, source.channels};
-    }
-  }
-
-  Conv2dGeometry geometry;
-  Conv2dCall call;
-
- private:
-  void copy(const SourceView& source, const Conv2dCall& from, const Conv2dGeometry& original,
-            float* to) const {
-    const int64_t channels = source.channels, width = call.in_w;
-    const int64_t rows = call.batch * call.in_h;
-#pragma omp parallel for schedule(static) num_threads(call.num_threads) if (call.num_threads > 1)
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t n = i / call.in_h, h = i % call.in_h - original.padding_h;
-      float* row = to + i * width * channels;
-      std::fill(row, row + width * channels, 0.0f);
-      if (h < 0 || h >= from.in_h) continue;
-      for (int64_t c = 0; c < channels; ++c) {
-        const float* x =
-            source.data + n * source.stride_n + c * source.stride_c + h * source.stride_h;
-        float* y = row + original.padding_w * channels + c;
-        for (int64_t w = 0; w < from.in_w; ++w) y[w * channels] = x[w * source.stride_w];
-      }
-    }
-  }
-
-  std::vector<std::unique_ptr<float[]>> copies;
-};
-
-}  // namespace
 
 int64_t Node::num_in_channels() const {
   int64_t count = 0;
@@ -73,31 +27,11 @@ Conv2d::Conv2d(const Conv2dGeometry& geometry, std::vector<Node> nodes, Activati
   }
 }
 
-int64_t Conv2d::packed_size() const {
-  int64_t size = 0;
-  for (const Node& node : nodes_) {
-    size += disco::packed_size(
-        active_isa(), {static_cast<int64_t>(node.out_channels.size()), node.num_in_channels(),
-                       geometry_.taps(), geometry_.algorithm});
-  }
-  return size;
-}
-
-// With three channels a tap is over after three steps, and an image comes in planes: a copy with
-// the padding around it costs less than the borders and another layout would.
-bool Conv2d::copies_sources(const Conv2dCall& call) const {
-  bool few = true, plain = geometry_.taps() == 1;
-  for (const SourceView& source : call.sources) {
-    few &= source.channels <= kFewChannels;
-    plain &= source.stride_c == 1;
-  }
-  return few && !plain && geometry_.algorithm == Algorithm::kDirect;
-}
-
 void Conv2d::run(const Conv2dCall& call) const {
-  if (copies_sources(call)) {
-    const PaddedCall padded(geometry_, call);
-    run_plan(ConvPlan(padded.geometry, nodes_, activation_, padded.call));
+  if (StagedCall::needed(geometry_, nodes_, call)) {
+    StagedCall staged(geometry_, nodes_, call);
+    staged.copy(call.num_threads);
+    run_plan(ConvPlan(staged.geometry(), staged.nodes(), activation_, staged.call()));
   } else {
     run_plan(ConvPlan(geometry_, nodes_, activation_, call));
   }
@@ -111,20 +45,25 @@ BoundConv2d::BoundConv2d(const Conv2d& conv2d, Conv2dCall call)
 BoundConv2d::~BoundConv2d() = default;
 
 void BoundConv2d::plan() {
-  if (conv2d_.copies_sources(call_)) return;
-  plan_ = std::make_unique<ConvPlan>(conv2d_.geometry_, conv2d_.nodes_, conv2d_.activation_, call_);
+  plan_.reset();
+  if (StagedCall::needed(conv2d_.geometry_, conv2d_.nodes_, call_)) {
+    staged_ = std::make_unique<StagedCall>(conv2d_.geometry_, conv2d_.nodes_, call_);
+    plan_ = std::make_unique<ConvPlan>(staged_->geometry(), staged_->nodes(), conv2d_.activation_,
+                                       staged_->call());
+  } else {
+    plan_ =
+        std::make_unique<ConvPlan>(conv2d_.geometry_, conv2d_.nodes_, conv2d_.activation_, call_);
+  }
 }
 
 void BoundConv2d::run(int32_t num_threads) {
-  if (num_threads != call_.num_threads) {
+  const bool moved = staged_ != nullptr && staged_->memory_moved();
+  if (moved || num_threads != call_.num_threads) {
     call_.num_threads = num_threads;
     plan();
   }
-  if (plan_ != nullptr) {
-    run_plan(*plan_);
-  } else {
-    conv2d_.run(call_);
-  }
+  if (staged_ != nullptr) staged_->copy(num_threads);
+  run_plan(*plan_);
 }
 
 }  // namespace disco

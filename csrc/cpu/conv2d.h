@@ -24,7 +24,9 @@ struct Conv2dGeometry {
   int64_t padding_h, padding_w;
   int64_t dilation_h, dilation_w;
   Algorithm algorithm = Algorithm::kDirect;
+  DataType dtype = kFloat32;  // of sources, weights, residual and output
 
+  int64_t element_bytes() const { return dtype == kFloat32 ? 4 : 2; }
   int64_t taps() const { return kernel_h * kernel_w; }
 };
 
@@ -45,24 +47,24 @@ constexpr int64_t kFewChannels = 8;
 
 // Strides in elements; the channel stride is 1 where there are more than kFewChannels.
 struct SourceView {
-  const float* data;
+  const void* data;
   int64_t channels;
   int64_t stride_n, stride_c, stride_h, stride_w;
 };
 
 // Strides in elements; the channel stride is 1.
 struct OutputView {
-  float* data;
+  void* data;
   int64_t stride_n, stride_h, stride_w;
 };
 
 struct Conv2dCall {
   std::vector<SourceView> sources;
   int64_t batch, in_h, in_w;
-  const float* packed;    // every node's packed weights, one after the other
-  int64_t packed_size;    // in floats
-  const float* bias;      // [all output channels] or nullptr
-  const float* residual;  // strides below, or nullptr
+  const void* packed;  // every node's packed weights, one after the other
+  int64_t packed_bytes;
+  const float* bias;     // [all output channels] or nullptr; float32 for every data type
+  const void* residual;  // strides below, or nullptr
   int64_t residual_stride_n, residual_stride_h, residual_stride_w;
   OutputView out;
   int64_t out_channels;  // of the output tensor
@@ -70,11 +72,18 @@ struct Conv2dCall {
   int32_t num_threads;
 };
 
-// One node's weights, before and after packing.
+// One node's weights.
 struct WeightShape {
-  int64_t out_channels, in_channels, taps;
+  int64_t out_channels;
+  std::vector<int64_t> segment_channels;  // inputs taken from each segment
+  int64_t taps;
   Algorithm algorithm;
+  DataType dtype;
 
+  int64_t in_channels() const;
+  // Rows of a panel that a segment has at every tap: a bfloat16 row takes two channels.
+  int64_t rows(int64_t channels) const { return dtype == kFloat32 ? channels : (channels + 1) / 2; }
+  int64_t rows() const;
   // Weights that every pair of an input and an output channel has when packed.
   int64_t points() const {
     const int64_t edge = static_cast<int64_t>(algorithm) + 2;
@@ -82,17 +91,17 @@ struct WeightShape {
   }
 };
 
-// Floats that pack_weights writes for one node; a multiple of 16, so that nodes stay 64-byte
-// aligned.
-int64_t packed_size(const IsaKernels& isa, const WeightShape& shape);
+// Bytes that pack_weights writes for one node; a multiple of 64, so that nodes stay aligned.
+int64_t packed_bytes(const IsaKernels& isa, const WeightShape& shape);
 
-// weight: [out_channels][sum of segment_channels][taps], contiguous. Layout of `packed`: a header
-// of 16 words that names the layout, then panels. A panel is [K][panel width], K ordered segment,
-// tap, channel; for Winograd [point][K][panel width], K ordered segment, channel. Denormal weights
-// become zero: they cost some 40 times a normal multiplication. Throws std::invalid_argument for
-// Winograd weights that are not 3 x 3.
+// weight: [out_channels][in_channels][taps] float32, contiguous. Layout of `packed`: a header of 64
+// bytes that names the layout, then panels. A panel is [row][panel width], rows ordered segment,
+// tap, channel; for Winograd [point][row][panel width], rows ordered segment, channel. A bfloat16
+// row holds pairs, the last one of an odd segment with a zero. Denormal weights become zero: they
+// cost some 40 times a normal multiplication. Throws std::invalid_argument for Winograd weights
+// that are not 3 x 3 or not float32.
 void pack_weights(const IsaKernels& isa, const float* weight, const WeightShape& shape,
-                  const std::vector<int64_t>& segment_channels, float* packed);
+                  void* packed);
 
 class Conv2d {
  public:
@@ -102,11 +111,8 @@ class Conv2d {
   // Throws std::invalid_argument if sources, packed weights and output do not fit each other.
   void run(const Conv2dCall& call) const;
 
-  int64_t packed_size() const;
-
  private:
   friend class BoundConv2d;
-  bool copies_sources(const Conv2dCall& call) const;
 
   Conv2dGeometry geometry_;
   std::vector<Node> nodes_;
@@ -114,6 +120,7 @@ class Conv2d {
 };
 
 struct ConvPlan;
+class StagedCall;
 
 // A convolution bound to its sources, weights and output: what depends on their addresses and sizes
 // alone is done once. They must outlive it, as must the Conv2d. Not for two threads at a time.
@@ -130,7 +137,8 @@ class BoundConv2d {
 
   const Conv2d& conv2d_;
   Conv2dCall call_;
-  std::unique_ptr<ConvPlan> plan_;  // none for a call that copies its sources
+  std::unique_ptr<StagedCall> staged_;  // if sources have to be copied
+  std::unique_ptr<ConvPlan> plan_;
 };
 
 // The instruction set in use: the best that CPU and build offer, or what DISCO_KERNELS_ISA names.

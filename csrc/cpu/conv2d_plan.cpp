@@ -21,7 +21,11 @@ constexpr int64_t kItemsPerThread = 4;
 
 ConvPlan::ConvPlan(const Conv2dGeometry& geometry, const std::vector<Node>& nodes,
                    Activation activation, const Conv2dCall& call)
-    : isa(active_isa()), geometry(geometry), activation(activation), call(call) {
+    : isa(active_isa()),
+      geometry(geometry),
+      activation(activation),
+      call(call),
+      element_bytes(geometry.element_bytes()) {
   const int64_t span_h = geometry.dilation_h * (geometry.kernel_h - 1) + 1;
   const int64_t span_w = geometry.dilation_w * (geometry.kernel_w - 1) + 1;
   const int64_t room_h = call.in_h + 2 * geometry.padding_h - span_h;
@@ -35,38 +39,67 @@ ConvPlan::ConvPlan(const Conv2dGeometry& geometry, const std::vector<Node>& node
   out_w = room_w / geometry.stride_w + 1;
   num_pixels = call.batch * out_h * out_w;
   num_tiles = (num_pixels + isa.max_pixels - 1) / isa.max_pixels;
-  int64_t most_channels = 0;
-  for (const SourceView& source : call.sources) {
-    most_channels = std::max(most_channels, source.channels);
-    if (source.channels > 1 && source.stride_c != 1) {
-      refuse("a source of more than " + std::to_string(kFewChannels) +
-             " channels must have a channel stride of 1, given " + std::to_string(source.stride_c));
-    }
-  }
-  zeros.assign(static_cast<size_t>(most_channels), 0.0f);
+  plan_maps();
   plan_nodes(nodes);
   if (geometry.algorithm == Algorithm::kDirect) plan_items();
 }
 
+void ConvPlan::plan_maps() {
+  const int64_t bytes = element_bytes;
+  int64_t most_channels = 0;
+  for (const SourceView& source : call.sources) {
+    if (source.channels > 1 && source.stride_c != 1) {
+      refuse("a source of more than " + std::to_string(kFewChannels) +
+             " channels must have a channel stride of 1, given " + std::to_string(source.stride_c));
+    }
+    most_channels = std::max(most_channels, source.channels);
+    sources.push_back({static_cast<const char*>(source.data), source.channels,
+                       source.stride_n * bytes, source.stride_h * bytes, source.stride_w * bytes});
+  }
+  out = {static_cast<char*>(call.out.data), call.out_channels, call.out.stride_n * bytes,
+         call.out.stride_h * bytes, call.out.stride_w * bytes};
+  residual = {static_cast<const char*>(call.residual), call.out_channels,
+              call.residual_stride_n * bytes, call.residual_stride_h * bytes,
+              call.residual_stride_w * bytes};
+  zeros.assign(static_cast<size_t>(most_channels * bytes), 0);
+}
+
+bool in_pairs(const Segment& segment) {
+  const std::vector<int32_t>& channels = segment.channels;
+  if (channels.size() % 2 != 0) return false;
+  for (size_t i = 0; i < channels.size(); i += 2) {
+    if (channels[i + 1] != channels[i] + 1) return false;
+  }
+  return true;
+}
+
+WeightShape weight_shape(const Conv2dGeometry& geometry, const Node& node) {
+  std::vector<int64_t> counts;
+  for (const Segment& segment : node.segments) {
+    counts.push_back(static_cast<int64_t>(segment.channels.size()));
+  }
+  return {static_cast<int64_t>(node.out_channels.size()), std::move(counts), geometry.taps(),
+          geometry.algorithm, geometry.dtype};
+}
+
 void ConvPlan::plan_nodes(const std::vector<Node>& given) {
-  const float* packed = call.packed;
-  int64_t left = call.packed_size;
+  const char* packed = static_cast<const char*>(call.packed);
+  int64_t left = call.packed_bytes;
   for (const Node& node : given) {
     NodePlan plan;
     plan.node = &node;
     const int64_t outputs = static_cast<int64_t>(node.out_channels.size());
-    const WeightShape shape = {outputs, node.num_in_channels(), geometry.taps(),
-                               geometry.algorithm};
-    const int64_t size = disco::packed_size(isa, shape);
+    const WeightShape shape = weight_shape(geometry, node);
+    const int64_t size = packed_bytes(isa, shape);
     const PackedHeader wanted = packed_header(isa, shape);
     if (size > left || std::memcmp(packed, &wanted, sizeof(wanted)) != 0) {
       refuse(std::string("the packed weights are not those of this layer for ") + isa.name +
              ": pack them again (prepack, or repack() of the module)");
     }
-    plan.panels = packed + kHeaderWords;
+    plan.panels = packed + kHeaderBytes;
     packed += size;
     left -= size;
-    plan.rows = shape.in_channels * shape.points();
+    plan.rows = shape.rows() * shape.points();
     plan_segments(node, plan);
     plan.num_panels = (outputs + panel_width() - 1) / panel_width();
     most_panels = std::max(most_panels, plan.num_panels);
@@ -97,12 +130,12 @@ void ConvPlan::plan_segments(const Node& node, NodePlan& plan) const {
       refuse("segment " + std::to_string(plan.offsets.size()) + " reads source " +
              std::to_string(segment.source) + " of " + std::to_string(call.sources.size()));
     }
-    const SourceView& source = call.sources[static_cast<size_t>(segment.source)];
+    const Map<const char>& source = sources[static_cast<size_t>(segment.source)];
     const int64_t furthest = (geometry.kernel_h - 1) * geometry.dilation_h * source.stride_h +
                              (geometry.kernel_w - 1) * geometry.dilation_w * source.stride_w +
-                             source.channels;
+                             source.channels * element_bytes;
     if (furthest > std::numeric_limits<int32_t>::max()) {
-      refuse("the kernel's window spans more than 2^31 elements of the input");
+      refuse("the kernel's window spans more than 2^31 bytes of the input");
     }
     for (const int32_t channel : segment.channels) {
       if (channel < 0 || channel >= source.channels) {
@@ -110,24 +143,28 @@ void ConvPlan::plan_segments(const Node& node, NodePlan& plan) const {
                std::to_string(source.channels));
       }
     }
-    std::vector<int32_t> offsets;
-    if (geometry.algorithm != Algorithm::kDirect) {
-      plan.offsets.push_back({});
-      continue;
+    plan.offsets.push_back({});
+    if (geometry.algorithm != Algorithm::kDirect) continue;
+    const bool pairs = geometry.dtype == kBFloat16;
+    if (pairs && !in_pairs(segment)) {
+      refuse("bfloat16 channels must be listed in neighbouring pairs");
     }
-    offsets.reserve(static_cast<size_t>(count * geometry.taps()));
+    const int64_t rows = pairs ? count / 2 : count;
+    std::vector<int32_t>& offsets = plan.offsets.back();
+    offsets.reserve(static_cast<size_t>(rows * geometry.taps()));
     for (int64_t r = 0; r < geometry.kernel_h; ++r) {
       for (int64_t s = 0; s < geometry.kernel_w; ++s) {
         const int64_t tap =
             r * geometry.dilation_h * source.stride_h + s * geometry.dilation_w * source.stride_w;
-        for (const int32_t channel : segment.channels) {
-          offsets.push_back(static_cast<int32_t>(tap + channel));
+        for (int64_t i = 0; i < count; i += pairs ? 2 : 1) {
+          const int64_t channel = segment.channels[static_cast<size_t>(i)];
+          offsets.push_back(static_cast<int32_t>(tap + channel * element_bytes));
         }
       }
     }
-    plan.offsets.push_back(std::move(offsets));
+    plan.tap_rows.push_back(rows);
     plan.first_row.push_back(row);
-    row += count * geometry.taps();
+    row += rows * geometry.taps();
   }
 }
 
@@ -138,7 +175,7 @@ void ConvPlan::plan_items() {
     most_channels = std::max(most_channels, plan.node->num_in_channels());
   }
   const int64_t bytes_per_pixel =
-      most_channels * geometry.stride_h * geometry.stride_w * static_cast<int64_t>(sizeof(float));
+      most_channels * geometry.stride_h * geometry.stride_w * element_bytes;
   const int64_t block = std::max<int64_t>(4 * isa.max_pixels, kInputBlockBytes / bytes_per_pixel);
   int64_t num_blocks = (num_pixels + block - 1) / block;
   const int64_t num_nodes = static_cast<int64_t>(nodes.size());
@@ -148,8 +185,8 @@ void ConvPlan::plan_items() {
   if (num_blocks < wanted) {
     // Too few items for the threads. Whatever is larger is split first, since every thread reads
     // its share of that and all of the other: the map into blocks, or the weights into panels.
-    const int64_t weight_bytes = most_channels * geometry.taps() * most_panels * panel_width() *
-                                 static_cast<int64_t>(sizeof(float));
+    const int64_t weight_bytes =
+        most_channels * geometry.taps() * most_panels * panel_width() * element_bytes;
     if (weight_bytes <= num_pixels * bytes_per_pixel) {
       num_blocks = std::max(num_blocks, std::min(num_tiles, wanted));
     }

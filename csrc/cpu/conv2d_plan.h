@@ -14,12 +14,25 @@ namespace disco {
   throw std::invalid_argument(message);
 }
 
+// An activation with strides in bytes: from here on the data type is the micro-kernels' affair.
+template <typename Byte>
+struct Map {
+  Byte* data;
+  int64_t channels;
+  int64_t stride_n, stride_h, stride_w;
+
+  Byte* at(int64_t n, int64_t h, int64_t w) const {
+    return data + n * stride_n + h * stride_h + w * stride_w;
+  }
+};
+
 // Everything about one node that does not depend on the pixel.
 struct NodePlan {
   const Node* node;
-  const float* panels;
+  const char* panels;
   int64_t rows;                               // of the panel, all taps or points
-  std::vector<std::vector<int32_t>> offsets;  // per segment [taps][channels]; not for Winograd
+  std::vector<std::vector<int32_t>> offsets;  // per segment [taps][rows]; not for Winograd
+  std::vector<int64_t> tap_rows;              // per segment, rows of one tap
   std::vector<int64_t> first_row;             // per segment
   std::vector<float> bias;                    // padded to whole panels
   int64_t num_panels;
@@ -42,6 +55,7 @@ struct ConvPlan {
            const Conv2dCall& call);
 
   int64_t panel_width() const { return int64_t{isa.vector_length} * isa.max_vectors; }
+  int64_t panel_row_bytes() const { return 4 * panel_width(); }
 
   // Tiles of nearly equal height: a ragged last tile would run at a fraction of the speed. Which
   // pixels share a tile does not depend on the blocks, nor on the number of threads: it decides
@@ -52,19 +66,31 @@ struct ConvPlan {
   const Conv2dGeometry& geometry;
   const Activation activation;
   const Conv2dCall& call;
+  const int64_t element_bytes;
+  std::vector<Map<const char>> sources;
+  Map<char> out;
+  Map<const char> residual;  // data is nullptr if there is none
   int64_t out_h = 0, out_w = 0;
   int64_t num_pixels = 0, num_tiles = 0;
-  int64_t most_tiles = 0;    // of an item
-  int64_t most_panels = 0;   // of a node
-  std::vector<float> zeros;  // what a border reads outside of the map
+  int64_t most_tiles = 0;   // of an item
+  int64_t most_panels = 0;  // of a node
+  std::vector<char> zeros;  // what a border reads outside of the map
   std::vector<NodePlan> nodes;
   std::vector<Item> items;
 
  private:
+  void plan_maps();
   void plan_nodes(const std::vector<Node>& given);
   void plan_segments(const Node& node, NodePlan& plan) const;
   void plan_items();
 };
+
+// Whether a bfloat16 segment can be read in place: an even number of channels, each pair side by
+// side.
+bool in_pairs(const Segment& segment);
+
+// The weights that a node must bring for this geometry.
+WeightShape weight_shape(const Conv2dGeometry& geometry, const Node& node);
 
 // Runs the plan, on as many threads as the call asks for.
 void run_plan(const ConvPlan& plan);

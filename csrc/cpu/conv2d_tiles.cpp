@@ -1,6 +1,7 @@
 // Portable part of the convolution: tiles, borders and threads around the micro-kernels.
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 
 #include "arena.h"
@@ -24,8 +25,8 @@ struct TilePlan {
   int64_t num_pixels;
   int64_t num_passes;
   Pass* passes;
-  float** out;
-  const float** residual;
+  char** out;
+  const char** residual;
 };
 
 // Where a tile's prefetches start and how far apart the rows' are.
@@ -38,10 +39,10 @@ struct Prefetch {
 struct Scratch {
   std::unique_ptr<TilePlan[]> tiles;
   std::unique_ptr<Pass[]> passes;
-  std::unique_ptr<const float*[]> pixels;
-  std::unique_ptr<float*[]> out;
-  std::unique_ptr<const float*[]> residual;
-  std::vector<float> scattered;  // [mr][panel width] for the output, then the same for the residual
+  std::unique_ptr<const char*[]> pixels;
+  std::unique_ptr<char*[]> out;
+  std::unique_ptr<const char*[]> residual;
+  std::vector<char> scattered;  // [mr][panel width] for the output, then the same for the residual
 };
 
 class Runner {
@@ -76,10 +77,11 @@ class Runner {
     // Uninitialised on purpose: interior tiles use a small part of it.
     scratch.tiles.reset(new TilePlan[tiles]);
     scratch.passes.reset(new Pass[passes]);
-    scratch.pixels.reset(new const float*[passes * mr]);
-    scratch.out.reset(new float*[tiles * mr]);
-    scratch.residual.reset(new const float*[tiles * mr]);
-    scratch.scattered.resize(2 * mr * static_cast<size_t>(plan_.panel_width()));
+    scratch.pixels.reset(new const char*[passes * mr]);
+    scratch.out.reset(new char*[tiles * mr]);
+    scratch.residual.reset(new const char*[tiles * mr]);
+    scratch.scattered.resize(2 * mr *
+                             static_cast<size_t>(plan_.panel_width() * plan_.element_bytes));
     return scratch;
   }
 
@@ -88,7 +90,7 @@ class Runner {
     const NodePlan& plan = node_of(item);
     const int64_t num_tiles = item.num_tiles;
     Pass* pass = scratch.passes.get();
-    const float** pixels = scratch.pixels.get();
+    const char** pixels = scratch.pixels.get();
     for (int64_t t = 0; t < num_tiles; ++t) {
       const int64_t begin = plan_.tile_edge(item.first_tile + t);
       const int64_t end = plan_.tile_edge(item.first_tile + t + 1);
@@ -98,19 +100,18 @@ class Runner {
       plan_tile(plan, begin, end - begin, tile, pass, pixels);
     }
     const int64_t end = item.first_panel + item.num_panels;
-    const int64_t row_bytes = plan_.panel_width() * static_cast<int64_t>(sizeof(float));
+    const int64_t row_bytes = plan_.panel_row_bytes();
     if (item.num_panels * plan.rows * row_bytes <= kNearWeightBytes) {
       // All panels stay near, so a tile's inputs are read and its outputs written in one go. Only
       // the first tile finds the weights far away; the others fetch the inputs of the next one.
       for (int64_t t = 0; t < num_tiles; ++t) {
         const TilePlan& tile = scratch.tiles[static_cast<size_t>(t)];
-        const Span ahead = t + 1 < num_tiles ? span_of(scratch.tiles[static_cast<size_t>(t + 1)])
-                                             : Span{};
+        const Span ahead =
+            t + 1 < num_tiles ? span_of(scratch.tiles[static_cast<size_t>(t + 1)]) : Span{};
         const int64_t part = divide_up(ahead.bytes, item.num_panels);
         for (int64_t p = item.first_panel; p < end; ++p) {
           if (t == 0 && p + 1 < end) {
-            const char* from = reinterpret_cast<const char*>(panel_of(plan, p + 1));
-            run_tile(plan, p, tile, {from, row_bytes}, scratch);
+            run_tile(plan, p, tile, {panel_of(plan, p + 1), row_bytes}, scratch);
           } else {
             const int64_t begin = std::min(ahead.bytes, (p - item.first_panel) * part);
             const int64_t bytes = std::min(part, ahead.bytes - begin);
@@ -124,12 +125,12 @@ class Runner {
     for (int64_t p = item.first_panel; p < end; ++p) {
       // Weights come from far away once a pass: while one panel is used, each tile fetches its part
       // of the next one, which belongs to the next item after the last panel.
-      const float* upcoming = p + 1 < end       ? panel_of(plan, p + 1)
-                              : next != nullptr ? panel_of(node_of(*next), next->first_panel)
-                                                : panel_of(plan, p);
+      const char* upcoming = p + 1 < end       ? panel_of(plan, p + 1)
+                             : next != nullptr ? panel_of(node_of(*next), next->first_panel)
+                                               : panel_of(plan, p);
       const int64_t step = (row_bytes + num_tiles - 1) / num_tiles;
       for (int64_t t = 0; t < num_tiles; ++t) {
-        const char* from = reinterpret_cast<const char*>(upcoming) + t * step * plan.rows;
+        const char* from = upcoming + t * step * plan.rows;
         run_tile(plan, p, scratch.tiles[static_cast<size_t>(t)], {from, step}, scratch);
       }
     }
@@ -143,20 +144,18 @@ class Runner {
 
   Span span_of(const TilePlan& tile) const {
     if (plan_.geometry.taps() > 1 || tile.num_passes == 0) return {};
-    const float* const* pixels = tile.passes[0].pixels;
-    const SourceView& source = plan_.call.sources[0];
-    const float* last = pixels[tile.num_pixels - 1] + source.channels;
-    const int64_t bytes = (last - pixels[0]) * static_cast<int64_t>(sizeof(float));
-    const bool dense = bytes == tile.num_pixels * source.channels * static_cast<int64_t>(sizeof(float));
-    return dense ? Span{reinterpret_cast<const char*>(pixels[0]), bytes} : Span{};
+    const char* const* pixels = tile.passes[0].pixels;
+    const int64_t pixel_bytes = plan_.sources[0].channels * plan_.element_bytes;
+    const int64_t bytes = pixels[tile.num_pixels - 1] - pixels[0] + pixel_bytes;
+    return bytes == tile.num_pixels * pixel_bytes ? Span{pixels[0], bytes} : Span{};
   }
 
   const NodePlan& node_of(const Item& item) const {
     return plan_.nodes[static_cast<size_t>(item.node)];
   }
 
-  const float* panel_of(const NodePlan& plan, int64_t panel) const {
-    return plan.panels + panel * plan_.panel_width() * plan.rows;
+  const char* panel_of(const NodePlan& plan, int64_t panel) const {
+    return plan.panels + panel * plan_.panel_row_bytes() * plan.rows;
   }
 
   // Pixels of a tile that lie side by side in one row of the output.
@@ -167,7 +166,7 @@ class Runner {
 
   // Fills `tile` and advances `pass` and `pixels` past what it used.
   void plan_tile(const NodePlan& plan, int64_t first, int64_t count, TilePlan& tile, Pass*& pass,
-                 const float**& pixels) const {
+                 const char**& pixels) const {
     const Conv2dGeometry& geometry = plan_.geometry;
     const Conv2dCall& call = plan_.call;
     Run runs[kMostPixels];
@@ -185,14 +184,12 @@ class Runner {
                 run.x + (side_by_side - 1) * geometry.stride_w +
                         (geometry.kernel_w - 1) * geometry.dilation_w <
                     call.in_w;
-      float* out = call.out.data + n * call.out.stride_n + oh * call.out.stride_h +
-                   ow * call.out.stride_w;
-      for (int64_t k = 0; k < side_by_side; ++k) tile.out[p + k] = out + k * call.out.stride_w;
+      char* out = plan_.out.at(n, oh, ow);
+      for (int64_t k = 0; k < side_by_side; ++k) tile.out[p + k] = out + k * plan_.out.stride_w;
       if (call.residual != nullptr) {
-        const float* residual = call.residual + n * call.residual_stride_n +
-                                oh * call.residual_stride_h + ow * call.residual_stride_w;
+        const char* residual = plan_.residual.at(n, oh, ow);
         for (int64_t k = 0; k < side_by_side; ++k) {
-          tile.residual[p + k] = residual + k * call.residual_stride_w;
+          tile.residual[p + k] = residual + k * plan_.residual.stride_w;
         }
       }
       runs[num_runs++] = run;
@@ -207,18 +204,17 @@ class Runner {
     tile.passes = pass;
     for (size_t s = 0; s < plan.offsets.size(); ++s) {
       const Segment& segment = plan.node->segments[s];
-      const SourceView& source = call.sources[static_cast<size_t>(segment.source)];
-      const int64_t channels = static_cast<int64_t>(segment.channels.size());
-      if (channels == 0) continue;
+      const Map<const char>& source = plan_.sources[static_cast<size_t>(segment.source)];
+      const int64_t rows = plan.tap_rows[s];
+      if (rows == 0) continue;
       const int64_t step = geometry.stride_w * source.stride_w;
       if (inside) {
         for (int r = 0; r < num_runs; ++r) {
           const Run& run = runs[r];
-          const float* data = source.data + run.image * source.stride_n + run.y * source.stride_h +
-                              run.x * source.stride_w;
+          const char* data = source.at(run.image, run.y, run.x);
           for (int64_t k = 0; k < run.count; ++k) pixels[run.first + k] = data + k * step;
         }
-        *pass++ = {pixels, plan.offsets[s].data(), channels * geometry.taps(), plan.first_row[s]};
+        *pass++ = {pixels, plan.offsets[s].data(), rows * geometry.taps(), plan.first_row[s]};
         pixels += count;
         continue;
       }
@@ -226,15 +222,14 @@ class Runner {
       // that is outside for the whole tile is left out.
       int64_t row = plan.first_row[s];
       for (int64_t r = 0; r < geometry.kernel_h; ++r) {
-        for (int64_t c = 0; c < geometry.kernel_w; ++c, row += channels) {
+        for (int64_t c = 0; c < geometry.kernel_w; ++c, row += rows) {
           bool any = false;
           for (int i = 0; i < num_runs; ++i) {
             const Run& run = runs[i];
             const int64_t ih = run.y + r * geometry.dilation_h;
             const int64_t iw = run.x + c * geometry.dilation_w;
             const bool in_map = ih >= 0 && ih < call.in_h;
-            const float* data = source.data + run.image * source.stride_n + ih * source.stride_h +
-                                iw * source.stride_w;
+            const char* data = source.at(run.image, ih, iw);
             for (int64_t k = 0; k < run.count; ++k) {
               const int64_t w = iw + k * geometry.stride_w;
               const bool valid = in_map && w >= 0 && w < call.in_w;
@@ -243,7 +238,7 @@ class Runner {
             }
           }
           if (!any) continue;
-          *pass++ = {pixels, plan.offsets[s].data(), channels, row};
+          *pass++ = {pixels, plan.offsets[s].data(), rows, row};
           pixels += count;
         }
       }
@@ -271,7 +266,8 @@ class Runner {
     tile.accumulate = plan_.call.accumulate;
     tile.activation = plan_.activation;
     const MicroKernel kernel =
-        plan_.isa.kernels[(planned.num_pixels - 1) * plan_.isa.max_vectors + vectors - 1];
+        plan_.isa.kernels[plan_.geometry.dtype]
+                         [(planned.num_pixels - 1) * plan_.isa.max_vectors + vectors - 1];
     if (plan.scattered) {
       run_scattered(plan.node->out_channels.data() + first, kernel, tile, planned, scratch);
     } else {
@@ -282,17 +278,19 @@ class Runner {
   // Output channels that are no run: the tile works on a dense copy of its outputs.
   void run_scattered(const int32_t* channels, MicroKernel kernel, Tile tile,
                      const TilePlan& planned, Scratch& scratch) const {
-    const int64_t width = plan_.panel_width();
-    float* out[kMostPixels];
-    const float* residual[kMostPixels];
+    const size_t bytes = static_cast<size_t>(plan_.element_bytes);
+    const int64_t width = plan_.panel_width() * plan_.element_bytes;
+    char* out[kMostPixels];
+    const char* residual[kMostPixels];
     for (int64_t p = 0; p < planned.num_pixels; ++p) {
-      float* row = scratch.scattered.data() + p * width;
-      float* added = row + plan_.isa.max_pixels * width;
+      char* row = scratch.scattered.data() + p * width;
+      char* added = row + plan_.isa.max_pixels * width;
       out[p] = row;
       residual[p] = added;
       for (int64_t o = 0; o < tile.num_channels; ++o) {
-        if (tile.accumulate) row[o] = planned.out[p][channels[o]];
-        if (tile.residual != nullptr) added[o] = planned.residual[p][channels[o]];
+        const int64_t from = channels[o] * plan_.element_bytes, to = o * plan_.element_bytes;
+        if (tile.accumulate) std::memcpy(row + to, planned.out[p] + from, bytes);
+        if (tile.residual != nullptr) std::memcpy(added + to, planned.residual[p] + from, bytes);
       }
     }
     tile.out = out;
@@ -300,7 +298,10 @@ class Runner {
     tile.first_channel = 0;
     kernel(tile);
     for (int64_t p = 0; p < planned.num_pixels; ++p) {
-      for (int64_t o = 0; o < tile.num_channels; ++o) planned.out[p][channels[o]] = out[p][o];
+      for (int64_t o = 0; o < tile.num_channels; ++o) {
+        std::memcpy(planned.out[p] + channels[o] * plan_.element_bytes,
+                    out[p] + o * plan_.element_bytes, bytes);
+      }
     }
   }
 

@@ -32,6 +32,50 @@ Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
 Vector maximum(Vector a, Vector b) { return _mm256_max_ps(b, a); }
 Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 
+using Pairs = __m256i;
+
+Pairs broadcast_pair(const uint16_t* x) {
+  int32_t pair;
+  __builtin_memcpy(&pair, x, sizeof(pair));
+  return _mm256_set1_epi32(pair);
+}
+Pairs load_pairs(const void* x) { return _mm256_loadu_si256(static_cast<const __m256i*>(x)); }
+Vector low(Pairs x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
+Vector high(Pairs x) {
+  const __m256i mask = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+  return _mm256_castsi256_ps(_mm256_and_si256(x, mask));
+}
+Vector multiply_add_pairs(Pairs a, Pairs b, Vector c) {
+  return _mm256_fmadd_ps(high(a), high(b), _mm256_fmadd_ps(low(a), low(b), c));
+}
+
+Vector load_bf16(const uint16_t* x) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  return low(_mm256_cvtepu16_epi32(bits));
+}
+Vector load_bf16_n(const uint16_t* x, int64_t n) {
+  uint16_t some[kVectorLength] = {};
+  for (int64_t i = 0; i < n; ++i) some[i] = x[i];
+  return load_bf16(some);
+}
+// To the nearest, ties to even; a NaN stays one.
+void store_bf16(uint16_t* x, Vector v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const __m256i high_half = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  const __m128i words =
+      _mm_packus_epi32(_mm256_castsi256_si128(high_half), _mm256_extracti128_si256(high_half, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(x), words);
+}
+void store_bf16_n(uint16_t* x, Vector v, int64_t n) {
+  uint16_t some[kVectorLength];
+  store_bf16(some, v);
+  for (int64_t i = 0; i < n; ++i) x[i] = some[i];
+}
+
 }  // namespace
 }  // namespace disco
 
@@ -41,8 +85,9 @@ Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b,
 namespace disco {
 
 const IsaKernels& avx2_kernels() {
-  static constexpr IsaKernels table = {"avx2", kVectorLength, kMaxVectors, kMaxPixels, kKernels,
-                                       &kWinograd2, &kWinograd4};
+  static constexpr IsaKernels table = {
+      "avx2",      kVectorLength, kMaxVectors, kMaxPixels, {kFloat32Kernels, kBFloat16Kernels},
+      &kWinograd2, &kWinograd4};
   return table;
 }
 

@@ -1,33 +1,41 @@
-// AVX-512F micro-kernels: 14 pixels x 32 output channels, 28 of 32 registers accumulate; the rest
-// hold two weight vectors and the broadcast input, so each input value is loaded once for both.
+// AVX-512 micro-kernels. Without AVX-512-BF16 a pair of bfloat16 is two float32 multiplications.
 
-#include <immintrin.h>
-
-#include <cstdint>
+#include "vector_avx512.h"
 
 namespace disco {
 namespace {
 
-constexpr int kVectorLength = 16;
-constexpr int kMaxVectors = 2;
-constexpr int kMaxPixels = 14;
+using Pairs = __m512i;
 
-using Vector = __m512;
+Pairs broadcast_pair(const uint16_t* x) {
+  int32_t pair;
+  __builtin_memcpy(&pair, x, sizeof(pair));
+  return _mm512_set1_epi32(pair);
+}
+Pairs load_pairs(const void* x) { return _mm512_loadu_si512(x); }
+Vector low(Pairs x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
+Vector high(Pairs x) {
+  return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+}
+Vector multiply_add_pairs(Pairs a, Pairs b, Vector c) {
+  return _mm512_fmadd_ps(high(a), high(b), _mm512_fmadd_ps(low(a), low(b), c));
+}
 
-__mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
-
-Vector zero() { return _mm512_setzero_ps(); }
-Vector set(float x) { return _mm512_set1_ps(x); }
-Vector broadcast(const float* x) { return _mm512_set1_ps(*x); }
-Vector load(const float* x) { return _mm512_loadu_ps(x); }
-Vector load_n(const float* x, int64_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), x); }
-void store(float* x, Vector v) { _mm512_storeu_ps(x, v); }
-void store_n(float* x, Vector v, int64_t n) { _mm512_mask_storeu_ps(x, first_lanes(n), v); }
-Vector subtract(Vector a, Vector b) { return _mm512_sub_ps(a, b); }
-Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
-// The second operand is returned where either is NaN: a NaN in `a` stays, as torch.relu keeps it.
-Vector maximum(Vector a, Vector b) { return _mm512_max_ps(b, a); }
-Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+// To the nearest, ties to even; a NaN stays one.
+__m256i narrow(Vector v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
+}
+void store_bf16(uint16_t* x, Vector v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), narrow(v));
+}
+void store_bf16_n(uint16_t* x, Vector v, int64_t n) {
+  _mm256_mask_storeu_epi16(x, first_lanes(n), narrow(v));
+}
 
 }  // namespace
 }  // namespace disco
@@ -38,8 +46,9 @@ Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b,
 namespace disco {
 
 const IsaKernels& avx512_kernels() {
-  static constexpr IsaKernels table = {"avx512", kVectorLength, kMaxVectors, kMaxPixels, kKernels,
-                                       &kWinograd2, &kWinograd4};
+  static constexpr IsaKernels table = {
+      "avx512",    kVectorLength, kMaxVectors, kMaxPixels, {kFloat32Kernels, kBFloat16Kernels},
+      &kWinograd2, &kWinograd4};
   return table;
 }
 

@@ -7,26 +7,30 @@
 
 namespace disco {
 
+// Of activations and weights; sums are float32, and so is the bias.
+enum DataType : int32_t { kFloat32 = 0, kBFloat16 = 1 };
+
 enum Activation : int32_t { kActivationNone = 0, kActivationRelu = 1 };
 
-// Consecutive rows of the weight panel that read from one set of pixel pointers.
+// Consecutive rows of the weight panel that read from one set of pixel pointers. A row takes one
+// float32 channel or two neighbouring bfloat16 channels.
 struct Pass {
-  const float* const* pixels;  // [mr] start of each pixel's channels
-  const int32_t* offsets;      // [k] element offset from a pixel pointer
-  int64_t k;                   // rows of the panel, at least 1
-  int64_t first_row;           // row of the panel that belongs to offsets[0]
+  const char* const* pixels;  // [mr] start of each pixel's channels
+  const int32_t* offsets;     // [k] bytes from a pixel pointer
+  int64_t k;                  // rows of the panel, at least 1
+  int64_t first_row;          // row of the panel that belongs to offsets[0]
 };
 
 // One register tile: mr pixels x up to nv * vector_length output channels.
 struct Tile {
   const Pass* passes;
   int64_t num_passes;
-  const float* panel;            // [K][nv * vector_length] packed weights
-  const float* bias;             // [nv * vector_length], always given (zeros if the layer has none)
-  float* const* out;             // [mr] start of each pixel's output channels
-  const float* const* residual;  // [mr] likewise, or nullptr
-  int64_t first_channel;         // of this panel, added to every out and residual pointer
-  int64_t num_channels;          // valid output channels, 1 .. nv * vector_length
+  const char* panel;            // [K][nv * vector_length] packed weights, 4 bytes each
+  const float* bias;            // [nv * vector_length], always given (zeros if the layer has none)
+  char* const* out;             // [mr] start of each pixel's output channels
+  const char* const* residual;  // [mr] likewise, or nullptr
+  int64_t first_channel;        // of this panel, added to every out and residual pointer
+  int64_t num_channels;         // valid output channels, 1 .. nv * vector_length
   // Weights that come next, fetched on the way: one line at `prefetch`, then `prefetch_step` bytes
   // further for every row of the panel.
   const char* prefetch;
@@ -67,10 +71,11 @@ struct WinogradKernels {
 
 struct IsaKernels {
   const char* name;
-  int32_t vector_length;       // float32 lanes
-  int32_t max_vectors;         // output-channel vectors of the widest panel
-  int32_t max_pixels;          // rows of the largest tile
-  const MicroKernel* kernels;  // [max_pixels][max_vectors], index (mr - 1) * max_vectors + nv - 1
+  int32_t vector_length;  // float32 lanes
+  int32_t max_vectors;    // output-channel vectors of the widest panel
+  int32_t max_pixels;     // rows of the largest tile
+  // [max_pixels][max_vectors], index (mr - 1) * max_vectors + nv - 1, by data type.
+  const MicroKernel* kernels[2];
   const WinogradKernels* winograd2;
   const WinogradKernels* winograd4;
 };
@@ -81,6 +86,9 @@ const IsaKernels& avx2_kernels();
 #endif
 #if defined(DISCO_HAVE_AVX512)
 const IsaKernels& avx512_kernels();
+#endif
+#if defined(DISCO_HAVE_AVX512BF16)
+const IsaKernels& avx512bf16_kernels();
 #endif
 
 }  // namespace disco

@@ -2,9 +2,14 @@
 // an anonymous namespace (internal linkage: the linker must never merge code of two instruction
 // sets), then includes this file.
 //
-//   Vector, kVectorLength, kMaxVectors, kMaxPixels
-//   zero(), broadcast(const float*), load(const float*), load_n(const float*, n), store(float*, v),
-//   store_n(float*, v, n), add(a, b), maximum(a, b), multiply_add(a, b, c) = a * b + c
+//   Vector (float32 lanes), kVectorLength, kMaxVectors, kMaxPixels
+//   zero(), set(float), broadcast(const float*), load(const float*), load_n(const float*, n),
+//   store(float*, v), store_n(float*, v, n), add(a, b), subtract(a, b), maximum(a, b),
+//   multiply_add(a, b, c) = a * b + c
+//
+//   Pairs (a bfloat16 pair in every lane), broadcast_pair(const uint16_t*), load_pairs(const
+//   void*), multiply_add_pairs(a, b, c) = c + a.low * b.low + a.high * b.high, load_bf16(const
+//   uint16_t*), load_bf16_n(..., n), store_bf16(uint16_t*, v), store_bf16_n(..., n)
 //
 // The tile is kMaxPixels x (kMaxVectors * kVectorLength): output channels lie in vector lanes,
 // input values are broadcast. The gather is the offset list of the K loop, so it costs one scalar
@@ -19,41 +24,76 @@
 namespace disco {
 namespace {
 
+// How a data type is read, multiplied and written. A row of weights is 4 bytes a lane in both.
+struct Float32 {
+  using Element = float;
+  using Operand = Vector;
+  static Operand spread(const char* x) { return broadcast(reinterpret_cast<const float*>(x)); }
+  static Operand weights(const char* w) { return load(reinterpret_cast<const float*>(w)); }
+  static Vector accumulate(Operand x, Operand w, Vector sum) { return multiply_add(x, w, sum); }
+  static Vector read(const float* x) { return load(x); }
+  static Vector read_n(const float* x, int64_t n) { return load_n(x, n); }
+  static void write(float* x, Vector v) { store(x, v); }
+  static void write_n(float* x, Vector v, int64_t n) { store_n(x, v, n); }
+};
+
+struct BFloat16 {
+  using Element = uint16_t;
+  using Operand = Pairs;
+  static Operand spread(const char* x) {
+    return broadcast_pair(reinterpret_cast<const uint16_t*>(x));
+  }
+  static Operand weights(const char* w) { return load_pairs(w); }
+  static Vector accumulate(Operand x, Operand w, Vector sum) {
+    return multiply_add_pairs(x, w, sum);
+  }
+  static Vector read(const uint16_t* x) { return load_bf16(x); }
+  static Vector read_n(const uint16_t* x, int64_t n) { return load_bf16_n(x, n); }
+  static void write(uint16_t* x, Vector v) { store_bf16(x, v); }
+  static void write_n(uint16_t* x, Vector v, int64_t n) { store_bf16_n(x, v, n); }
+};
+
 // acc[p][v] += rows[p], never reading past `num_channels` of a row.
-template <int MR, int NV, typename Row>
+template <typename Type, int MR, int NV, typename Row>
 inline void add_rows(Vector (&acc)[MR][NV], Row* const* rows, int64_t first_channel,
                      int64_t num_channels) {
+  using Element = typename Type::Element;
 #pragma GCC unroll 16
   for (int v = 0; v < NV; ++v) {
     const int64_t left = num_channels - v * kVectorLength;
     const int64_t first = first_channel + v * kVectorLength;
     if (left >= kVectorLength) {
 #pragma GCC unroll 16
-      for (int p = 0; p < MR; ++p) acc[p][v] = add(acc[p][v], load(rows[p] + first));
+      for (int p = 0; p < MR; ++p) {
+        acc[p][v] = add(acc[p][v], Type::read(reinterpret_cast<const Element*>(rows[p]) + first));
+      }
     } else if (left > 0) {
 #pragma GCC unroll 16
       for (int p = 0; p < MR; ++p) {
-        acc[p][v] = add(acc[p][v], load_n(rows[p] + first, left));
+        const Element* row = reinterpret_cast<const Element*>(rows[p]) + first;
+        acc[p][v] = add(acc[p][v], Type::read_n(row, left));
       }
     }
   }
 }
 
-template <int MR, int kWidth, typename Row>
+template <typename Type, int MR, int kWidth, typename Row>
 inline void fetch_rows(Row* const* rows, int64_t first_channel) {
-  constexpr int kLineFloats = 16;
+  constexpr int kElement = sizeof(typename Type::Element), kLineBytes = 64;
 #pragma GCC unroll 16
   for (int p = 0; p < MR; ++p) {
 #pragma GCC unroll 16
-    for (int c = 0; c < kWidth; c += kLineFloats) {
-      __builtin_prefetch(rows[p] + first_channel + c, !std::is_const<Row>::value);
+    for (int byte = 0; byte < kWidth * kElement; byte += kLineBytes) {
+      __builtin_prefetch(rows[p] + first_channel * kElement + byte, !std::is_const<Row>::value);
     }
   }
 }
 
-template <int MR, int NV>
+template <typename Type, int MR, int NV>
 void convolve_tile(const Tile& tile) {
   constexpr int kWidth = NV * kVectorLength;
+  constexpr int kRowBytes = kWidth * 4;
+  using Element = typename Type::Element;
   Vector acc[MR][NV];
 
 #pragma GCC unroll 16
@@ -65,37 +105,39 @@ void convolve_tile(const Tile& tile) {
 
   // The rows that the epilogue adds and writes are fetched while the sum is computed: the loop is
   // longer than the reorder buffer, so their loads would start only after it.
-  if (tile.residual != nullptr) fetch_rows<MR, kWidth>(tile.residual, tile.first_channel);
-  fetch_rows<MR, kWidth>(tile.out, tile.first_channel);
+  if (tile.residual != nullptr) fetch_rows<Type, MR, kWidth>(tile.residual, tile.first_channel);
+  fetch_rows<Type, MR, kWidth>(tile.out, tile.first_channel);
 
   const char* prefetch = tile.prefetch;
   const int64_t prefetch_step = tile.prefetch_step;
   for (int64_t i = 0; i < tile.num_passes; ++i) {
     const Pass& pass = tile.passes[i];
-    const float* const* pixels = pass.pixels;
+    const char* const* pixels = pass.pixels;
     const int32_t* offsets = pass.offsets;
     const int32_t* const end = offsets + pass.k;
-    const float* weights = tile.panel + pass.first_row * kWidth;
+    const char* weights = tile.panel + pass.first_row * kRowBytes;
     do {
       const ptrdiff_t offset = *offsets++;
-      Vector w[NV];
+      typename Type::Operand w[NV];
 #pragma GCC unroll 16
-      for (int v = 0; v < NV; ++v) w[v] = load(weights + v * kVectorLength);
-      weights += kWidth;
+      for (int v = 0; v < NV; ++v) w[v] = Type::weights(weights + v * kVectorLength * 4);
+      weights += kRowBytes;
       __builtin_prefetch(prefetch, 0, 2);
       prefetch += prefetch_step;
 #pragma GCC unroll 16
       for (int p = 0; p < MR; ++p) {
-        const Vector x = broadcast(pixels[p] + offset);
+        const typename Type::Operand x = Type::spread(pixels[p] + offset);
 #pragma GCC unroll 16
-        for (int v = 0; v < NV; ++v) acc[p][v] = multiply_add(x, w[v], acc[p][v]);
+        for (int v = 0; v < NV; ++v) acc[p][v] = Type::accumulate(x, w[v], acc[p][v]);
       }
     } while (offsets != end);
   }
 
-  if (tile.accumulate) add_rows<MR, NV>(acc, tile.out, tile.first_channel, tile.num_channels);
+  if (tile.accumulate) {
+    add_rows<Type, MR, NV>(acc, tile.out, tile.first_channel, tile.num_channels);
+  }
   if (tile.residual != nullptr) {
-    add_rows<MR, NV>(acc, tile.residual, tile.first_channel, tile.num_channels);
+    add_rows<Type, MR, NV>(acc, tile.residual, tile.first_channel, tile.num_channels);
   }
   if (tile.activation == kActivationRelu) {
 #pragma GCC unroll 16
@@ -110,27 +152,32 @@ void convolve_tile(const Tile& tile) {
     const int64_t first = tile.first_channel + v * kVectorLength;
     if (left >= kVectorLength) {
 #pragma GCC unroll 16
-      for (int p = 0; p < MR; ++p) store(tile.out[p] + first, acc[p][v]);
+      for (int p = 0; p < MR; ++p) {
+        Type::write(reinterpret_cast<Element*>(tile.out[p]) + first, acc[p][v]);
+      }
     } else if (left > 0) {
 #pragma GCC unroll 16
-      for (int p = 0; p < MR; ++p) store_n(tile.out[p] + first, acc[p][v], left);
+      for (int p = 0; p < MR; ++p) {
+        Type::write_n(reinterpret_cast<Element*>(tile.out[p]) + first, acc[p][v], left);
+      }
     }
   }
 }
 
-template <int... I>
+template <typename Type, int... I>
 struct KernelTable {
   static constexpr MicroKernel value[] = {
-      &convolve_tile<I / kMaxVectors + 1, I % kMaxVectors + 1>...};
+      &convolve_tile<Type, I / kMaxVectors + 1, I % kMaxVectors + 1>...};
 };
 
-template <int... I>
+template <typename Type, int... I>
 constexpr const MicroKernel* kernel_table(std::integer_sequence<int, I...>) {
-  return KernelTable<I...>::value;
+  return KernelTable<Type, I...>::value;
 }
 
-constexpr const MicroKernel* kKernels =
-    kernel_table(std::make_integer_sequence<int, kMaxPixels * kMaxVectors>{});
+constexpr std::make_integer_sequence<int, kMaxPixels * kMaxVectors> kTiles{};
+constexpr const MicroKernel* kFloat32Kernels = kernel_table<Float32>(kTiles);
+constexpr const MicroKernel* kBFloat16Kernels = kernel_table<BFloat16>(kTiles);
 
 }  // namespace
 }  // namespace disco

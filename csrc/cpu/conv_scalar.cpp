@@ -51,6 +51,54 @@ Vector multiply_add(const Vector& a, const Vector& b, const Vector& c) {
   return v;
 }
 
+using Pairs = Vector;  // the bits of a pair in every lane
+
+Pairs load_pairs(const void* x) {
+  Pairs v;
+  __builtin_memcpy(&v, x, sizeof(v));
+  return v;
+}
+Pairs broadcast_pair(const uint16_t* x) {
+  float pair;
+  __builtin_memcpy(&pair, x, sizeof(pair));
+  return set(pair);
+}
+float from_bits(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+uint32_t bits_of(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+Vector multiply_add_pairs(const Pairs& a, const Pairs& b, const Vector& c) {
+  Vector v;
+  for (int i = 0; i < kVectorLength; ++i) {
+    const uint32_t x = bits_of(a.lane[i]), w = bits_of(b.lane[i]);
+    v.lane[i] = from_bits(x << 16) * from_bits(w << 16) + c.lane[i];
+    v.lane[i] += from_bits(x & 0xffff0000u) * from_bits(w & 0xffff0000u);
+  }
+  return v;
+}
+Vector load_bf16_n(const uint16_t* x, int64_t n) {
+  Vector v{};
+  for (int64_t i = 0; i < n; ++i) v.lane[i] = from_bits(static_cast<uint32_t>(x[i]) << 16);
+  return v;
+}
+Vector load_bf16(const uint16_t* x) { return load_bf16_n(x, kVectorLength); }
+// To the nearest, ties to even; a NaN stays one.
+void store_bf16_n(uint16_t* x, const Vector& v, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = bits_of(v.lane[i]);
+    const uint32_t rounded =
+        v.lane[i] != v.lane[i] ? bits | 0x400000u : bits + 0x7fffu + (bits >> 16 & 1u);
+    x[i] = static_cast<uint16_t>(rounded >> 16);
+  }
+}
+void store_bf16(uint16_t* x, const Vector& v) { store_bf16_n(x, v, kVectorLength); }
+
 }  // namespace
 }  // namespace disco
 
@@ -60,8 +108,9 @@ Vector multiply_add(const Vector& a, const Vector& b, const Vector& c) {
 namespace disco {
 
 const IsaKernels& scalar_kernels() {
-  static constexpr IsaKernels table = {"scalar", kVectorLength, kMaxVectors, kMaxPixels, kKernels,
-                                       &kWinograd2, &kWinograd4};
+  static constexpr IsaKernels table = {
+      "scalar",    kVectorLength, kMaxVectors, kMaxPixels, {kFloat32Kernels, kBFloat16Kernels},
+      &kWinograd2, &kWinograd4};
   return table;
 }
 

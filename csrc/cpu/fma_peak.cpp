@@ -18,7 +18,7 @@ constexpr int64_t kRounds = 1 << 18;
 
 const FmaLoop& active_fma_loop() {
 #if defined(DISCO_HAVE_AVX512)
-  if (std::strcmp(active_isa().name, "avx512") == 0) return avx512_fma_loop();
+  if (std::strncmp(active_isa().name, "avx512", 6) == 0) return avx512_fma_loop();
 #endif
 #if defined(DISCO_HAVE_AVX2)
   if (std::strcmp(active_isa().name, "avx2") == 0) return avx2_fma_loop();

@@ -19,6 +19,9 @@ std::vector<const IsaKernels*> usable_isas() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
     usable.push_back(&avx512_kernels());
+#if defined(DISCO_HAVE_AVX512BF16)
+    if (__builtin_cpu_supports("avx512bf16")) usable.push_back(&avx512bf16_kernels());
+#endif
   }
 #endif
   return usable;

@@ -3,6 +3,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <stdexcept>
 
 #include "conv2d.h"
@@ -60,13 +61,50 @@ void winograd_weight(const WinogradRow* rows, int64_t edge, const float* taps, d
   }
 }
 
+// To the nearest, ties to even; a NaN stays one.
+uint16_t to_bfloat16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const uint32_t rounded =
+      std::isnan(value) ? bits | 0x400000u : bits + 0x7fffu + (bits >> 16 & 1u);
+  return static_cast<uint16_t>(rounded >> 16);
+}
+
+void write(float value, float* to) { *to = value; }
+void write(float value, uint16_t* to) { *to = to_bfloat16(value); }
+
+// One output channel: `row` [in_channels][taps] to every `width`th group of `kGroup` weights.
+template <typename Element, int kGroup>
+void pack_channel(const WeightShape& shape, const float* row, int64_t width, Element* to) {
+  for (const int64_t channels : shape.segment_channels) {
+    for (int64_t tap = 0; tap < shape.taps; ++tap) {
+      for (int64_t c = 0; c < channels; ++c) {
+        const float value = row[c * shape.taps + tap];
+        write(without_denormals(static_cast<double>(value)),
+              to + c / kGroup * width * kGroup + c % kGroup);
+      }
+      to += (channels + kGroup - 1) / kGroup * width * kGroup;
+    }
+    row += channels * shape.taps;
+  }
+}
+
 }  // namespace
 
-int64_t packed_size(const IsaKernels& isa, const WeightShape& shape) {
+int64_t WeightShape::in_channels() const {
+  return std::accumulate(segment_channels.begin(), segment_channels.end(), int64_t{0});
+}
+
+int64_t WeightShape::rows() const {
+  int64_t sum = 0;
+  for (int64_t channels : segment_channels) sum += rows(channels);
+  return sum;
+}
+
+int64_t packed_bytes(const IsaKernels& isa, const WeightShape& shape) {
   const int64_t vectors = (shape.out_channels + isa.vector_length - 1) / isa.vector_length;
-  const int64_t size =
-      kHeaderWords + vectors * isa.vector_length * shape.in_channels * shape.points();
-  return (size + kHeaderWords - 1) / kHeaderWords * kHeaderWords;
+  const int64_t weights = 4 * vectors * isa.vector_length * shape.rows() * shape.points();
+  return kHeaderBytes + (weights + kHeaderBytes - 1) / kHeaderBytes * kHeaderBytes;
 }
 
 PackedHeader packed_header(const IsaKernels& isa, const WeightShape& shape) {
@@ -75,21 +113,22 @@ PackedHeader packed_header(const IsaKernels& isa, const WeightShape& shape) {
   header.vector_length = isa.vector_length;
   header.max_vectors = isa.max_vectors;
   header.out_channels = static_cast<int32_t>(shape.out_channels);
-  header.in_channels = static_cast<int32_t>(shape.in_channels);
+  header.rows = static_cast<int32_t>(shape.rows());
   header.taps = static_cast<int32_t>(shape.taps);
   header.algorithm = static_cast<int32_t>(shape.algorithm);
+  header.dtype = shape.dtype;
   return header;
 }
 
 void pack_weights(const IsaKernels& isa, const float* weight, const WeightShape& shape,
-                  const std::vector<int64_t>& segment_channels, float* packed) {
+                  void* packed) {
   const bool direct = shape.algorithm == Algorithm::kDirect;
-  if (!direct && shape.taps != 9) {
-    throw std::invalid_argument("Winograd is for kernels of 3 x 3, given " +
-                                std::to_string(shape.taps) + " taps");
+  if (!direct && (shape.taps != 9 || shape.dtype != kFloat32)) {
+    throw std::invalid_argument("Winograd is for float32 kernels of 3 x 3, given " +
+                                std::to_string(shape.taps) + " taps" +
+                                (shape.dtype == kFloat32 ? "" : " in bfloat16"));
   }
-  const int64_t total = packed_size(isa, shape);
-  std::memset(packed, 0, sizeof(float) * static_cast<size_t>(total));
+  std::memset(packed, 0, static_cast<size_t>(packed_bytes(isa, shape)));
   const PackedHeader header = packed_header(isa, shape);
   std::memcpy(packed, &header, sizeof(header));
 
@@ -97,36 +136,30 @@ void pack_weights(const IsaKernels& isa, const float* weight, const WeightShape&
   WinogradRow rows[6];
   if (!direct) winograd_rows(m, rows);
   const int64_t widest = isa.max_vectors * isa.vector_length;
-  float* panel = packed + kHeaderWords;
+  const int64_t in_channels = shape.in_channels();
+  char* panel = static_cast<char*>(packed) + kHeaderBytes;
   for (int64_t first = 0; first < shape.out_channels; first += widest) {
     const int64_t left = shape.out_channels - first;
     const int64_t valid = left < widest ? left : widest;
     const int64_t width = (valid + isa.vector_length - 1) / isa.vector_length * isa.vector_length;
     for (int64_t o = 0; o < valid; ++o) {
-      const float* row = weight + (first + o) * shape.in_channels * shape.taps;
-      float* to = panel + o;
+      const float* row = weight + (first + o) * in_channels * shape.taps;
       if (!direct) {
-        for (int64_t c = 0; c < shape.in_channels; ++c) {
+        float* to = reinterpret_cast<float*>(panel) + o;
+        for (int64_t c = 0; c < in_channels; ++c) {
           double points[36];
           winograd_weight(rows, edge, row + c * shape.taps, points);
           for (int64_t p = 0; p < edge * edge; ++p) {
-            to[(p * shape.in_channels + c) * width] = without_denormals(points[p]);
+            to[(p * in_channels + c) * width] = without_denormals(points[p]);
           }
         }
-        continue;
-      }
-      int64_t begin = 0;
-      for (int64_t channels : segment_channels) {
-        for (int64_t tap = 0; tap < shape.taps; ++tap) {
-          for (int64_t c = 0; c < channels; ++c) {
-            *to = without_denormals(static_cast<double>(row[(begin + c) * shape.taps + tap]));
-            to += width;
-          }
-        }
-        begin += channels;
+      } else if (shape.dtype == kFloat32) {
+        pack_channel<float, 1>(shape, row, width, reinterpret_cast<float*>(panel) + o);
+      } else {
+        pack_channel<uint16_t, 2>(shape, row, width, reinterpret_cast<uint16_t*>(panel) + 2 * o);
       }
     }
-    panel += width * shape.in_channels * shape.points();
+    panel += 4 * width * shape.rows() * shape.points();
   }
 }
 

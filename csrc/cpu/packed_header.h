@@ -8,7 +8,7 @@
 
 namespace disco {
 
-constexpr int64_t kHeaderWords = 16;
+constexpr int64_t kHeaderBytes = 64;
 constexpr int32_t kPackedMagic = 0x44534331;  // "DSC1"
 
 struct PackedHeader {
@@ -16,12 +16,13 @@ struct PackedHeader {
   int32_t vector_length;
   int32_t max_vectors;
   int32_t out_channels;
-  int32_t in_channels;
+  int32_t rows;
   int32_t taps;
   int32_t algorithm;
-  int32_t reserved[9];
+  int32_t dtype;
+  int32_t reserved[8];
 };
-static_assert(sizeof(PackedHeader) == kHeaderWords * sizeof(float), "header must keep alignment");
+static_assert(sizeof(PackedHeader) == kHeaderBytes, "header must keep alignment");
 
 PackedHeader packed_header(const IsaKernels& isa, const WeightShape& shape);
 

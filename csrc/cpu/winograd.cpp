@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <exception>
-#include <cstdlib>
 
 #include "arena.h"
 #include "conv2d_plan.h"
@@ -14,7 +13,7 @@ namespace {
 
 // Transformed pixels that are worked on at a time, per thread. They are read once for every panel
 // of weights, so they should stay in a second-level cache, but every chunk reads all weights again.
-constexpr int64_t kChunkBytes = 1024 * 1024;
+constexpr int64_t kChunkBytes = 512 * 1024;
 // Items of products per thread and chunk, so that one thread's delay leaves work for the others.
 constexpr int64_t kItemsPerThread = 4;
 
@@ -44,17 +43,16 @@ class Winograd {
     plan_rows();
     zero_bias_.assign(static_cast<size_t>(plan.panel_width()), 0.0f);
     const int64_t tile_bytes = points_ * row_ * static_cast<int64_t>(sizeof(float));
-    static const int64_t kb = getenv("CH") ? atoi(getenv("CH")) * 1024 : kChunkBytes;
-    const int64_t most = std::max<int64_t>(plan.isa.max_pixels, num_threads_ * kb /
-                                                                    std::max<int64_t>(1, tile_bytes));
+    const int64_t most = std::max<int64_t>(
+        plan.isa.max_pixels, num_threads_ * kChunkBytes / std::max<int64_t>(1, tile_bytes));
     num_chunks_ = divide_up(num_tiles_, most);
     chunk_ = num_chunks_ > 0 ? divide_up(num_tiles_, num_chunks_) : 0;
   }
 
   void execute() {
     if (num_tiles_ == 0) return;
-    transformed_ = static_cast<float*>(arena(
-        ArenaSlot::kShared, points_ * chunk_ * row_ * static_cast<int64_t>(sizeof(float))));
+    transformed_ = static_cast<float*>(
+        arena(ArenaSlot::kShared, points_ * chunk_ * row_ * static_cast<int64_t>(sizeof(float))));
     const int64_t product_bytes =
         points_ * chunk_ * plan_.panel_width() * static_cast<int64_t>(sizeof(float));
     std::exception_ptr error;
@@ -109,7 +107,7 @@ class Winograd {
       for (const Segment& segment : plan_.nodes[n].node->segments) {
         const int64_t first = sources_[static_cast<size_t>(segment.source)].first;
         for (const int32_t channel : segment.channels) {
-          offsets.push_back(static_cast<int32_t>(first + channel));
+          offsets.push_back(static_cast<int32_t>((first + channel) * plan_.element_bytes));
           used[static_cast<size_t>((first + channel) / lanes)] = 1;
         }
       }
@@ -139,20 +137,18 @@ class Winograd {
   }
 
   void transform_input(int64_t tile, int64_t slot, int64_t count) const {
-    const Conv2dCall& call = plan_.call;
     const int64_t n = tile / (tiles_h_ * tiles_w_);
     const int64_t h = tile / tiles_w_ % tiles_h_ * m_ - plan_.geometry.padding_h;
     const int64_t w = tile % tiles_w_ * m_ - plan_.geometry.padding_w;
     const float* pixels[36];
     for (size_t s = 0; s < sources_.size(); ++s) {
-      const SourceView& source = call.sources[s];
+      const Map<const char>& source = plan_.sources[s];
       for (int64_t i = 0; i < edge_; ++i) {
         for (int64_t j = 0; j < edge_; ++j) {
           const int64_t ih = h + i, iw = w + j;
-          const bool inside = ih >= 0 && ih < call.in_h && iw >= 0 && iw < call.in_w;
-          pixels[i * edge_ + j] = inside ? source.data + n * source.stride_n +
-                                               ih * source.stride_h + iw * source.stride_w
-                                         : plan_.zeros.data();
+          const bool inside = ih >= 0 && ih < plan_.call.in_h && iw >= 0 && iw < plan_.call.in_w;
+          pixels[i * edge_ + j] =
+              reinterpret_cast<const float*>(inside ? source.at(n, ih, iw) : plan_.zeros.data());
         }
       }
       kernels_.input({pixels, sources_[s].groups.data(),
@@ -172,19 +168,19 @@ class Winograd {
     const int64_t first = item.panel * plan_.panel_width();
     const int64_t valid = std::min(plan_.panel_width(), outputs - first);
     const int64_t vectors = divide_up(valid, lanes), width = vectors * lanes;
-    const float* panel = plan.panels + item.panel * plan_.panel_width() * plan.rows;
+    const char* panel = plan.panels + item.panel * plan_.panel_row_bytes() * plan.rows;
     const int64_t groups = divide_up(num, plan_.isa.max_pixels);
     const int64_t row_bytes = width * static_cast<int64_t>(sizeof(float));
     for (int64_t p = 0; p < points_; ++p) {
-      const float* weights = panel + p * k * width;
+      const char* weights = panel + p * k * row_bytes;
       const float* pixels_of = transformed_ + (p * count + from) * row_;
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t t0 = num * g / groups, mr = num * (g + 1) / groups - t0;
-        const float* pixels[kMostPixels];
-        float* rows[kMostPixels];
+        const char* pixels[kMostPixels];
+        char* rows[kMostPixels];
         for (int64_t t = 0; t < mr; ++t) {
-          pixels[t] = pixels_of + (t0 + t) * row_;
-          rows[t] = products + ((t0 + t) * points_ + p) * width;
+          pixels[t] = reinterpret_cast<const char*>(pixels_of + (t0 + t) * row_);
+          rows[t] = reinterpret_cast<char*>(products + ((t0 + t) * points_ + p) * width);
         }
         const Pass pass = {pixels, offsets.data(), k, 0};
         Tile tile = {};
@@ -196,10 +192,9 @@ class Winograd {
         tile.num_channels = width;
         // The next point's weights, a part of every row with each group.
         const int64_t step = divide_up(row_bytes, groups);
-        tile.prefetch = reinterpret_cast<const char*>(weights + (p + 1 < points_ ? k * width : 0)) +
-                        g * step * k;
+        tile.prefetch = weights + (p + 1 < points_ ? k * row_bytes : 0) + g * step * k;
         tile.prefetch_step = step;
-        plan_.isa.kernels[(mr - 1) * plan_.isa.max_vectors + vectors - 1](tile);
+        plan_.isa.kernels[kFloat32][(mr - 1) * plan_.isa.max_vectors + vectors - 1](tile);
       }
     }
     for (int64_t t = 0; t < num; ++t) {
@@ -222,11 +217,9 @@ class Winograd {
         const int64_t p = i * m_ + j, oh = h + i, ow = w + j;
         out[p] = nullptr;
         if (oh >= plan_.out_h || ow >= plan_.out_w) continue;
-        out[p] = call.out.data + n * call.out.stride_n + oh * call.out.stride_h +
-                 ow * call.out.stride_w;
+        out[p] = reinterpret_cast<float*>(plan_.out.at(n, oh, ow));
         if (call.residual != nullptr) {
-          residual[p] = call.residual + n * call.residual_stride_n +
-                        oh * call.residual_stride_h + ow * call.residual_stride_w;
+          residual[p] = reinterpret_cast<const float*>(plan_.residual.at(n, oh, ow));
         }
         if (plan.scattered) {
           // Output channels that are no run: a dense copy takes their place.
@@ -250,7 +243,8 @@ class Winograd {
                      call.residual != nullptr ? added : nullptr, valid, call.accumulate,
                      plan_.activation});
     for (int64_t p = 0; plan.scattered && p < m_ * m_; ++p) {
-      for (int64_t o = 0; out[p] != nullptr && o < valid; ++o) out[p][channels[o]] = dense_out[p][o];
+      for (int64_t o = 0; out[p] != nullptr && o < valid; ++o)
+        out[p][channels[o]] = dense_out[p][o];
     }
   }
 

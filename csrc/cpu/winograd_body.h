@@ -100,7 +100,8 @@ void winograd_output(const WinogradOutput& call) {
 #pragma GCC unroll 6
     for (int j = 0; j < N; ++j) {
 #pragma GCC unroll 6
-      for (int i = 0; i < N; ++i) m[i * N + j] = load(call.products + (i * N + j) * call.stride + c);
+      for (int i = 0; i < N; ++i)
+        m[i * N + j] = load(call.products + (i * N + j) * call.stride + c);
       winograd_output_line<M>(m + j, N);
     }
     const Vector bias = load(call.bias + c);

@@ -1,4 +1,4 @@
-"""The C++ kernels: float32 in CPU memory. Source: csrc/cpu."""
+"""The C++ kernels: float32 and bfloat16 in CPU memory. Source: csrc/cpu."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from disco_kernels.spec import ACTIVATIONS, Channels, Conv2dDescriptor
 
 # The numbers of csrc/cpu/conv2d.h's Algorithm.
 _ALGORITHMS = {"off": 0, "f2": 2, "f4": 4}
+# And its DataType's.
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _NO_RESIDUAL = (0, 0, 0, 0)
 
 
@@ -56,7 +58,7 @@ def _channel_args(channels: Channels) -> tuple[int, int, int]:
 
 
 class _CpuConv2d(PreparedConv2d):
-    def __init__(self, extension: Any, descriptor: Conv2dDescriptor) -> None:
+    def __init__(self, extension: Any, descriptor: Conv2dDescriptor, dtype: torch.dtype) -> None:
         spec = descriptor.spec
         self.extension = extension
         self.out_channels = descriptor.out_channels
@@ -71,6 +73,7 @@ class _CpuConv2d(PreparedConv2d):
             ],
             ACTIVATIONS.index(spec.activation),
             _ALGORITHMS[spec.winograd],
+            _DTYPES[dtype],
         )
 
     def run(
@@ -82,6 +85,7 @@ class _CpuConv2d(PreparedConv2d):
         out: Tensor,
         accumulate: bool,
     ) -> None:
+        bias = _in_float32(bias)
         self.conv2d.run(self._call(sources, packed_weight, bias, residual, out, accumulate))
 
     def bind(
@@ -92,6 +96,7 @@ class _CpuConv2d(PreparedConv2d):
         residual: Tensor | None,
         out: Tensor,
     ) -> Callable[[], None]:
+        bias = _in_float32(bias)
         call = self._call(sources, packed_weight, bias, residual, out, False)
         run = self.extension.BoundConv2d(self.conv2d, call).run
         alive = (tuple(sources), packed_weight, bias, residual, out)
@@ -123,7 +128,7 @@ class _CpuConv2d(PreparedConv2d):
             views,
             (first[0], first[2], first[3]),
             packed_weight.data_ptr(),
-            packed_weight.numel(),
+            packed_weight.nbytes,
             0 if bias is None else bias.data_ptr(),
             added,
             (out.data_ptr(), n, h, w),
@@ -131,6 +136,11 @@ class _CpuConv2d(PreparedConv2d):
             accumulate,
             torch.get_num_threads(),
         )
+
+
+def _in_float32(bias: Tensor | None) -> Tensor | None:
+    """The kernels add the bias to float32 sums, whatever the activations are."""
+    return None if bias is None else bias.float()
 
 
 class CpuBackend(Backend):
@@ -145,8 +155,8 @@ class CpuBackend(Backend):
             return _load_error
         if device.type != "cpu":
             return f"tensors in CPU memory only, given {device}"
-        if dtype != torch.float32:
-            return f"float32 only, given {dtype}"
+        if dtype not in _DTYPES:
+            return f"float32 and bfloat16 only, given {dtype}"
         return None
 
     @property
@@ -156,20 +166,28 @@ class CpuBackend(Backend):
         return _C
 
     def packed_numel(
-        self, out_channels: int, in_channels: int, taps: int, winograd: str = "off"
+        self,
+        out_channels: int,
+        segment_channels: Sequence[int],
+        taps: int,
+        dtype: torch.dtype,
+        winograd: str = "off",
     ) -> int:
-        algorithm = _ALGORITHMS[winograd]
-        return int(self.extension.packed_size(out_channels, in_channels, taps, algorithm))
+        num_bytes = self.extension.packed_bytes(
+            out_channels, list(segment_channels), taps, _ALGORITHMS[winograd], _DTYPES[dtype]
+        )
+        return int(num_bytes) // dtype.itemsize
 
     def prepack(
         self, weight: Tensor, segment_channels: Sequence[int], winograd: str = "off"
     ) -> Tensor:
-        source = weight.detach().resolve_neg().contiguous()
+        dtype = weight.dtype
+        source = weight.detach().resolve_neg().float().contiguous()
         taps = source.shape[2] * source.shape[3]
         packed = torch.empty(
-            self.packed_numel(source.shape[0], source.shape[1], taps, winograd),
-            dtype=torch.float32,  # whatever torch's default dtype and device are
-            device="cpu",
+            self.packed_numel(source.shape[0], segment_channels, taps, dtype, winograd),
+            dtype=dtype,
+            device="cpu",  # whatever torch's default device is
         )
         self.extension.pack_weights(
             source.data_ptr(),
@@ -177,12 +195,13 @@ class CpuBackend(Backend):
             list(segment_channels),
             taps,
             _ALGORITHMS[winograd],
+            _DTYPES[dtype],
             packed.data_ptr(),
         )
         return packed
 
-    def prepare(self, descriptor: Conv2dDescriptor) -> PreparedConv2d:
-        return _CpuConv2d(self.extension, descriptor)
+    def prepare(self, descriptor: Conv2dDescriptor, dtype: torch.dtype) -> PreparedConv2d:
+        return _CpuConv2d(self.extension, descriptor, dtype)
 
     def gather_pack_(self, x: Tensor, index: Sequence[Tensor], messages: Sequence[Tensor]) -> None:
         stride_n, _, stride_h, stride_w = x.stride()

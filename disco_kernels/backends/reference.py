@@ -97,9 +97,14 @@ class ReferenceBackend(Backend):
         return None if dtype.is_floating_point else f"floating dtypes only, given {dtype}"
 
     def packed_numel(
-        self, out_channels: int, in_channels: int, taps: int, winograd: str = "off"
+        self,
+        out_channels: int,
+        segment_channels: Sequence[int],
+        taps: int,
+        dtype: torch.dtype,
+        winograd: str = "off",
     ) -> int:
-        return out_channels * in_channels * taps
+        return out_channels * sum(segment_channels) * taps
 
     def prepack(
         self, weight: Tensor, segment_channels: Sequence[int], winograd: str = "off"
@@ -110,7 +115,7 @@ class ReferenceBackend(Backend):
             )
         return weight.detach().reshape(-1).clone()
 
-    def prepare(self, descriptor: Conv2dDescriptor) -> PreparedConv2d:
+    def prepare(self, descriptor: Conv2dDescriptor, dtype: torch.dtype) -> PreparedConv2d:
         return _ReferenceConv2d(descriptor)
 
     @torch.no_grad()

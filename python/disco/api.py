@@ -7,6 +7,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from disco.capture import Captured, capture
@@ -15,6 +16,7 @@ from disco.executor import Executor, run_together
 from disco.partition import Decisions, Plan, RankProgram, build_all, decide
 from disco.partition.one_machine import GATHERED_KINDS, one_machine_program
 from disco.partition.shards import load_manifest, load_shard, save_artifact
+from disco.program import lower_precision
 from disco.sparsify import sparsify_weights_
 from disco.sparsify.groups import Reader, groups_of
 from disco_kernels import WINOGRAD, Ownership, Pattern
@@ -142,6 +144,7 @@ def compile(
     example_inputs: Sequence[Tensor],
     backend: str | None = None,
     winograd: str = "auto",
+    dtype: torch.dtype = torch.float32,
 ) -> Compiled:
     """Make `model` fast on one machine: batch norms folded, epilogues fused, one layout.
 
@@ -155,18 +158,24 @@ def compile(
         winograd: how 3 x 3 convolutions of stride 1 are computed: "auto" (what suits the shape),
             "off", "f2" or "f4". Winograd is faster and rounds more; docs/architecture.md says how
             much.
+        dtype: to compute in, `torch.float32` or `torch.bfloat16`. Inputs and outputs are float32
+            in both, and so are the sums inside a kernel.
 
     Raises:
-        InputError: the model cannot be captured, or `winograd` is none of these.
+        InputError: the model cannot be captured, or `winograd` or `dtype` is none of these.
         disco_kernels.BackendUnavailable: `backend` was asked for and cannot serve.
     """
     _check_nodes(nodes)
     if winograd not in WINOGRAD:
         raise InputError(f"winograd is one of {', '.join(WINOGRAD)}, given {winograd!r}")
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise InputError(f"dtype is torch.float32 or torch.bfloat16, given {dtype}")
     captured = capture(model, example_inputs)
     program = one_machine_program(decide(*captured, nodes))
     # Copies: what is not packed would otherwise follow the model when that is trained on.
     weights = {name: captured.weights[name].clone() for name in program.weight_names()}
+    if dtype != torch.float32:
+        program, weights = lower_precision(program, weights, dtype)
     gathered = [op.name for op in program.ops if op.kind in GATHERED_KINDS]
     return Compiled(Executor(program, weights, backend=backend, winograd=winograd), gathered)
 

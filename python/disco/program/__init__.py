@@ -16,6 +16,7 @@ from disco.program.ir import (
 )
 from disco.program.json_format import program_from_json, program_to_json
 from disco.program.ops import is_allowed, pure_function, register_op
+from disco.program.precision import lower_precision
 from disco.program.symbols import evaluate_dim, evaluate_shape
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "interpret",
     "is_allowed",
     "leaves",
+    "lower_precision",
     "map_leaves",
     "program_from_json",
     "program_to_json",

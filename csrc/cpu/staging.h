@@ -1,0 +1,61 @@
+// Copies of sources that a micro-kernel cannot read as they lie: images of few channels, and
+// bfloat16 channels that are not listed in neighbouring pairs.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "conv2d.h"
+
+namespace disco {
+
+// The same convolution over staged copies. Memory is the calling thread's arena, so only one
+// staged call is alive in a thread at a time; `memory_moved` tells a kept one that it is not.
+class StagedCall {
+ public:
+  static bool needed(const Conv2dGeometry& geometry, const std::vector<Node>& nodes,
+                     const Conv2dCall& call);
+
+  StagedCall(const Conv2dGeometry& geometry, const std::vector<Node>& nodes,
+             const Conv2dCall& call);
+
+  // Fills the copies from what the sources hold now.
+  void copy(int32_t num_threads) const;
+  bool memory_moved() const;
+
+  const Conv2dGeometry& geometry() const { return geometry_; }
+  const std::vector<Node>& nodes() const { return nodes_; }
+  Conv2dCall& call() { return call_; }
+
+ private:
+  // One source, channels last, with zeros around and, up to an even number, behind its channels.
+  struct Padded {
+    SourceView from;
+    size_t source;
+    int64_t in_h, in_w, padding_h, padding_w;
+    int64_t begin;  // in the memory, bytes
+  };
+  // Listed channels of one source, one after the other, zeros up to an even number.
+  struct Gathered {
+    size_t from, source;
+    std::vector<int32_t> channels;
+    int64_t begin;
+  };
+
+  void pad_sources();
+  void gather_segments();
+  int64_t reserve(int64_t bytes);
+  template <typename Element>
+  void copy_padded(const Padded& padded, int32_t num_threads) const;
+  void copy_gathered(const Gathered& gathered, int32_t num_threads) const;
+
+  Conv2dGeometry geometry_;
+  std::vector<Node> nodes_;
+  Conv2dCall call_;
+  std::vector<Padded> padded_;
+  std::vector<Gathered> gathered_;
+  int64_t bytes_ = 0;
+  char* memory_ = nullptr;
+};
+
+}  // namespace disco
