@@ -30,8 +30,10 @@ Conv2d::Conv2d(const Conv2dGeometry& geometry, std::vector<Node> nodes, Activati
 void Conv2d::run(const Conv2dCall& call) const {
   if (StagedCall::needed(geometry_, nodes_, call)) {
     StagedCall staged(geometry_, nodes_, call);
-    staged.copy(call.num_threads);
-    run_plan(ConvPlan(staged.geometry(), staged.nodes(), activation_, staged.call()));
+    ConvPlan plan(staged.geometry(), staged.nodes(), activation_, staged.call());
+    plan.staged = &staged;
+    staged.copy(!plan.gathers_by_item);
+    run_plan(plan);
   } else {
     run_plan(ConvPlan(geometry_, nodes_, activation_, call));
   }
@@ -50,6 +52,7 @@ void BoundConv2d::plan() {
     staged_ = std::make_unique<StagedCall>(conv2d_.geometry_, conv2d_.nodes_, call_);
     plan_ = std::make_unique<ConvPlan>(staged_->geometry(), staged_->nodes(), conv2d_.activation_,
                                        staged_->call());
+    plan_->staged = staged_.get();
   } else {
     plan_ =
         std::make_unique<ConvPlan>(conv2d_.geometry_, conv2d_.nodes_, conv2d_.activation_, call_);
@@ -62,7 +65,7 @@ void BoundConv2d::run(int32_t num_threads) {
     call_.num_threads = num_threads;
     plan();
   }
-  if (staged_ != nullptr) staged_->copy(num_threads);
+  if (staged_ != nullptr) staged_->copy(!plan_->gathers_by_item);
   run_plan(*plan_);
 }
 

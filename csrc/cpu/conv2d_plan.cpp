@@ -193,6 +193,8 @@ void ConvPlan::plan_items() {
     groups = std::max<int64_t>(1, std::min(most_panels, (wanted + num_blocks - 1) / num_blocks));
     num_blocks = std::max(num_blocks, std::min(num_tiles, (wanted + groups - 1) / groups));
   }
+  gathers_by_item =
+      groups == 1 && geometry.taps() == 1 && geometry.padding_h == 0 && geometry.padding_w == 0;
   // A block's nodes one after the other: they read the same input, which then still is near.
   for (int64_t b = 0; b < num_blocks; ++b) {
     const int64_t begin = num_tiles * b / num_blocks;

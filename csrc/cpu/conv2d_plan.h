@@ -77,6 +77,10 @@ struct ConvPlan {
   std::vector<char> zeros;  // what a border reads outside of the map
   std::vector<NodePlan> nodes;
   std::vector<Item> items;
+  // Set by the caller: where to gather channels from, an item's when it begins, for they then are
+  // in the cache. Only if no two items share pixels of a node, and pixels are all that they share.
+  const StagedCall* staged = nullptr;
+  bool gathers_by_item = false;
 
  private:
   void plan_maps();

@@ -6,6 +6,7 @@
 
 #include "arena.h"
 #include "conv2d_plan.h"
+#include "staging.h"
 
 namespace disco {
 namespace {
@@ -89,15 +90,23 @@ class Runner {
   void run_item(const Item& item, const Item* next, Scratch& scratch) const {
     const NodePlan& plan = node_of(item);
     const int64_t num_tiles = item.num_tiles;
+    if (plan_.staged != nullptr && plan_.gathers_by_item) {
+      plan_.staged->gather_pixels(item.node, plan_.tile_edge(item.first_tile),
+                                  plan_.tile_edge(item.first_tile + num_tiles), plan_.out_h,
+                                  plan_.out_w);
+    }
     Pass* pass = scratch.passes.get();
     const char** pixels = scratch.pixels.get();
+    int64_t begin = plan_.tile_edge(item.first_tile);
+    Position at = {begin / (plan_.out_h * plan_.out_w), begin / plan_.out_w % plan_.out_h,
+                   begin % plan_.out_w};
     for (int64_t t = 0; t < num_tiles; ++t) {
-      const int64_t begin = plan_.tile_edge(item.first_tile + t);
       const int64_t end = plan_.tile_edge(item.first_tile + t + 1);
       TilePlan& tile = scratch.tiles[static_cast<size_t>(t)];
       tile.out = scratch.out.get() + t * plan_.isa.max_pixels;
       tile.residual = scratch.residual.get() + t * plan_.isa.max_pixels;
-      plan_tile(plan, begin, end - begin, tile, pass, pixels);
+      plan_tile(plan, at, end - begin, tile, pass, pixels);
+      begin = end;
     }
     const int64_t end = item.first_panel + item.num_panels;
     const int64_t row_bytes = plan_.panel_row_bytes();
@@ -164,40 +173,44 @@ class Runner {
     int64_t first, count;
   };
 
-  // Fills `tile` and advances `pass` and `pixels` past what it used.
-  void plan_tile(const NodePlan& plan, int64_t first, int64_t count, TilePlan& tile, Pass*& pass,
+  // Of an output pixel. Carried from tile to tile: divisions would cost as much as the rest.
+  struct Position {
+    int64_t n, h, w;
+  };
+
+  // Fills `tile` and advances `at`, `pass` and `pixels` past what it used.
+  void plan_tile(const NodePlan& plan, Position& at, int64_t count, TilePlan& tile, Pass*& pass,
                  const char**& pixels) const {
     const Conv2dGeometry& geometry = plan_.geometry;
     const Conv2dCall& call = plan_.call;
     Run runs[kMostPixels];
     int num_runs = 0;
-    int64_t n = first / (plan_.out_h * plan_.out_w);
-    int64_t oh = first / plan_.out_w % plan_.out_h;
-    int64_t ow = first % plan_.out_w;
     bool inside = true;
     for (int64_t p = 0; p < count;) {
-      const int64_t side_by_side = std::min(count - p, plan_.out_w - ow);
-      const Run run = {n, oh * geometry.stride_h - geometry.padding_h,
-                       ow * geometry.stride_w - geometry.padding_w, p, side_by_side};
+      const int64_t side_by_side = std::min(count - p, plan_.out_w - at.w);
+      const Run run = {at.n, at.h * geometry.stride_h - geometry.padding_h,
+                       at.w * geometry.stride_w - geometry.padding_w, p, side_by_side};
       inside &= run.y >= 0 && run.x >= 0 &&
                 run.y + (geometry.kernel_h - 1) * geometry.dilation_h < call.in_h &&
                 run.x + (side_by_side - 1) * geometry.stride_w +
                         (geometry.kernel_w - 1) * geometry.dilation_w <
                     call.in_w;
-      char* out = plan_.out.at(n, oh, ow);
+      char* out = plan_.out.at(at.n, at.h, at.w);
       for (int64_t k = 0; k < side_by_side; ++k) tile.out[p + k] = out + k * plan_.out.stride_w;
       if (call.residual != nullptr) {
-        const char* residual = plan_.residual.at(n, oh, ow);
+        const char* residual = plan_.residual.at(at.n, at.h, at.w);
         for (int64_t k = 0; k < side_by_side; ++k) {
           tile.residual[p + k] = residual + k * plan_.residual.stride_w;
         }
       }
       runs[num_runs++] = run;
       p += side_by_side;
-      ow = 0;
-      if (++oh == plan_.out_h) {
-        oh = 0;
-        ++n;
+      at.w += side_by_side;
+      if (at.w < plan_.out_w) continue;
+      at.w = 0;
+      if (++at.h == plan_.out_h) {
+        at.h = 0;
+        ++at.n;
       }
     }
     tile.num_pixels = count;

@@ -87,7 +87,7 @@ namespace disco {
 const IsaKernels& avx2_kernels() {
   static constexpr IsaKernels table = {
       "avx2",      kVectorLength, kMaxVectors, kMaxPixels, {kFloat32Kernels, kBFloat16Kernels},
-      &kWinograd2, &kWinograd4};
+      &kWinograd2, &kWinograd4,   nullptr};
   return table;
 }
 

@@ -63,6 +63,26 @@ struct WinogradOutput {
   Activation activation;
 };
 
+// Up to kWindow words of a row, taken from kWindow neighbours.
+constexpr int kWordWindow = 32;
+struct WordStep {
+  int32_t first_from, first_to;
+  uint32_t readable;           // lanes of the window that belong to the row
+  uint32_t written;            // lanes that are written
+  uint16_t lane[kWordWindow];  // lane i comes from this one of the window
+};
+
+// Every pixel's steps, one after the other.
+struct WordGather {
+  const uint16_t* from;
+  uint16_t* to;
+  int64_t from_stride, to_stride;  // words between pixels
+  int64_t num_pixels;
+  int64_t to_words;  // that may be written, from `to` on
+  const WordStep* steps;
+  int64_t num_steps;
+};
+
 struct WinogradKernels {
   int32_t m;
   void (*input)(const WinogradInput&);
@@ -78,6 +98,7 @@ struct IsaKernels {
   const MicroKernel* kernels[2];
   const WinogradKernels* winograd2;
   const WinogradKernels* winograd4;
+  void (*gather_words)(const WordGather&);  // nullptr: no faster than word by word
 };
 
 const IsaKernels& scalar_kernels();

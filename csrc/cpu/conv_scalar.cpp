@@ -110,7 +110,7 @@ namespace disco {
 const IsaKernels& scalar_kernels() {
   static constexpr IsaKernels table = {
       "scalar",    kVectorLength, kMaxVectors, kMaxPixels, {kFloat32Kernels, kBFloat16Kernels},
-      &kWinograd2, &kWinograd4};
+      &kWinograd2, &kWinograd4,   nullptr};
   return table;
 }
 

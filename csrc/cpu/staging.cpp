@@ -22,6 +22,41 @@ bool pads(const Conv2dGeometry& geometry, const Conv2dCall& call) {
   return few && !plain;
 }
 
+// The channels of a row of `held` as windows; the last one also writes the zero of an odd count.
+std::vector<WordStep> word_steps(const std::vector<int32_t>& channels, int64_t held) {
+  std::vector<WordStep> steps;
+  const int64_t count = static_cast<int64_t>(channels.size());
+  for (int64_t i = 0; i < count;) {
+    WordStep step = {};
+    // Aligned windows where pixels are: a load that crosses two cache lines counts twice.
+    const int64_t low = channels[static_cast<size_t>(i)] / kWordWindow * kWordWindow;
+    int64_t n = 0;
+    while (i + n < count && n < kWordWindow &&
+           channels[static_cast<size_t>(i + n)] / kWordWindow * kWordWindow == low) {
+      ++n;
+    }
+    step.first_from = static_cast<int32_t>(low);
+    step.first_to = static_cast<int32_t>(i);
+    for (int64_t lane = 0; lane < n; ++lane) {
+      step.lane[lane] = static_cast<uint16_t>(channels[static_cast<size_t>(i + lane)] - low);
+      step.written |= 1u << lane;
+    }
+    for (int64_t lane = 0; lane < kWordWindow && low + lane < held; ++lane) {
+      step.readable |= 1u << lane;
+    }
+    i += n;
+    steps.push_back(step);
+  }
+  if (count % 2 != 0) {
+    // Nothing is readable, so what is written is zero.
+    WordStep zero = {};
+    zero.first_to = static_cast<int32_t>(count);
+    zero.written = 1;
+    steps.push_back(zero);
+  }
+  return steps;
+}
+
 }  // namespace
 
 bool StagedCall::needed(const Conv2dGeometry& geometry, const std::vector<Node>& nodes,
@@ -94,15 +129,17 @@ void StagedCall::pad_sources() {
 }
 
 void StagedCall::gather_segments() {
-  for (Node& node : nodes_) {
-    for (Segment& segment : node.segments) {
+  for (size_t i = 0; i < nodes_.size(); ++i) {
+    for (Segment& segment : nodes_[i].segments) {
       if (in_pairs(segment)) continue;
       const int64_t count = even(static_cast<int64_t>(segment.channels.size()));
       const int64_t row = call_.in_w * count;
       const int64_t begin = reserve(call_.batch * call_.in_h * row * geometry_.element_bytes());
       const size_t target = call_.sources.size();
-      gathered_.push_back(
-          {static_cast<size_t>(segment.source), target, std::move(segment.channels), begin});
+      const int64_t held = call_.sources[static_cast<size_t>(segment.source)].channels;
+      std::vector<WordStep> steps = word_steps(segment.channels, held);
+      gathered_.push_back({static_cast<int32_t>(i), static_cast<size_t>(segment.source), target,
+                           std::move(segment.channels), std::move(steps), begin});
       call_.sources.push_back({nullptr, count, call_.in_h * row, 1, row, count});
       segment.source = static_cast<int64_t>(target);
       segment.channels.resize(static_cast<size_t>(count));
@@ -115,19 +152,21 @@ void StagedCall::gather_segments() {
 
 bool StagedCall::memory_moved() const { return arena(ArenaSlot::kStaging, bytes_) != memory_; }
 
-void StagedCall::copy(int32_t num_threads) const {
+void StagedCall::copy(bool gather) const {
   for (const Padded& padded : padded_) {
     if (geometry_.dtype == kFloat32) {
-      copy_padded<float>(padded, num_threads);
+      copy_padded<float>(padded);
     } else {
-      copy_padded<uint16_t>(padded, num_threads);
+      copy_padded<uint16_t>(padded);
     }
   }
-  for (const Gathered& gathered : gathered_) copy_gathered(gathered, num_threads);
+  if (!gather) return;
+  for (const Gathered& gathered : gathered_) copy_gathered(gathered);
 }
 
 template <typename Element>
-void StagedCall::copy_padded(const Padded& padded, int32_t num_threads) const {
+void StagedCall::copy_padded(const Padded& padded) const {
+  const int32_t num_threads = call_.num_threads;
   const SourceView& from = padded.from;
   const int64_t channels = call_.sources[padded.source].channels, width = call_.in_w;
   const int64_t rows = call_.batch * call_.in_h;
@@ -147,29 +186,51 @@ void StagedCall::copy_padded(const Padded& padded, int32_t num_threads) const {
   }
 }
 
-void StagedCall::copy_gathered(const Gathered& gathered, int32_t num_threads) const {
-  const SourceView& from = call_.sources[gathered.from];
-  const SourceView& to = call_.sources[gathered.source];
-  const int64_t count = static_cast<int64_t>(gathered.channels.size());
-  const int32_t* index = gathered.channels.data();
-  // A 1 x 1 kernel skips the pixels between its strides.
-  const bool skips = geometry_.taps() == 1 && geometry_.padding_h == 0 && geometry_.padding_w == 0;
-  const int64_t step_h = skips ? geometry_.stride_h : 1, step_w = skips ? geometry_.stride_w : 1;
-  const int64_t rows_h = (call_.in_h + step_h - 1) / step_h;
-  const int64_t rows = call_.batch * rows_h;
+void StagedCall::copy_gathered(const Gathered& gathered) const {
+  const int64_t rows = call_.batch * call_.in_h;
+  const int32_t num_threads = call_.num_threads;
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1)
   for (int64_t i = 0; i < rows; ++i) {
-    const int64_t n = i / rows_h, h = i % rows_h * step_h;
-    const uint16_t* x =
-        static_cast<const uint16_t*>(from.data) + n * from.stride_n + h * from.stride_h;
-    uint16_t* y =
-        reinterpret_cast<uint16_t*>(memory_ + gathered.begin) + n * to.stride_n + h * to.stride_h;
-    for (int64_t w = 0; w < call_.in_w; w += step_w) {
-      const uint16_t* pixel = x + w * from.stride_w;
-      uint16_t* target = y + w * to.stride_w;
-      for (int64_t c = 0; c < count; ++c) target[c] = pixel[index[c]];
-      if (count % 2 != 0) target[count] = 0;
+    gather_row(gathered, i / call_.in_h, i % call_.in_h, 0, call_.in_w, 1);
+  }
+}
+
+void StagedCall::gather_pixels(int32_t node, int64_t first, int64_t end, int64_t out_h,
+                               int64_t out_w) const {
+  for (const Gathered& gathered : gathered_) {
+    if (gathered.node != node) continue;
+    for (int64_t pixel = first; pixel < end;) {
+      const int64_t w = pixel % out_w, row = pixel / out_w;
+      const int64_t count = std::min(end - pixel, out_w - w);
+      gather_row(gathered, row / out_h, row % out_h * geometry_.stride_h, w * geometry_.stride_w,
+                 count, geometry_.stride_w);
+      pixel += count;
     }
+  }
+}
+
+void StagedCall::gather_row(const Gathered& gathered, int64_t n, int64_t h, int64_t w,
+                            int64_t count, int64_t step) const {
+  const SourceView& from = call_.sources[gathered.from];
+  const SourceView& to = call_.sources[gathered.source];
+  const uint16_t* x = static_cast<const uint16_t*>(from.data) + n * from.stride_n +
+                      h * from.stride_h + w * from.stride_w;
+  uint16_t* y = reinterpret_cast<uint16_t*>(memory_ + gathered.begin) + n * to.stride_n +
+                h * to.stride_h + w * to.stride_w;
+  const int64_t words = ((count - 1) * step + 1) * to.stride_w;
+  if (active_isa().gather_words != nullptr) {
+    active_isa().gather_words({x, y, step * from.stride_w, step * to.stride_w, count, words,
+                               gathered.steps.data(), static_cast<int64_t>(gathered.steps.size())});
+    return;
+  }
+  const int64_t channels = static_cast<int64_t>(gathered.channels.size());
+  for (int64_t p = 0; p < count; ++p) {
+    const uint16_t* pixel = x + p * step * from.stride_w;
+    uint16_t* target = y + p * step * to.stride_w;
+    for (int64_t c = 0; c < channels; ++c) {
+      target[c] = pixel[gathered.channels[static_cast<size_t>(c)]];
+    }
+    if (channels % 2 != 0) target[channels] = 0;
   }
 }
 

@@ -19,8 +19,10 @@ class StagedCall {
   StagedCall(const Conv2dGeometry& geometry, const std::vector<Node>& nodes,
              const Conv2dCall& call);
 
-  // Fills the copies from what the sources hold now.
-  void copy(int32_t num_threads) const;
+  // Fills the copies from what the sources hold now; without `gather`, the padded ones only.
+  void copy(bool gather) const;
+  // For a 1 x 1 kernel: what a node's output pixels [first, end) read of gathered channels.
+  void gather_pixels(int32_t node, int64_t first, int64_t end, int64_t out_h, int64_t out_w) const;
   bool memory_moved() const;
 
   const Conv2dGeometry& geometry() const { return geometry_; }
@@ -37,8 +39,10 @@ class StagedCall {
   };
   // Listed channels of one source, one after the other, zeros up to an even number.
   struct Gathered {
+    int32_t node;
     size_t from, source;
     std::vector<int32_t> channels;
+    std::vector<WordStep> steps;
     int64_t begin;
   };
 
@@ -46,8 +50,11 @@ class StagedCall {
   void gather_segments();
   int64_t reserve(int64_t bytes);
   template <typename Element>
-  void copy_padded(const Padded& padded, int32_t num_threads) const;
-  void copy_gathered(const Gathered& gathered, int32_t num_threads) const;
+  void copy_padded(const Padded& padded) const;
+  void copy_gathered(const Gathered& gathered) const;
+  // `count` pixels of one row, `step` apart.
+  void gather_row(const Gathered& gathered, int64_t n, int64_t h, int64_t w, int64_t count,
+                  int64_t step) const;
 
   Conv2dGeometry geometry_;
   std::vector<Node> nodes_;
