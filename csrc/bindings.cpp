@@ -154,5 +154,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("gather_pack", &gather_pack);
 
   m.def("fma_peak_gflops", &disco::fma_peak_gflops, py::arg("bursts") = 20,
-        py::call_guard<py::gil_scoped_release>());
+        py::arg("bfloat16") = false, py::call_guard<py::gil_scoped_release>());
 }

@@ -16,7 +16,10 @@ namespace {
 // a scheduler's time slice.
 constexpr int64_t kRounds = 1 << 18;
 
-const FmaLoop& active_fma_loop() {
+const FmaLoop& active_fma_loop([[maybe_unused]] bool bfloat16) {
+#if defined(DISCO_HAVE_AVX512BF16)
+  if (bfloat16 && std::strcmp(active_isa().name, "avx512_bf16") == 0) return avx512bf16_fma_loop();
+#endif
 #if defined(DISCO_HAVE_AVX512)
   if (std::strncmp(active_isa().name, "avx512", 6) == 0) return avx512_fma_loop();
 #endif
@@ -28,8 +31,8 @@ const FmaLoop& active_fma_loop() {
 
 }  // namespace
 
-double fma_peak_gflops(int32_t bursts) {
-  const FmaLoop& loop = active_fma_loop();
+double fma_peak_gflops(int32_t bursts, bool bfloat16) {
+  const FmaLoop& loop = active_fma_loop(bfloat16);
   // x = x / 2 + 1 comes and stays near 2: neither denormal, slow on some CPUs, nor infinite.
   volatile float unforeseen[2 + kFmaChains] = {0.5f, 1.0f};
   for (int i = 0; i < kFmaChains; ++i) unforeseen[2 + i] = 1.0f + 0.125f * static_cast<float>(i);

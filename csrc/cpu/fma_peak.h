@@ -22,10 +22,12 @@ struct FmaLoop {
 const FmaLoop& scalar_fma_loop();
 const FmaLoop& avx2_fma_loop();
 const FmaLoop& avx512_fma_loop();
+const FmaLoop& avx512bf16_fma_loop();
 
-// GFLOP/s of the calling thread in the instruction set in use: the best of `bursts` bursts of about
-// a millisecond each. The best, because a burst can only be slowed down (by another process, by a
-// clock that has yet to rise), never sped up.
-double fma_peak_gflops(int32_t bursts);
+// GFLOP/s of the calling thread in the instruction set in use, multiplying float32 or, if asked for
+// and the instruction set can, bfloat16; without such instructions that is float32 too. The best of
+// `bursts` bursts of about a millisecond each. The best, because a burst can only be slowed down
+// (by another process, by a clock that has yet to rise), never sped up.
+double fma_peak_gflops(int32_t bursts, bool bfloat16);
 
 }  // namespace disco

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from disco import commands
-from disco.bench.throughput import DENSE_ENGINES
+from disco.bench.throughput import BF16_ENGINES, DENSE_ENGINES, DTYPES
 from disco.errors import InputError, TransportError
 from disco.runtime.children import WorkerError
 from disco_kernels import BackendUnavailable
@@ -196,7 +196,13 @@ def _add_bench(subparsers: Any) -> None:
         "--rounds", type=int, default=10, help="of 3 timed passes an engine (default: %(default)s)"
     )
     throughput.add_argument(
-        "--engines", metavar="A,B,C", help=f"of {','.join(DENSE_ENGINES)} (default: all installed)"
+        "--engines",
+        metavar="A,B,C",
+        help=f"of {','.join(DENSE_ENGINES)}; in bfloat16 {','.join(BF16_ENGINES)} (default: all "
+        "installed)",
+    )
+    throughput.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="to compute in (default: %(default)s)"
     )
     _add_json(throughput)
     throughput.set_defaults(handler=commands.throughput)

@@ -60,6 +60,7 @@ def throughput(args: argparse.Namespace) -> bool:
         rounds=args.rounds,
         image_size=args.image_size,
         engines=None if args.engines is None else [e.strip() for e in args.engines.split(",")],
+        dtype=args.dtype,
     )
     result = run_throughput(options, _say)
     _say(f"\n{result}")

@@ -15,6 +15,8 @@ from disco.runtime.messages import flatten
 # the CPU kernels was 3 to 6 times torch's (compiled ResNet-50, dense and at density 0.2, 2 seeds,
 # one photograph, AVX-512). The factor leaves five times that for other models and inputs.
 _OWN_ERRORS = 32.0
+# In bfloat16 every activation is rounded to 8 bits, which hides how the sums are made.
+_OWN_ERRORS_BF16 = 4.0
 
 
 @dataclass(frozen=True)
@@ -24,17 +26,20 @@ class Reference:
     Attributes:
         outputs: float32, from torch in one process.
         scale: the largest absolute output.
-        own_error: the largest difference of `outputs` from the same model run in float64.
+        own_error: the largest difference of the same model, run by torch in `dtype`, from float64.
+        dtype: that results to be compared were computed in.
     """
 
     outputs: tuple[Tensor, ...]
     scale: float
     own_error: float
+    dtype: torch.dtype = torch.float32
 
     @property
     def tolerance(self) -> float:
         """The largest difference that still is rounding."""
-        return _OWN_ERRORS * max(self.own_error, torch.finfo(torch.float32).eps * self.scale)
+        factor = _OWN_ERRORS if self.dtype == torch.float32 else _OWN_ERRORS_BF16
+        return factor * max(self.own_error, torch.finfo(self.dtype).eps * self.scale)
 
 
 @dataclass(frozen=True)
@@ -60,16 +65,21 @@ class Comparison:
         )
 
 
-def whole_model(model: nn.Module, *inputs: Tensor) -> Reference:
-    """Run the whole model with torch in this process, in float32 and in float64."""
+def whole_model(model: nn.Module, *inputs: Tensor, dtype: torch.dtype = torch.float32) -> Reference:
+    """Run the whole model with torch in this process, in float32, in float64 and in ``dtype``."""
     with torch.inference_mode():
         outputs = _flat(model(*inputs))
+        own = outputs
+        if dtype != torch.float32:
+            lowered = (x.to(dtype) if x.is_floating_point() else x for x in inputs)
+            own = _flat(copy.deepcopy(model).to(dtype)(*lowered))
         exact_model = copy.deepcopy(model).double()
         exact = _flat(exact_model(*(x.double() if x.is_floating_point() else x for x in inputs)))
     return Reference(
         outputs=tuple(outputs),
         scale=_largest(outputs),
-        own_error=_largest([a.double() - b for a, b in zip(outputs, exact, strict=True)]),
+        own_error=_largest([a.double() - b for a, b in zip(own, exact, strict=True)]),
+        dtype=dtype,
     )
 
 

@@ -26,7 +26,7 @@ from disco.runtime.passes import Passes
 from disco.runtime.serve import Handlers, serve
 from disco.zoo import build_model
 
-ENGINES = (*MAKERS, "swapped", "compiled")
+ENGINES = (*MAKERS, "swapped", "compiled", "compiled_bf16")
 
 
 class LocalEngine(Launched):
@@ -97,8 +97,9 @@ def prepare(args: argparse.Namespace) -> tuple[Message, Handlers]:
     function: Callable[..., Any] = model
     if args.engine == "swapped":
         ready["backends"] = _swap(model, args)
-    elif args.engine == "compiled":
-        compiled = disco.compile(model, nodes=args.nodes, example_inputs=(example,))
+    elif args.engine in ("compiled", "compiled_bf16"):
+        dtype = torch.float32 if args.engine == "compiled" else torch.bfloat16
+        compiled = disco.compile(model, nodes=args.nodes, example_inputs=(example,), dtype=dtype)
         function = compiled
         ready["backends"] = sorted(set(compiled.kernel_backends.values()))
         ready["gathered"] = list(compiled.gathered)

@@ -37,8 +37,15 @@ DENSE_ENGINES = {
     "torch_compile": "inductor",
     "onnxruntime": "onnxruntime",
     "openvino": "openvino",
-    "openvino_bf16": "openvino_bf16",
 }
+BF16_ENGINES = {"openvino_bf16": "openvino_bf16"}
+
+# By the dtype to compute in: the dense engines, and what DISCO runs.
+_LINEUPS = {
+    "float32": (torch.float32, DENSE_ENGINES, "compiled"),
+    "bfloat16": (torch.bfloat16, BF16_ENGINES, "compiled_bf16"),
+}
+DTYPES = tuple(_LINEUPS)
 
 _START_TIMEOUT_S = 900.0  # torch.compile of a large model on a slow core
 
@@ -58,6 +65,7 @@ class ThroughputOptions:
     rounds: int = 10
     image_size: int = 224
     engines: Sequence[str] | None = None
+    dtype: str = "float32"
 
 
 def run_throughput(options: ThroughputOptions, say: Say) -> ThroughputResult:
@@ -71,7 +79,8 @@ def run_throughput(options: ThroughputOptions, say: Say) -> ThroughputResult:
         InputError: before any work, for what can be checked before.
     """
     _check(options)
-    chosen, skipped = choose_engines(options.engines)
+    chosen, skipped = choose_engines(options.engines, options.dtype)
+    dtype = _LINEUPS[options.dtype][0]
     recipe = Recipe(
         source=options.source,
         name=options.model,
@@ -87,10 +96,10 @@ def run_throughput(options: ThroughputOptions, say: Say) -> ThroughputResult:
     with tempfile.TemporaryDirectory(prefix="disco-bench-") as name:
         folder = Path(name)
         save_weights(model, folder / "dense.safetensors")
-        dense = whole_model(model, x)
+        dense = whole_model(model, x, dtype=dtype)
         recipe.sparsify_(model)
         save_weights(model, folder / "sparse.safetensors")
-        sparse = whole_model(model, x)
+        sparse = whole_model(model, x, dtype=dtype)
         plan = _plan(model, recipe)
         del model
         engines = {name: _start(options, kind, folder) for name, kind in chosen.items()}
@@ -102,11 +111,11 @@ def run_throughput(options: ThroughputOptions, say: Say) -> ThroughputResult:
             }
             gathered = tuple(engines[DISCO].ready[0]["gathered"])
             # Before and after: the clock may have changed. The engines rest meanwhile.
-            peaks = [_fma_peak_gflops()]
+            peaks = [_fma_peak_gflops(dtype)]
             timings = lineup.measure(
                 x, options.rounds, lambda done: say(f"round {done} of {options.rounds}")
             )
-            peaks.append(_fma_peak_gflops())
+            peaks.append(_fma_peak_gflops(dtype))
             setups = lineup.setups
     return ThroughputResult(
         model=f"{options.source} {options.model}",
@@ -116,6 +125,7 @@ def run_throughput(options: ThroughputOptions, say: Say) -> ThroughputResult:
         threads=options.threads,
         batch=options.batch,
         image_size=options.image_size,
+        dtype=options.dtype,
         timings=timings,
         setups=setups,
         comparisons=comparisons,
@@ -127,11 +137,14 @@ def run_throughput(options: ThroughputOptions, say: Say) -> ThroughputResult:
     )
 
 
-def choose_engines(wanted: Sequence[str] | None) -> tuple[dict[str, str], dict[str, str]]:
+def choose_engines(
+    wanted: Sequence[str] | None, dtype: str = "float32"
+) -> tuple[dict[str, str], dict[str, str]]:
     """The engines to run and those left out.
 
     Args:
         wanted: dense engines by name; None for all that are installed.
+        dtype: of `DTYPES`; every one has its own engines.
 
     Returns:
         name -> kind of `disco.bench.engine`, DISCO last; name -> why it is skipped.
@@ -139,20 +152,21 @@ def choose_engines(wanted: Sequence[str] | None) -> tuple[dict[str, str], dict[s
     Raises:
         InputError: a name that is none, or an engine asked for by name that cannot run here.
     """
-    names = [name for name in (DENSE_ENGINES if wanted is None else wanted) if name != DISCO]
-    unknown = [name for name in names if name not in DENSE_ENGINES]
+    _, engines, ours = _LINEUPS[dtype]
+    names = [name for name in (engines if wanted is None else wanted) if name != DISCO]
+    unknown = [name for name in names if name not in engines]
     if unknown or not names:
         raise InputError(
             f"--engines names {', '.join(map(repr, unknown)) or 'no dense engine'}; the dense "
-            f"engines are {', '.join(DENSE_ENGINES)}, and {DISCO} always runs"
+            f"engines in {dtype} are {', '.join(engines)}, and {DISCO} always runs"
         )
-    reasons = {name: why_missing(DENSE_ENGINES[name]) for name in names}
+    reasons = {name: why_missing(engines[name]) for name in names}
     skipped = {name: reason for name, reason in reasons.items() if reason is not None}
     if skipped and wanted is not None:
         name, reason = next(iter(skipped.items()))
         raise InputError(f"the engine {name} cannot run here: {reason}; or leave it out")
-    chosen = {name: DENSE_ENGINES[name] for name in names if name not in skipped}
-    return {**chosen, DISCO: "compiled"}, skipped
+    chosen = {name: engines[name] for name in names if name not in skipped}
+    return {**chosen, DISCO: ours}, skipped
 
 
 def example_batch(options: ThroughputOptions) -> Tensor:
@@ -183,6 +197,8 @@ def _check(options: ThroughputOptions) -> None:
             f"the CPU kernels are not there to be measured: {error}; "
             "`python -m disco_kernels` tells more"
         )
+    if options.dtype not in DTYPES:
+        raise InputError(f"--dtype is {' or '.join(DTYPES)}, given {options.dtype!r}")
     if options.nodes < 2:
         raise InputError(
             f"{options.nodes} nodes were given; a model has DISCO structure for at least 2"
@@ -207,7 +223,7 @@ def _check(options: ThroughputOptions) -> None:
 
 
 def _start(options: ThroughputOptions, kind: str, folder: Path) -> LocalEngine:
-    weights = "sparse.safetensors" if kind == "compiled" else "dense.safetensors"
+    weights = "sparse.safetensors" if kind.startswith("compiled") else "dense.safetensors"
     return LocalEngine(
         kind,
         source=options.source,
@@ -226,10 +242,10 @@ def _plan(model: nn.Module, recipe: Recipe) -> Plan:
     return api.partition(model, (recipe.example_input,), nodes=recipe.nodes).plan
 
 
-def _fma_peak_gflops() -> float:
+def _fma_peak_gflops(dtype: torch.dtype) -> float:
     """Of one thread; see csrc/cpu/fma_peak.h."""
     extension: Any = importlib.import_module("disco_kernels._C")
-    return float(extension.fma_peak_gflops())
+    return float(extension.fma_peak_gflops(bfloat16=dtype == torch.bfloat16))
 
 
 def _about_weights(options: ThroughputOptions) -> str:

@@ -40,6 +40,7 @@ class ThroughputResult:
     threads: int
     batch: int
     image_size: int
+    dtype: str
     timings: Mapping[str, Timing]
     setups: Mapping[str, Setup]
     comparisons: Mapping[str, Comparison]
@@ -100,6 +101,7 @@ class ThroughputResult:
             "threads": self.threads,
             "batch": self.batch,
             "image_size": self.image_size,
+            "dtype": self.dtype,
             "engines": [self._row(name) for name in self.timings],
             "skipped": dict(self.skipped),
             "summary": self.summary,
