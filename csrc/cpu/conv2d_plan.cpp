@@ -14,8 +14,14 @@ namespace {
 // Input bytes that one work item touches: they stay in a 1 MB second-level cache beside a panel of
 // weights (K = 2,763 of a 3x3 layer with 512 + 51 channels is 354 KB) while the panels go by.
 constexpr int64_t kInputBlockBytes = 256 * 1024;
-// Work items per thread, so that one thread's delay leaves work for the others to take.
-constexpr int64_t kItemsPerThread = 4;
+// Tiles of the smallest block; fewer are not worth the planning.
+constexpr int64_t kFewestTiles = 2;
+
+// How much to hand out next, of what is `left` for all threads: less and less, so that they end at
+// the same time although one of them may be held up.
+int64_t guided(int64_t left, int64_t threads, int64_t fewest, int64_t most) {
+  return std::min(left, std::max(fewest, std::min(most, left / (2 * threads))));
+}
 
 }  // namespace
 
@@ -170,44 +176,52 @@ void ConvPlan::plan_segments(const Node& node, NodePlan& plan) const {
 
 void ConvPlan::plan_items() {
   if (num_pixels == 0) return;
-  int64_t most_channels = 1;
+  int64_t most_channels = 1, all_panels = 0;
   for (const NodePlan& plan : nodes) {
     most_channels = std::max(most_channels, plan.node->num_in_channels());
+    all_panels += plan.num_panels;
   }
   const int64_t bytes_per_pixel =
       most_channels * geometry.stride_h * geometry.stride_w * element_bytes;
-  const int64_t block = std::max<int64_t>(4 * isa.max_pixels, kInputBlockBytes / bytes_per_pixel);
-  int64_t num_blocks = (num_pixels + block - 1) / block;
-  const int64_t num_nodes = static_cast<int64_t>(nodes.size());
-  const int64_t wanted =
-      call.num_threads > 1 ? (kItemsPerThread * call.num_threads + num_nodes - 1) / num_nodes : 1;
-  int64_t groups = 1;
-  if (num_blocks < wanted) {
-    // Too few items for the threads. Whatever is larger is split first, since every thread reads
-    // its share of that and all of the other: the map into blocks, or the weights into panels.
-    const int64_t weight_bytes =
-        most_channels * geometry.taps() * most_panels * panel_width() * element_bytes;
-    if (weight_bytes <= num_pixels * bytes_per_pixel) {
-      num_blocks = std::max(num_blocks, std::min(num_tiles, wanted));
-    }
-    groups = std::max<int64_t>(1, std::min(most_panels, (wanted + num_blocks - 1) / num_blocks));
-    num_blocks = std::max(num_blocks, std::min(num_tiles, (wanted + groups - 1) / groups));
-  }
+  const int64_t block_pixels =
+      std::max<int64_t>(4 * isa.max_pixels, kInputBlockBytes / bytes_per_pixel);
+  const int64_t largest = std::max<int64_t>(1, block_pixels / isa.max_pixels);
+  const int64_t threads = std::max(1, call.num_threads);
+  // Whatever is larger is shared out, since every thread reads its share of that and all of the
+  // other: the map in blocks, or the weights in groups of panels.
+  const int64_t weight_bytes =
+      most_channels * geometry.taps() * most_panels * panel_width() * element_bytes;
+  const bool by_panels = threads > 1 && num_tiles <= largest &&
+                         (weight_bytes > num_pixels * bytes_per_pixel || num_tiles < 4 * threads);
   gathers_by_item =
-      groups == 1 && geometry.taps() == 1 && geometry.padding_h == 0 && geometry.padding_w == 0;
-  // A block's nodes one after the other: they read the same input, which then still is near.
-  for (int64_t b = 0; b < num_blocks; ++b) {
-    const int64_t begin = num_tiles * b / num_blocks;
-    const int64_t end = num_tiles * (b + 1) / num_blocks;
-    most_tiles = std::max(most_tiles, end - begin);
-    for (size_t n = 0; n < nodes.size() && begin < end; ++n) {
-      const int64_t panels = nodes[n].num_panels;
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t first = panels * g / groups;
-        const int64_t count = panels * (g + 1) / groups - first;
-        if (count > 0) items.push_back({static_cast<int32_t>(n), begin, end - begin, first, count});
+      !by_panels && geometry.taps() == 1 && geometry.padding_h == 0 && geometry.padding_w == 0;
+  if (by_panels) {
+    int64_t left = all_panels;
+    for (size_t n = 0; n < nodes.size(); ++n) {
+      for (int64_t first = 0; first < nodes[n].num_panels;) {
+        const int64_t count =
+            std::min(nodes[n].num_panels - first, guided(left, threads, 1, all_panels));
+        items.push_back({static_cast<int32_t>(n), 0, num_tiles, first, count});
+        first += count;
+        left -= count;
       }
     }
+    most_tiles = num_tiles;
+    return;
+  }
+  // A block's nodes one after the other: they read the same input, which then still is near.
+  const int64_t num_blocks = (num_tiles + largest - 1) / largest;
+  const int64_t even = (num_tiles + num_blocks - 1) / num_blocks;
+  for (int64_t begin = 0; begin < num_tiles;) {
+    const int64_t left = num_tiles - begin;
+    const int64_t count =
+        threads == 1 ? std::min(left, even) : guided(left, threads, kFewestTiles, largest);
+    for (size_t n = 0; n < nodes.size(); ++n) {
+      if (nodes[n].num_panels == 0) continue;
+      items.push_back({static_cast<int32_t>(n), begin, count, 0, nodes[n].num_panels});
+    }
+    most_tiles = std::max(most_tiles, count);
+    begin += count;
   }
 }
 

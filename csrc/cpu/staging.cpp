@@ -9,6 +9,9 @@
 namespace disco {
 namespace {
 
+// Some five microseconds of copying.
+constexpr int64_t kAloneBytes = 64 * 1024;
+
 int64_t even(int64_t n) { return (n + 1) / 2 * 2; }
 
 // With three channels a tap is over after three steps, and an image comes in planes: a copy with
@@ -160,8 +163,7 @@ void StagedCall::copy(bool gather) const {
       copy_padded<uint16_t>(padded);
     }
   }
-  if (!gather) return;
-  for (const Gathered& gathered : gathered_) copy_gathered(gathered);
+  if (gather) copy_gathered();
 }
 
 template <typename Element>
@@ -186,12 +188,16 @@ void StagedCall::copy_padded(const Padded& padded) const {
   }
 }
 
-void StagedCall::copy_gathered(const Gathered& gathered) const {
+void StagedCall::copy_gathered() const {
   const int64_t rows = call_.batch * call_.in_h;
-  const int32_t num_threads = call_.num_threads;
+  const int64_t all = rows * static_cast<int64_t>(gathered_.size());
+  // Starting the other threads takes as long as one needs for this much.
+  const int32_t num_threads = bytes_ < kAloneBytes ? 1 : call_.num_threads;
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1)
-  for (int64_t i = 0; i < rows; ++i) {
-    gather_row(gathered, i / call_.in_h, i % call_.in_h, 0, call_.in_w, 1);
+  for (int64_t i = 0; i < all; ++i) {
+    const int64_t row = i % rows;
+    gather_row(gathered_[static_cast<size_t>(i / rows)], row / call_.in_h, row % call_.in_h, 0,
+               call_.in_w, 1);
   }
 }
 

@@ -51,7 +51,7 @@ class StagedCall {
   int64_t reserve(int64_t bytes);
   template <typename Element>
   void copy_padded(const Padded& padded) const;
-  void copy_gathered(const Gathered& gathered) const;
+  void copy_gathered() const;
   // `count` pixels of one row, `step` apart.
   void gather_row(const Gathered& gathered, int64_t n, int64_t h, int64_t w, int64_t count,
                   int64_t step) const;
