@@ -19,11 +19,20 @@ _FEWEST_CHANNELS = 16
 # Output pixels of a map (at least) -> algorithm, largest maps first. The saving grows with the
 # tile, but a weight becomes 16 or 36 words for 9, and the fewer pixels share it, the more reading
 # it costs: F(4x4) needs maps of many tiles, and on the smallest maps nothing pays.
-_BY_PIXELS = ((196, "f4"), (36, "f2"))
+#
+# In bfloat16 direct convolution is twice as fast and Winograd, which multiplies in float32, is not.
+_BY_PIXELS = {
+    torch.float32: ((196, "f4"), (36, "f2")),
+    torch.bfloat16: ((784, "f4"),),
+}
 
 
 def choose_winograd(
-    spec: ConvSpec, out_channels: int, in_channels: int, image_size: Pair | None
+    spec: ConvSpec,
+    out_channels: int,
+    in_channels: int,
+    image_size: Pair | None,
+    dtype: torch.dtype = torch.float32,
 ) -> str:
     """``"off"``, ``"f2"`` or ``"f4"`` for one layer.
 
@@ -31,13 +40,14 @@ def choose_winograd(
         spec: geometry; its own ``winograd`` is not looked at.
         out_channels, in_channels: of one node.
         image_size: (height, width) of the input in pixels; None if not known, which gives "off".
+        dtype: of activations and weights.
     """
     if not spec.winograd_fits or image_size is None:
         return "off"
     if min(out_channels, in_channels) < _FEWEST_CHANNELS:
         return "off"
     height, width = spec.output_size(*image_size)
-    for pixels, algorithm in _BY_PIXELS:
+    for pixels, algorithm in _BY_PIXELS.get(dtype, ()):
         if height * width >= pixels:
             return algorithm
     return "off"
@@ -54,6 +64,7 @@ def resolve_winograd(
     """``spec`` with "auto" replaced by a choice; what has no Winograd gets "off"."""
     if spec.winograd != "auto":
         return spec
-    if backend != "cpu" or dtype != torch.float32:
+    if backend != "cpu":
         return replace(spec, winograd="off")
-    return replace(spec, winograd=choose_winograd(spec, out_channels, in_channels, image_size))
+    chosen = choose_winograd(spec, out_channels, in_channels, image_size, dtype)
+    return replace(spec, winograd=chosen)

@@ -81,8 +81,10 @@ struct WeightShape {
   DataType dtype;
 
   int64_t in_channels() const;
+  // Winograd multiplies in float32 whatever the data type is.
+  bool in_pairs() const { return dtype == kBFloat16 && algorithm == Algorithm::kDirect; }
   // Rows of a panel that a segment has at every tap: a bfloat16 row takes two channels.
-  int64_t rows(int64_t channels) const { return dtype == kFloat32 ? channels : (channels + 1) / 2; }
+  int64_t rows(int64_t channels) const { return in_pairs() ? (channels + 1) / 2 : channels; }
   int64_t rows() const;
   // Weights that every pair of an input and an output channel has when packed.
   int64_t points() const {
@@ -99,7 +101,7 @@ int64_t packed_bytes(const IsaKernels& isa, const WeightShape& shape);
 // tap, channel; for Winograd [point][row][panel width], rows ordered segment, channel. A bfloat16
 // row holds pairs, the last one of an odd segment with a zero. Denormal weights become zero: they
 // cost some 40 times a normal multiplication. Throws std::invalid_argument for Winograd weights
-// that are not 3 x 3 or not float32.
+// that are not 3 x 3.
 void pack_weights(const IsaKernels& isa, const float* weight, const WeightShape& shape,
                   void* packed);
 

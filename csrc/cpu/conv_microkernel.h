@@ -43,8 +43,8 @@ using MicroKernel = void (*)(const Tile&);
 
 // One tile of (M + 2) x (M + 2) pixels, transformed for all listed channel groups.
 struct WinogradInput {
-  const float* const* pixels;  // [(M + 2)^2] start of each pixel's channels
-  const int32_t* groups;       // [num_groups] first channels, vector_length of them each
+  const char* const* pixels;  // [(M + 2)^2] start of each pixel's channels
+  const int32_t* groups;      // [num_groups] first channels, vector_length of them each
   int64_t num_groups;
   int64_t channels;    // that a pixel has; beyond them nothing is read
   float* out;          // [point][out_stride], whole vectors are written
@@ -53,11 +53,11 @@ struct WinogradInput {
 
 // One tile of M x M pixels, transformed back, and the epilogue.
 struct WinogradOutput {
-  const float* products;         // [point][stride], whole vectors are read
-  int64_t stride;                // floats between points
-  const float* bias;             // [num_channels, whole vectors]
-  float* const* out;             // [M^2], nullptr for a pixel outside of the map
-  const float* const* residual;  // [M^2] likewise, or nullptr
+  const float* products;        // [point][stride], whole vectors are read
+  int64_t stride;               // floats between points
+  const float* bias;            // [num_channels, whole vectors]
+  char* const* out;             // [M^2], nullptr for a pixel outside of the map
+  const char* const* residual;  // [M^2] likewise, or nullptr
   int64_t num_channels;
   bool accumulate;  // add what *out holds
   Activation activation;
@@ -85,8 +85,9 @@ struct WordGather {
 
 struct WinogradKernels {
   int32_t m;
-  void (*input)(const WinogradInput&);
-  void (*output)(const WinogradOutput&);
+  // By data type of the activations.
+  void (*input[2])(const WinogradInput&);
+  void (*output[2])(const WinogradOutput&);
 };
 
 struct IsaKernels {

@@ -123,10 +123,9 @@ PackedHeader packed_header(const IsaKernels& isa, const WeightShape& shape) {
 void pack_weights(const IsaKernels& isa, const float* weight, const WeightShape& shape,
                   void* packed) {
   const bool direct = shape.algorithm == Algorithm::kDirect;
-  if (!direct && (shape.taps != 9 || shape.dtype != kFloat32)) {
-    throw std::invalid_argument("Winograd is for float32 kernels of 3 x 3, given " +
-                                std::to_string(shape.taps) + " taps" +
-                                (shape.dtype == kFloat32 ? "" : " in bfloat16"));
+  if (!direct && shape.taps != 9) {
+    throw std::invalid_argument("Winograd is for kernels of 3 x 3, given " +
+                                std::to_string(shape.taps) + " taps");
   }
   std::memset(packed, 0, static_cast<size_t>(packed_bytes(isa, shape)));
   const PackedHeader header = packed_header(isa, shape);

@@ -65,7 +65,7 @@ std::vector<WordStep> word_steps(const std::vector<int32_t>& channels, int64_t h
 bool StagedCall::needed(const Conv2dGeometry& geometry, const std::vector<Node>& nodes,
                         const Conv2dCall& call) {
   if (pads(geometry, call)) return true;
-  if (geometry.dtype == kFloat32) return false;
+  if (geometry.dtype == kFloat32 || geometry.algorithm != Algorithm::kDirect) return false;
   for (const Node& node : nodes) {
     for (const Segment& segment : node.segments) {
       if (!in_pairs(segment)) return true;
@@ -93,7 +93,7 @@ StagedCall::StagedCall(const Conv2dGeometry& geometry, const std::vector<Node>& 
     }
   }
   if (pads(geometry, call)) pad_sources();
-  if (geometry.dtype == kBFloat16) gather_segments();
+  if (geometry.dtype == kBFloat16 && geometry.algorithm == Algorithm::kDirect) gather_segments();
   memory_ = static_cast<char*>(arena(ArenaSlot::kStaging, bytes_));
   for (const Padded& padded : padded_) call_.sources[padded.source].data = memory_ + padded.begin;
   for (const Gathered& g : gathered_) call_.sources[g.source].data = memory_ + g.begin;
@@ -113,7 +113,10 @@ void StagedCall::pad_sources() {
   call_.in_w += 2 * padding_w;
   for (size_t s = 0; s < call_.sources.size(); ++s) {
     SourceView& source = call_.sources[s];
-    const int64_t channels = geometry_.dtype == kFloat32 ? source.channels : even(source.channels);
+    const int64_t channels =
+        geometry_.dtype == kBFloat16 && geometry_.algorithm == Algorithm::kDirect
+            ? even(source.channels)
+            : source.channels;
     const int64_t row = call_.in_w * channels;
     const int64_t begin = reserve(call_.batch * call_.in_h * row * geometry_.element_bytes());
     padded_.push_back({source, s, in_h, in_w, padding_h, padding_w, begin});

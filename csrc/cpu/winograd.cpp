@@ -3,6 +3,7 @@
 // transformed back together with the epilogue.
 
 #include <algorithm>
+#include <cstring>
 #include <exception>
 
 #include "arena.h"
@@ -107,7 +108,8 @@ class Winograd {
       for (const Segment& segment : plan_.nodes[n].node->segments) {
         const int64_t first = sources_[static_cast<size_t>(segment.source)].first;
         for (const int32_t channel : segment.channels) {
-          offsets.push_back(static_cast<int32_t>((first + channel) * plan_.element_bytes));
+          offsets.push_back(
+              static_cast<int32_t>((first + channel) * static_cast<int64_t>(sizeof(float))));
           used[static_cast<size_t>((first + channel) / lanes)] = 1;
         }
       }
@@ -140,20 +142,19 @@ class Winograd {
     const int64_t n = tile / (tiles_h_ * tiles_w_);
     const int64_t h = tile / tiles_w_ % tiles_h_ * m_ - plan_.geometry.padding_h;
     const int64_t w = tile % tiles_w_ * m_ - plan_.geometry.padding_w;
-    const float* pixels[36];
+    const char* pixels[36];
     for (size_t s = 0; s < sources_.size(); ++s) {
       const Map<const char>& source = plan_.sources[s];
       for (int64_t i = 0; i < edge_; ++i) {
         for (int64_t j = 0; j < edge_; ++j) {
           const int64_t ih = h + i, iw = w + j;
           const bool inside = ih >= 0 && ih < plan_.call.in_h && iw >= 0 && iw < plan_.call.in_w;
-          pixels[i * edge_ + j] =
-              reinterpret_cast<const float*>(inside ? source.at(n, ih, iw) : plan_.zeros.data());
+          pixels[i * edge_ + j] = inside ? source.at(n, ih, iw) : plan_.zeros.data();
         }
       }
-      kernels_.input({pixels, sources_[s].groups.data(),
-                      static_cast<int64_t>(sources_[s].groups.size()), source.channels,
-                      transformed_ + slot * row_ + sources_[s].first, count * row_});
+      kernels_.input[plan_.geometry.dtype](
+          {pixels, sources_[s].groups.data(), static_cast<int64_t>(sources_[s].groups.size()),
+           source.channels, transformed_ + slot * row_ + sources_[s].first, count * row_});
     }
   }
 
@@ -209,42 +210,47 @@ class Winograd {
     const int64_t h = tile / tiles_w_ % tiles_h_ * m_;
     const int64_t w = tile % tiles_w_ * m_;
     const int32_t* channels = plan.node->out_channels.data() + first;
-    float* out[16];
-    const float* residual[16];
-    float dense_out[16][kMostPixels], dense_residual[16][kMostPixels];
-    for (int64_t i = 0; i < m_; ++i) {
-      for (int64_t j = 0; j < m_; ++j) {
-        const int64_t p = i * m_ + j, oh = h + i, ow = w + j;
-        out[p] = nullptr;
-        if (oh >= plan_.out_h || ow >= plan_.out_w) continue;
-        out[p] = reinterpret_cast<float*>(plan_.out.at(n, oh, ow));
-        if (call.residual != nullptr) {
-          residual[p] = reinterpret_cast<const float*>(plan_.residual.at(n, oh, ow));
-        }
-        if (plan.scattered) {
-          // Output channels that are no run: a dense copy takes their place.
-          for (int64_t o = 0; o < valid; ++o) {
-            if (call.accumulate) dense_out[p][o] = out[p][channels[o]];
-            if (call.residual != nullptr) dense_residual[p][o] = residual[p][channels[o]];
-          }
-        } else {
-          out[p] += plan.first_out + first;
-          if (call.residual != nullptr) residual[p] += plan.first_out + first;
-        }
+    char* out[16];
+    const char* residual[16];
+    // Output channels that are no run: a dense copy takes their place.
+    alignas(64) char dense_out[16][4 * kMostPixels], dense_residual[16][4 * kMostPixels];
+    char* to[16];
+    const char* added[16];
+    const int64_t begin = (plan.first_out + first) * plan_.element_bytes;
+    for (int64_t p = 0; p < m_ * m_; ++p) {
+      const int64_t oh = h + p / m_, ow = w + p % m_;
+      out[p] = to[p] = nullptr;
+      added[p] = nullptr;
+      if (oh >= plan_.out_h || ow >= plan_.out_w) continue;
+      out[p] = plan_.out.at(n, oh, ow);
+      residual[p] = call.residual != nullptr ? plan_.residual.at(n, oh, ow) : nullptr;
+      if (plan.scattered) {
+        to[p] = dense_out[p];
+        added[p] = dense_residual[p];
+        if (call.accumulate) take(channels, valid, out[p], dense_out[p]);
+        if (call.residual != nullptr) take(channels, valid, residual[p], dense_residual[p]);
+      } else {
+        to[p] = out[p] + begin;
+        if (call.residual != nullptr) added[p] = residual[p] + begin;
       }
     }
-    float* to[16];
-    const float* added[16];
-    for (int64_t p = 0; p < m_ * m_; ++p) {
-      to[p] = plan.scattered && out[p] != nullptr ? dense_out[p] : out[p];
-      added[p] = plan.scattered ? dense_residual[p] : residual[p];
-    }
-    kernels_.output({products, width, plan.bias.data() + first, to,
-                     call.residual != nullptr ? added : nullptr, valid, call.accumulate,
-                     plan_.activation});
+    kernels_.output[plan_.geometry.dtype]({products, width, plan.bias.data() + first, to,
+                                           call.residual != nullptr ? added : nullptr, valid,
+                                           call.accumulate, plan_.activation});
     for (int64_t p = 0; plan.scattered && p < m_ * m_; ++p) {
-      for (int64_t o = 0; out[p] != nullptr && o < valid; ++o)
-        out[p][channels[o]] = dense_out[p][o];
+      const size_t bytes = static_cast<size_t>(plan_.element_bytes);
+      for (int64_t o = 0; out[p] != nullptr && o < valid; ++o) {
+        std::memcpy(out[p] + channels[o] * plan_.element_bytes,
+                    dense_out[p] + o * plan_.element_bytes, bytes);
+      }
+    }
+  }
+
+  // Listed channels of a pixel, one after the other.
+  void take(const int32_t* channels, int64_t count, const char* pixel, char* to) const {
+    const size_t bytes = static_cast<size_t>(plan_.element_bytes);
+    for (int64_t o = 0; o < count; ++o) {
+      std::memcpy(to + o * plan_.element_bytes, pixel + channels[o] * plan_.element_bytes, bytes);
     }
   }
 

@@ -7,7 +7,8 @@
 // 5/8, -5/8, 3/2, -3/2 and infinity: the usual 1 and 2 lose four times as many digits (measured
 // against float64, K = 64, largest error over largest value: 1.6e-6 against 6.3e-6; direct
 // convolution 5.7e-7), and these numbers and their products are exact in binary. weight(g) is
-// computed in float64 when the weights are packed (pack.cpp).
+// computed in float64 when the weights are packed (pack.cpp). Bfloat16 activations are transformed
+// and multiplied in float32: in 8 bits the transforms would lose too much.
 
 #include "winograd_points.h"
 
@@ -65,8 +66,9 @@ inline void winograd_output_line(Vector* m, int step) {
   }
 }
 
-template <int M>
+template <typename Type, int M>
 void winograd_input(const WinogradInput& call) {
+  using Element = typename Type::Element;
   constexpr int N = M + 2;
   for (int64_t g = 0; g < call.num_groups; ++g) {
     const int64_t first = call.groups[g];
@@ -74,10 +76,14 @@ void winograd_input(const WinogradInput& call) {
     Vector d[N * N];
     if (left >= kVectorLength) {
 #pragma GCC unroll 36
-      for (int i = 0; i < N * N; ++i) d[i] = load(call.pixels[i] + first);
+      for (int i = 0; i < N * N; ++i) {
+        d[i] = Type::read(reinterpret_cast<const Element*>(call.pixels[i]) + first);
+      }
     } else {
 #pragma GCC unroll 36
-      for (int i = 0; i < N * N; ++i) d[i] = load_n(call.pixels[i] + first, left);
+      for (int i = 0; i < N * N; ++i) {
+        d[i] = Type::read_n(reinterpret_cast<const Element*>(call.pixels[i]) + first, left);
+      }
     }
 #pragma GCC unroll 6
     for (int j = 0; j < N; ++j) winograd_input_line<M>(d + j, N);
@@ -91,8 +97,9 @@ void winograd_input(const WinogradInput& call) {
   }
 }
 
-template <int M>
+template <typename Type, int M>
 void winograd_output(const WinogradOutput& call) {
+  using Element = typename Type::Element;
   constexpr int N = M + 2;
   for (int64_t c = 0; c < call.num_channels; c += kVectorLength) {
     const int64_t left = call.num_channels - c;
@@ -110,28 +117,34 @@ void winograd_output(const WinogradOutput& call) {
       winograd_output_line<M>(m + i * N, 1);
 #pragma GCC unroll 4
       for (int j = 0; j < M; ++j) {
-        float* out = call.out[i * M + j];
-        if (out == nullptr) continue;
+        if (call.out[i * M + j] == nullptr) continue;
+        Element* out = reinterpret_cast<Element*>(call.out[i * M + j]) + c;
         Vector y = add(m[i * N + j], bias);
         const bool whole = left >= kVectorLength;
-        if (call.accumulate) y = add(y, whole ? load(out + c) : load_n(out + c, left));
+        if (call.accumulate) y = add(y, whole ? Type::read(out) : Type::read_n(out, left));
         if (call.residual != nullptr) {
-          const float* residual = call.residual[i * M + j] + c;
-          y = add(y, whole ? load(residual) : load_n(residual, left));
+          const Element* residual = reinterpret_cast<const Element*>(call.residual[i * M + j]) + c;
+          y = add(y, whole ? Type::read(residual) : Type::read_n(residual, left));
         }
         if (call.activation == kActivationRelu) y = maximum(y, zero());
         if (whole) {
-          store(out + c, y);
+          Type::write(out, y);
         } else {
-          store_n(out + c, y, left);
+          Type::write_n(out, y, left);
         }
       }
     }
   }
 }
 
-constexpr WinogradKernels kWinograd2 = {2, &winograd_input<2>, &winograd_output<2>};
-constexpr WinogradKernels kWinograd4 = {4, &winograd_input<4>, &winograd_output<4>};
+constexpr WinogradKernels kWinograd2 = {
+    2,
+    {&winograd_input<Float32, 2>, &winograd_input<BFloat16, 2>},
+    {&winograd_output<Float32, 2>, &winograd_output<BFloat16, 2>}};
+constexpr WinogradKernels kWinograd4 = {
+    4,
+    {&winograd_input<Float32, 4>, &winograd_input<BFloat16, 4>},
+    {&winograd_output<Float32, 4>, &winograd_output<BFloat16, 4>}};
 
 }  // namespace
 }  // namespace disco
