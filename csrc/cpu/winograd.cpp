@@ -72,7 +72,8 @@ class Winograd {
       for (int64_t c = 0; c < num_chunks_ && !error; ++c) {
         const int64_t begin = num_tiles_ * c / num_chunks_;
         const int64_t count = num_tiles_ * (c + 1) / num_chunks_ - begin;
-#pragma omp for schedule(static)
+        const int64_t share = divide_up(count, kItemsPerThread * num_threads_);
+#pragma omp for schedule(dynamic, share)
         for (int64_t t = 0; t < count; ++t) transform_input(begin + t, t, count);
         const int64_t ranges = ranges_of(count);
         const int64_t items = static_cast<int64_t>(panels_.size()) * ranges;
@@ -133,7 +134,6 @@ class Winograd {
   int64_t ranges_of(int64_t count) const {
     if (num_threads_ == 1) return 1;
     const int64_t panels = std::max<int64_t>(1, static_cast<int64_t>(panels_.size()));
-    if (panels % num_threads_ == 0) return 1;
     return std::min(divide_up(count, plan_.isa.max_pixels),
                     divide_up(kItemsPerThread * num_threads_, panels));
   }
