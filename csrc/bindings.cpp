@@ -16,6 +16,7 @@
 #include "cpu/conv2d.h"
 #include "cpu/fma_peak.h"
 #include "cpu/gather_pack.h"
+#include "cpu/max_pool2d.h"
 
 namespace py = pybind11;
 
@@ -106,6 +107,40 @@ void pack_weights(Address weight, int64_t out_channels,
                       pointer<void>(packed));
 }
 
+// Geometry as of a convolution; x and out with their sizes n, c, h, w and strides n, h, w.
+void max_pool2d(const std::array<int64_t, 8>& window, int32_t dtype,
+                const std::array<int64_t, 4>& size, const ViewArgs& x,
+                const std::array<int64_t, 2>& out_h_w, const ViewArgs& out, int32_t num_threads) {
+  const auto& [kh, kw, sh, sw, ph, pw, dh, dw] = window;
+  disco::MaxPool2dCall call = {};
+  call.window = {kh,
+                 kw,
+                 sh,
+                 sw,
+                 ph,
+                 pw,
+                 dh,
+                 dw,
+                 disco::Algorithm::kDirect,
+                 static_cast<disco::DataType>(dtype)};
+  call.x = {pointer<const void>(std::get<0>(x)),
+            size[1],
+            std::get<1>(x),
+            1,
+            std::get<2>(x),
+            std::get<3>(x)};
+  call.batch = size[0];
+  call.in_h = size[2];
+  call.in_w = size[3];
+  call.out = {pointer<void>(std::get<0>(out)), std::get<1>(out), std::get<2>(out),
+              std::get<3>(out)};
+  call.out_h = out_h_w[0];
+  call.out_w = out_h_w[1];
+  call.num_threads = num_threads;
+  py::gil_scoped_release release;
+  disco::max_pool2d(call);
+}
+
 void gather_pack(Address x, int64_t channels, const std::array<int64_t, 3>& n_h_w,
                  const std::array<int64_t, 3>& strides,
                  const std::vector<std::tuple<Address, int64_t, Address>>& messages,
@@ -152,6 +187,7 @@ PYBIND11_MODULE(_C, m) {
       .def("run", &disco::BoundConv2d::run, py::call_guard<py::gil_scoped_release>());
 
   m.def("gather_pack", &gather_pack);
+  m.def("max_pool2d", &max_pool2d);
 
   m.def("fma_peak_gflops", &disco::fma_peak_gflops, py::arg("bursts") = 20,
         py::arg("bfloat16") = false, py::call_guard<py::gil_scoped_release>());

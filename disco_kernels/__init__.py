@@ -22,6 +22,7 @@ from disco_kernels.kernels import (
     GatherConv2d,
     GatherLinear,
     GatherPack,
+    MaxPool2d,
     PartialConv2d,
     PartialLinear,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "GatherLinear",
     "GatherPack",
     "LayerPattern",
+    "MaxPool2d",
     "Ownership",
     "PartialConv2d",
     "PartialLinear",

@@ -17,6 +17,7 @@ from disco_kernels.core import (
     as_sources,
     channel_run,
     channels_last,
+    empty_output,
     execute,
     image_as_tokens,
     index_tensor,
@@ -342,6 +343,39 @@ class GatherLinear(_GatherKernel):
     ) -> Tensor:
         image = self._input(tokens_as_image(x, "x"))
         return self._run_tokens([image], residual, out, x.shape[:-1])
+
+
+class MaxPool2d:
+    """Max pooling in channels-last memory, as ``torch.nn.functional.max_pool2d`` computes it.
+
+    Args:
+        window: kernel, stride, padding (at most half of the kernel) and dilation.
+        backend: a name, or None for the automatic choice (made at each call's dtype and device).
+    """
+
+    def __init__(self, window: ConvSpec, backend: str | None = None) -> None:
+        kernel, padding = window.kernel_size, window.padding
+        if any(2 * p > k for p, k in zip(padding, kernel, strict=True)):
+            raise ValueError(f"padding {padding} must be at most half of the kernel {kernel}")
+        self.window = window
+        self.backend = backend
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """``[B, C, H, W]`` -> ``[B, C, OH, OW]`` in channels-last memory, ``out`` if given."""
+        x = channels_last(x, "x")
+        shape = (*x.shape[:2], *self.window.output_size(x.shape[2], x.shape[3]))
+        if out is None:
+            out = empty_output(x, *shape[1:])
+        if tuple(out.shape) != shape or out.dtype != x.dtype or out.device != x.device:
+            raise ValueError(
+                f"out must be {list(shape)} {x.dtype} on {x.device}, given {list(out.shape)} "
+                f"{out.dtype} on {out.device}"
+            )
+        if channels_last(out, "out") is not out:
+            raise ValueError(f"out must have a channel stride of 1, given {out.stride()}")
+        backend = registry.get(registry.resolve(self.backend, x.device, x.dtype))
+        backend.max_pool2d_(x, self.window, out)
+        return out
 
 
 class GatherPack:

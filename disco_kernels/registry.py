@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from disco_kernels.spec import Conv2dDescriptor
+from disco_kernels.spec import Conv2dDescriptor, ConvSpec
 
 BACKEND_VARIABLE = "DISCO_KERNELS_BACKEND"
 
@@ -96,6 +96,10 @@ class Backend(ABC):
     @abstractmethod
     def prepare(self, descriptor: Conv2dDescriptor, dtype: torch.dtype) -> PreparedConv2d:
         """``dtype`` is that of the weights, and of every tensor of the calls."""
+
+    @abstractmethod
+    def max_pool2d_(self, x: Tensor, window: ConvSpec, out: Tensor) -> None:
+        """Write the largest value of every window of ``x`` to ``out``, channel stride 1."""
 
     @abstractmethod
     def gather_pack_(self, x: Tensor, index: Sequence[Tensor], messages: Sequence[Tensor]) -> None:

@@ -1,7 +1,6 @@
 // Portable part of the convolution: tiles, borders and threads around the micro-kernels.
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 
@@ -16,7 +15,7 @@ namespace {
 // takes all panels; beyond, every panel takes all tiles. ResNet-50 for two nodes at density 0.2,
 // whole pass, one thread, 2 MB cache: 46.4 ms with 0, 44.3 with 192 KB, 43.5 with 390 KB, 44.5 with
 // 780 KB.
-const int64_t kNearWeightBytes = (getenv("NW") ? atoi(getenv("NW")) : 384) * 1024;
+constexpr int64_t kNearWeightBytes = 384 * 1024;
 
 constexpr int kMostPixels = 64;  // of any ISA's tile
 

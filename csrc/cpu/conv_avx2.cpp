@@ -30,6 +30,9 @@ Vector subtract(Vector a, Vector b) { return _mm256_sub_ps(a, b); }
 Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
 // The second operand is returned where either is NaN: a NaN in `a` stays, as torch.relu keeps it.
 Vector maximum(Vector a, Vector b) { return _mm256_max_ps(b, a); }
+Vector maximum_or_nan(Vector a, Vector b) {
+  return _mm256_blendv_ps(maximum(a, b), b, _mm256_cmp_ps(b, b, _CMP_UNORD_Q));
+}
 Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 
 using Pairs = __m256i;
@@ -80,14 +83,21 @@ void store_bf16_n(uint16_t* x, Vector v, int64_t n) {
 }  // namespace disco
 
 #include "conv_microkernel_body.h"
+#include "pool_body.h"
 #include "winograd_body.h"
 
 namespace disco {
 
 const IsaKernels& avx2_kernels() {
-  static constexpr IsaKernels table = {
-      "avx2",      kVectorLength, kMaxVectors, kMaxPixels, {kFloat32Kernels, kBFloat16Kernels},
-      &kWinograd2, &kWinograd4,   nullptr};
+  static constexpr IsaKernels table = {"avx2",
+                                       kVectorLength,
+                                       kMaxVectors,
+                                       kMaxPixels,
+                                       {kFloat32Kernels, kBFloat16Kernels},
+                                       &kWinograd2,
+                                       &kWinograd4,
+                                       {&largest_pixel<Float32>, &largest_pixel<BFloat16>},
+                                       nullptr};
   return table;
 }
 

@@ -42,14 +42,21 @@ void store_bf16_n(uint16_t* x, Vector v, int64_t n) {
 
 #include "conv_microkernel_body.h"
 #include "gather_words_avx512.h"
+#include "pool_body.h"
 #include "winograd_body.h"
 
 namespace disco {
 
 const IsaKernels& avx512_kernels() {
-  static constexpr IsaKernels table = {
-      "avx512",    kVectorLength, kMaxVectors,  kMaxPixels, {kFloat32Kernels, kBFloat16Kernels},
-      &kWinograd2, &kWinograd4,   &gather_words};
+  static constexpr IsaKernels table = {"avx512",
+                                       kVectorLength,
+                                       kMaxVectors,
+                                       kMaxPixels,
+                                       {kFloat32Kernels, kBFloat16Kernels},
+                                       &kWinograd2,
+                                       &kWinograd4,
+                                       {&largest_pixel<Float32>, &largest_pixel<BFloat16>},
+                                       &gather_words};
   return table;
 }
 

@@ -83,6 +83,14 @@ struct WordGather {
   int64_t num_steps;
 };
 
+// Pixels of one map; the channels of all of them give one of `out`.
+struct PixelList {
+  const char* const* pixels;
+  int64_t num_pixels;  // at least 1
+  int64_t channels;
+  char* out;
+};
+
 struct WinogradKernels {
   int32_t m;
   // By data type of the activations.
@@ -99,7 +107,8 @@ struct IsaKernels {
   const MicroKernel* kernels[2];
   const WinogradKernels* winograd2;
   const WinogradKernels* winograd4;
-  void (*gather_words)(const WordGather&);  // nullptr: no faster than word by word
+  void (*largest_pixel[2])(const PixelList&);  // by data type
+  void (*gather_words)(const WordGather&);     // nullptr: no faster than word by word
 };
 
 const IsaKernels& scalar_kernels();

@@ -45,6 +45,13 @@ Vector maximum(const Vector& a, const Vector& b) {
   for (int i = 0; i < kVectorLength; ++i) v.lane[i] = a.lane[i] < b.lane[i] ? b.lane[i] : a.lane[i];
   return v;
 }
+Vector maximum_or_nan(const Vector& a, const Vector& b) {
+  Vector v = maximum(a, b);
+  for (int i = 0; i < kVectorLength; ++i) {
+    if (b.lane[i] != b.lane[i]) v.lane[i] = b.lane[i];
+  }
+  return v;
+}
 Vector multiply_add(const Vector& a, const Vector& b, const Vector& c) {
   Vector v;
   for (int i = 0; i < kVectorLength; ++i) v.lane[i] = a.lane[i] * b.lane[i] + c.lane[i];
@@ -103,14 +110,21 @@ void store_bf16(uint16_t* x, const Vector& v) { store_bf16_n(x, v, kVectorLength
 }  // namespace disco
 
 #include "conv_microkernel_body.h"
+#include "pool_body.h"
 #include "winograd_body.h"
 
 namespace disco {
 
 const IsaKernels& scalar_kernels() {
-  static constexpr IsaKernels table = {
-      "scalar",    kVectorLength, kMaxVectors, kMaxPixels, {kFloat32Kernels, kBFloat16Kernels},
-      &kWinograd2, &kWinograd4,   nullptr};
+  static constexpr IsaKernels table = {"scalar",
+                                       kVectorLength,
+                                       kMaxVectors,
+                                       kMaxPixels,
+                                       {kFloat32Kernels, kBFloat16Kernels},
+                                       &kWinograd2,
+                                       &kWinograd4,
+                                       {&largest_pixel<Float32>, &largest_pixel<BFloat16>},
+                                       nullptr};
   return table;
 }
 

@@ -30,6 +30,9 @@ inline Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
 inline Vector subtract(Vector a, Vector b) { return _mm512_sub_ps(a, b); }
 // The second operand is returned where either is NaN: a NaN in `a` stays, as torch.relu keeps it.
 inline Vector maximum(Vector a, Vector b) { return _mm512_max_ps(b, a); }
+inline Vector maximum_or_nan(Vector a, Vector b) {
+  return _mm512_mask_mov_ps(maximum(a, b), _mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q), b);
+}
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 
 inline Vector widen(__m256i x) {

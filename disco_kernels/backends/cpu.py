@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from disco_kernels.registry import Backend, PreparedConv2d, register
-from disco_kernels.spec import ACTIVATIONS, Channels, Conv2dDescriptor
+from disco_kernels.spec import ACTIVATIONS, Channels, Conv2dDescriptor, ConvSpec
 
 # The numbers of csrc/cpu/conv2d.h's Algorithm.
 _ALGORITHMS = {"off": 0, "f2": 2, "f4": 4}
@@ -202,6 +202,18 @@ class CpuBackend(Backend):
 
     def prepare(self, descriptor: Conv2dDescriptor, dtype: torch.dtype) -> PreparedConv2d:
         return _CpuConv2d(self.extension, descriptor, dtype)
+
+    def max_pool2d_(self, x: Tensor, window: ConvSpec, out: Tensor) -> None:
+        source, target = x.stride(), out.stride()
+        self.extension.max_pool2d(
+            (*window.kernel_size, *window.stride, *window.padding, *window.dilation),
+            _DTYPES[x.dtype],
+            tuple(x.shape),
+            (x.data_ptr(), source[0], source[2], source[3]),
+            tuple(out.shape[2:]),
+            (out.data_ptr(), target[0], target[2], target[3]),
+            torch.get_num_threads(),
+        )
 
     def gather_pack_(self, x: Tensor, index: Sequence[Tensor], messages: Sequence[Tensor]) -> None:
         stride_n, _, stride_h, stride_w = x.stride()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from disco_kernels.registry import Backend, PreparedConv2d, register
-from disco_kernels.spec import Channels, Conv2dDescriptor
+from disco_kernels.spec import Channels, Conv2dDescriptor, ConvSpec
 
 
 def _take(x: Tensor, channels: Channels) -> Tensor:
@@ -117,6 +117,14 @@ class ReferenceBackend(Backend):
 
     def prepare(self, descriptor: Conv2dDescriptor, dtype: torch.dtype) -> PreparedConv2d:
         return _ReferenceConv2d(descriptor)
+
+    @torch.no_grad()
+    def max_pool2d_(self, x: Tensor, window: ConvSpec, out: Tensor) -> None:
+        out.copy_(
+            F.max_pool2d(
+                x, window.kernel_size, window.stride, window.padding, dilation=window.dilation
+            )
+        )
 
     @torch.no_grad()
     def gather_pack_(self, x: Tensor, index: Sequence[Tensor], messages: Sequence[Tensor]) -> None:

@@ -21,6 +21,7 @@ from disco.program import Op, Program, Ref, WeightRef, evaluate_dim, map_leaves
 DEADLINE_S = 30.0
 
 _PREPARE: dict[str, Callable[[Op, Preparation], Step]] = {
+    "aten.max_pool2d.default": kernels.prepare_max_pool2d,
     "disco.assemble": exchange.prepare_assemble,
     "disco.conv2d": kernels.prepare_conv2d,
     "disco.empty": exchange.prepare_empty,

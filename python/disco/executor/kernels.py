@@ -10,8 +10,8 @@ from torch import Tensor
 
 import disco_kernels as dk
 from disco.errors import InputError
-from disco.executor.steps import REQUEST_SLOT, Preparation, Run, Step, Values
-from disco.program import Op, pure_function
+from disco.executor.steps import REQUEST_SLOT, Preparation, Run, Step, Values, prepare_pure
+from disco.program import Op, Ref, pure_function
 
 
 def prepare_conv2d(op: Op, prepare: Preparation) -> Step:
@@ -111,6 +111,34 @@ def prepare_gather_linear(op: Op, prepare: Preparation) -> Step:
         pool=prepare.pool,
     )
     return _over_input(op, prepare, kernel, x, residual)
+
+
+def prepare_max_pool2d(op: Op, prepare: Preparation) -> Step:
+    """Max pooling without leaving channels-last; what the kernel does not do, torch does."""
+    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+    given = {**dict(zip(names, op.args[1:], strict=False)), **op.kwargs}
+    info = prepare.values.get(op.args[0].name) if isinstance(op.args[0], Ref) else None
+    served = info is not None and len(info.shape) == 4 and info.dtype in ("float32", "bfloat16")
+    if given.get("ceil_mode", False) or not served:
+        return prepare_pure(op, prepare)
+    kernel_size: Any = given["kernel_size"]
+    stride: Any = given.get("stride") or kernel_size
+    padding: Any = given.get("padding", 0)
+    dilation: Any = given.get("dilation", 1)
+    window = dk.ConvSpec(_both(kernel_size), _both(stride), _both(padding), _both(dilation))
+    pool = dk.MaxPool2d(window, prepare.backend)
+    slot, target = prepare.slot_of(op.args[0], op), prepare.slot(op.name)
+
+    def run(values: Values) -> Tensor:
+        return pool(values[slot], values[REQUEST_SLOT].activations.out.get(target))
+
+    return Step(op.name, run, target, writes_out=True)
+
+
+def _both(value: Any) -> tuple[int, int]:
+    """torch's sizes: one number, or one or two in a tuple."""
+    pair = value if isinstance(value, tuple) else (value,)
+    return (pair[0], pair[-1])
 
 
 def _prepare_grouped(op: Op, prepare: Preparation) -> Step:
