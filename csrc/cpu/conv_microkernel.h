@@ -52,5 +52,8 @@ const IsaKernels& avx2_kernels();
 #if defined(DISCO_HAVE_AVX512)
 const IsaKernels& avx512_kernels();
 #endif
+#if defined(DISCO_HAVE_NEON)
+const IsaKernels& neon_kernels();
+#endif
 
 }  // namespace disco

@@ -1,0 +1,68 @@
+// NEON micro-kernels for AArch64: 5 pixels x 16 output channels, 20 of 32 registers accumulate;
+// four hold weights, five the inputs, so that all loads of a step can be on their way before its
+// first multiply-add.
+//
+// Chosen by what GCC 12 (-O3, no -mcpu) makes of the loop, and by LLVM 19's models of the cores; a
+// model, not a measurement. Per step of K:
+//
+//   tile         5x16   6x16   7x12   8x12    8x8
+//   multiply-add   20     24     21     24     16
+//   instructions   33     40     36     45     31
+//   spilled         0      2      0      3      0 accumulators
+//   Neoverse N1  10.1   13.1   10.6   14.1    8.1 cycles (as the Cortex-A76 of a Raspberry Pi 5)
+//   Cortex-A72   20.1   24.1   21.1   24.1   16.1 cycles
+//   Cortex-A55   32.0   42.0   30.0   41.0   27.0 cycles (in order)
+//
+// Whatever does not spill keeps the multipliers of the larger cores busy. Of those, 5x16 issues the
+// fewest instructions a multiply-add, and 16 divides the usual numbers of channels where 12 leaves
+// narrow panels.
+
+#include <arm_neon.h>
+
+#include <cstdint>
+
+namespace disco {
+namespace {
+
+constexpr int kVectorLength = 4;
+constexpr int kMaxVectors = 4;
+constexpr int kMaxPixels = 5;
+
+using Vector = float32x4_t;
+
+Vector zero() { return vdupq_n_f32(0.0f); }
+// Compilers merge this into the multiply-add, which can take its factor from one lane: the input is
+// then a scalar load with an index, and no register is filled with copies.
+Vector broadcast(const float* x) { return vdupq_n_f32(*x); }
+Vector load(const float* x) { return vld1q_f32(x); }
+// NEON has no masked load or store; n is 1, 2 or 3.
+Vector load_n(const float* x, int64_t n) {
+  Vector v = vld1q_lane_f32(x, zero(), 0);
+  if (n > 1) v = vld1q_lane_f32(x + 1, v, 1);
+  if (n > 2) v = vld1q_lane_f32(x + 2, v, 2);
+  return v;
+}
+void store(float* x, Vector v) { vst1q_f32(x, v); }
+void store_n(float* x, Vector v, int64_t n) {
+  vst1q_lane_f32(x, v, 0);
+  if (n > 1) vst1q_lane_f32(x + 1, v, 1);
+  if (n > 2) vst1q_lane_f32(x + 2, v, 2);
+}
+Vector add(Vector a, Vector b) { return vaddq_f32(a, b); }
+// NaN where either operand is: a NaN in `a` stays, as torch.relu keeps it.
+Vector maximum(Vector a, Vector b) { return vmaxq_f32(a, b); }
+Vector multiply_add(Vector a, Vector b, Vector c) { return vfmaq_f32(c, a, b); }
+
+}  // namespace
+}  // namespace disco
+
+#include "conv_microkernel_body.h"
+
+namespace disco {
+
+const IsaKernels& neon_kernels() {
+  static constexpr IsaKernels table = {"neon", kVectorLength, kMaxVectors, kMaxPixels, kKernels};
+  return table;
+}
+
+}  // namespace disco
