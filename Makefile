@@ -2,6 +2,10 @@
 # make test   the fast tests                    make bench   the benchmarks
 # make test-slow   every test but the GPU's     make clean   removes what these made
 #
+# The kernels alone, in a C++ program that needs no Python (CMake and a compiler):
+# make selftest   natively      make selftest-sanitized   with ASan and UBSan
+# make selftest-neon   cross-compiled for AArch64, under qemu's emulation
+#
 # Everything happens in $(VENV). Set PYTHON to choose the interpreter, TORCH to choose the torch
 # (a torch that already is in $(VENV) and is new enough stays).
 
@@ -22,7 +26,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproj
 # torchvision asks for one exact torch. Naming the torch that is there keeps pip from replacing it.
 INSTALLED_TORCH = torch==$$($(BIN)/python -c 'import importlib.metadata as m; print(m.version("torch"))')
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench clean selftest selftest-sanitized selftest-neon
 
 demo: $(STAMPS)/demo
 	$(BIN)/disco demo $(DEMO_ARGS)
@@ -39,9 +43,40 @@ bench: $(STAMPS)/test
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+	find csrc tests -name '*.cpp' -o -name '*.hpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/mypy
 	PYTHONPATH=python $(BIN)/lint-imports
+
+# $(call build_selftest,directory,settings)
+build_selftest = \
+  cmake -S . -B build/$(1) -DDISCO_BUILD_SELFTEST=ON $(2) >/dev/null && \
+  cmake --build build/$(1) --parallel $$(nproc) >/dev/null
+# Threads that sleep while they wait: spinning takes the cores from the threads waited for, wherever
+# these have something else to do.
+RUN_SELFTEST = OMP_WAIT_POLICY=passive
+
+selftest:
+	$(call build_selftest,selftest)
+	$(RUN_SELFTEST) build/selftest/conv_selftest
+
+SANITIZE := -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+
+selftest-sanitized:
+	$(call build_selftest,selftest-sanitized,-DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS="$(SANITIZE)")
+	$(RUN_SELFTEST) build/selftest-sanitized/conv_selftest
+
+CROSS_CXX ?= aarch64-linux-gnu-g++
+CROSS_ROOT ?= /usr/aarch64-linux-gnu
+QEMU ?= $(or $(shell command -v qemu-aarch64-static),qemu-aarch64)
+
+# Both by name: a build that left NEON out would otherwise pass.
+selftest-neon:
+	@for tool in $(CROSS_CXX) $(QEMU); do command -v $$tool >/dev/null || { \
+	  echo "There is no $$tool. Debian and Ubuntu have it: apt-get install g++-aarch64-linux-gnu qemu-user-static. On an AArch64 machine, make selftest does the same." >&2; \
+	  exit 1; }; done
+	$(call build_selftest,selftest-neon,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(CROSS_CXX))
+	for isa in scalar neon; do \
+	  DISCO_KERNELS_ISA=$$isa $(RUN_SELFTEST) $(QEMU) -L $(CROSS_ROOT) build/selftest-neon/conv_selftest; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info disco_kernels/_C.*.so

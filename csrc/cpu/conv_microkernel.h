@@ -121,5 +121,8 @@ const IsaKernels& avx512_kernels();
 #if defined(DISCO_HAVE_AVX512BF16)
 const IsaKernels& avx512bf16_kernels();
 #endif
+#if defined(DISCO_HAVE_NEON)
+const IsaKernels& neon_kernels();
+#endif
 
 }  // namespace disco

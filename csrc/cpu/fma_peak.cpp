@@ -26,6 +26,9 @@ const FmaLoop& active_fma_loop([[maybe_unused]] bool bfloat16) {
 #if defined(DISCO_HAVE_AVX2)
   if (std::strcmp(active_isa().name, "avx2") == 0) return avx2_fma_loop();
 #endif
+#if defined(DISCO_HAVE_NEON)
+  if (std::strcmp(active_isa().name, "neon") == 0) return neon_fma_loop();
+#endif
   return scalar_fma_loop();
 }
 

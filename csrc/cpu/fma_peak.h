@@ -11,8 +11,9 @@ namespace disco {
 constexpr int kFmaChains = 12;
 
 // A loop over registers for one instruction set. `run` writes one sum to `sink`, so that no
-// compiler can leave the loop out, and computes x = x * factors[0] + factors[1] in kFmaChains
-// chains that start from factors[2 + i], so that none can foresee it or compute a chain for two.
+// compiler can leave the loop out, and computes x = x * factors[0] + factors[1] (in NEON x +
+// factors[0] * factors[1]) in kFmaChains chains that start from factors[2 + i], so that none can
+// foresee it or compute a chain for two.
 struct FmaLoop {
   const char* isa;          // as IsaKernels names it
   int64_t flops_per_round;  // a multiply-add counts as two
@@ -23,6 +24,7 @@ const FmaLoop& scalar_fma_loop();
 const FmaLoop& avx2_fma_loop();
 const FmaLoop& avx512_fma_loop();
 const FmaLoop& avx512bf16_fma_loop();
+const FmaLoop& neon_fma_loop();
 
 // GFLOP/s of the calling thread in the instruction set in use, multiplying float32 or, if asked for
 // and the instruction set can, bfloat16; without such instructions that is float32 too. The best of

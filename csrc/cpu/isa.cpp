@@ -24,6 +24,9 @@ std::vector<const IsaKernels*> usable_isas() {
 #endif
   }
 #endif
+#if defined(DISCO_HAVE_NEON)
+  usable.push_back(&neon_kernels());  // AArch64 is not to be had without
+#endif
   return usable;
 }
 

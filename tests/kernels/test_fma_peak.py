@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 
 import pytest
 
 from disco_kernels.backends.cpu import extension_status
 from tests.kernels.process import ROOT, python
+from tests.kernels.toolchains import TARGETS, compile_source
 
 STATUS = extension_status()
 pytestmark = pytest.mark.skipif(STATUS.error is not None, reason=f"no extension: {STATUS.error}")
 
 CHAINS = 12
-FLAGS = {"avx2": "-mavx2 -mfma", "avx512": "-mavx512f -mfma"}
 
 
 def test_every_instruction_set_has_a_peak() -> None:
@@ -27,25 +25,17 @@ def test_every_instruction_set_has_a_peak() -> None:
         assert name == isa and float(peak) > 0
 
 
-@pytest.mark.parametrize("isa", FLAGS)
+@pytest.mark.parametrize("isa", TARGETS)
 def test_the_compiler_keeps_every_chain(isa: str) -> None:
     """Merged chains would count multiply-adds that nobody computes."""
-    compiler = shutil.which("g++")
-    if compiler is None or isa not in STATUS.available_isas or not (ROOT / "csrc").is_dir():
-        pytest.skip(f"needs g++, the sources and {isa}")
-    built = subprocess.run(
-        [
-            *(compiler, "-std=c++17", "-O3", "-fPIC", "-Icsrc", *FLAGS[isa].split()),
-            *("-S", f"csrc/cpu/fma_peak_{isa}.cpp", "-o", "-"),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    wide = {"avx2": "ymm", "avx512": "zmm"}[isa]
-    found = re.findall(rf"vfn?m(?:add|sub)\w*ps\s.*%{wide}", built.stdout)
+    target = TARGETS[isa]
+    compiler = target.tool("g++")
+    if compiler is None or not (ROOT / "csrc").is_dir():
+        pytest.skip(f"needs g++ for {target.machine} and the sources")
+    source = f"csrc/cpu/fma_peak_{isa}.cpp"
+    assembly = compile_source(compiler, target, source, "-O3", "-S", "-o", "-")
+    found = re.findall(target.multiply_add, assembly)
     # One pass through the loop, or several if the compiler unrolled it.
     assert len(found) >= CHAINS and len(found) % CHAINS == 0, found
-    shared = re.findall(r"^\s*\.(?:globl|weak)\s+(\S+)", built.stdout, re.MULTILINE)
+    shared = re.findall(r"^\s*\.(?:globl|global|weak)\s+(\S+)", assembly, re.MULTILINE)
     assert len(shared) == 1 and f"{isa}_fma_loop" in shared[0], shared

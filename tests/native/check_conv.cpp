@@ -1,0 +1,126 @@
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "check.h"
+#include "guarded.h"
+#include "oracle.h"
+
+namespace selftest {
+namespace {
+
+bool same_bits(float a, float b) { return std::memcmp(&a, &b, sizeof(a)) == 0; }
+
+// The packed weights of all nodes, one after the other.
+std::vector<char> packed_weights(const ConvCase& conv, const ConvData& data, Edge edge) {
+  const disco::IsaKernels& isa = disco::active_isa();
+  std::vector<char> all;
+  for (size_t n = 0; n < conv.nodes.size(); ++n) {
+    const disco::Node& node = conv.nodes[n];
+    const int64_t outputs = static_cast<int64_t>(node.out_channels.size());
+    std::vector<int64_t> counts;
+    for (const disco::Segment& segment : node.segments) {
+      counts.push_back(static_cast<int64_t>(segment.channels.size()));
+    }
+    const disco::WeightShape shape = {outputs, counts, conv.geometry.taps(),
+                                      conv.geometry.algorithm, conv.geometry.dtype};
+    const int64_t size = disco::packed_bytes(isa, shape);
+    const Guarded<float> weight = Guarded<float>::frozen(data.weights[n], edge);
+    const Guarded<char> packed(static_cast<size_t>(size), edge);
+    disco::pack_weights(isa, weight.data(), shape, packed.data());
+    const std::vector<char> values = packed.values();
+    all.insert(all.end(), values.begin(), values.end());
+  }
+  return all;
+}
+
+// What the output's buffer holds after one call.
+std::vector<float> run(const ConvCase& conv, const ConvData& data, Edge edge, int32_t num_threads) {
+  using Frozen = Guarded<float>;
+  std::vector<Guarded<float>> sources;
+  disco::Conv2dCall call = {};
+  for (const Tensor& x : data.sources) {
+    sources.push_back(Frozen::frozen(x.values, edge));
+    call.sources.push_back(
+        {sources.back().data(), x.c, x.stride_n, x.stride_c, x.stride_h, x.stride_w});
+  }
+  call.batch = conv.batch;
+  call.in_h = conv.in_h;
+  call.in_w = conv.in_w;
+  const Guarded<char> packed = Guarded<char>::frozen(packed_weights(conv, data, edge), edge);
+  call.packed = packed.data();
+  call.packed_bytes = static_cast<int64_t>(packed.size());
+  const Guarded<float> bias = Frozen::frozen(data.bias, edge);
+  call.bias = bias.data();
+  const std::vector<float> nothing;
+  const Guarded<float> residual =
+      Frozen::frozen(conv.residual ? data.residual[0].values : nothing, edge);
+  call.residual = residual.data();
+  if (conv.residual) {
+    call.residual_stride_n = data.residual[0].stride_n;
+    call.residual_stride_h = data.residual[0].stride_h;
+    call.residual_stride_w = data.residual[0].stride_w;
+  }
+  const Guarded<float> out(data.out.values, edge);
+  call.out = {out.data(), data.out.stride_n, data.out.stride_h, data.out.stride_w};
+  call.out_channels = conv.out_channels;
+  call.accumulate = conv.accumulate;
+  call.num_threads = num_threads;
+
+  disco::Conv2d(conv.geometry, conv.nodes, conv.activation).run(call);
+  return out.values();
+}
+
+std::string place(const Tensor& x, int64_t n, int64_t h, int64_t w, int64_t c) {
+  return "batch " + std::to_string(n) + ", row " + std::to_string(h) + ", pixel " +
+         std::to_string(w) + ", channel " + std::to_string(c) + " of " + std::to_string(x.c);
+}
+
+}  // namespace
+
+void check_conv(const ConvCase& conv, Tally& tally) {
+  const ConvData data(conv);
+  const bool end_first = conv.seed % 2 == 0;
+  const std::vector<float> one = run(conv, data, end_first ? Edge::kEnd : Edge::kBegin, 1);
+  const std::vector<float> two = run(conv, data, end_first ? Edge::kBegin : Edge::kEnd, 2);
+  tally.calls += 2;
+  for (size_t i = 0; i < one.size(); ++i) {
+    if (!same_bits(one[i], two[i])) {
+      throw CheckFailed("two threads give other bits than one at element " + std::to_string(i));
+    }
+  }
+
+  std::vector<bool> owned(one.size(), false);
+  for (size_t number = 0; number < conv.nodes.size(); ++number) {
+    const Expected expected = expected_of(conv, data, number);
+    size_t at = 0;
+    for (int64_t n = 0; n < data.out.n; ++n) {
+      for (int64_t h = 0; h < data.out.h; ++h) {
+        for (int64_t w = 0; w < data.out.w; ++w) {
+          for (const int32_t c : conv.nodes[number].out_channels) {
+            const size_t i = static_cast<size_t>(data.out.index(n, h, w, c));
+            owned[i] = true;
+            double fraction = 0;
+            const std::string wrong =
+                compare(one[i], expected.value[at], expected.bound[at], fraction);
+            if (!wrong.empty()) {
+              throw CheckFailed("node " + std::to_string(number) + ", " +
+                                place(data.out, n, h, w, c) + ": " + wrong);
+            }
+            tally.worst = std::max(tally.worst, fraction);
+            ++tally.outputs;
+            ++at;
+          }
+        }
+      }
+    }
+  }
+  for (size_t i = 0; i < one.size(); ++i) {
+    if (!owned[i] && !same_bits(one[i], data.out.values[i])) {
+      throw CheckFailed("element " + std::to_string(i) + " of the output's buffer was written, " +
+                        "which is no node's");
+    }
+  }
+}
+
+}  // namespace selftest

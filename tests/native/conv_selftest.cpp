@@ -1,0 +1,165 @@
+// Runs the kernels of every instruction set that this machine has against a plain loop.
+//
+//   conv_selftest           everything
+//   conv_selftest "layer 7" one case, under the name that a failure gave
+//
+// DISCO_KERNELS_ISA restricts it to one instruction set. Prints what was covered; ends with 1 and
+// the case if anything was wrong.
+
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "check.h"
+#include "guarded.h"
+#include "oracle.h"
+
+namespace selftest {
+namespace {
+
+// A child's words to the process that waits for it: they outlive a fatal access.
+struct Report {
+  char current[2000];
+  char summary[2000];
+};
+
+void say(char (&to)[2000], const std::string& text) {
+  std::snprintf(to, sizeof(to), "%s", text.c_str());
+}
+
+// Whether the comparison notices a mistake of a ten thousandth, and a value that is no number.
+void check_the_comparison() {
+  const CaseList list = tile_cases();
+  int64_t noticed = 0;
+  for (size_t i = 0; i < 20; ++i) {
+    const ConvData data(list.cases[i]);
+    const Expected expected = expected_of(list.cases[i], data, 0);
+    for (size_t o = 0; o < expected.value.size(); ++o) {
+      const double value = expected.value[o], bound = expected.bound[o];
+      const float right = static_cast<float>(value);
+      const float nudged = right + 1e-4f;
+      double fraction = 0;
+      if (!compare(right, value, bound, fraction).empty()) {
+        throw CheckFailed("the comparison refuses the right value");
+      }
+      for (const float wrong : {nudged, std::nanf("")}) {
+        if (compare(wrong, value, bound, fraction).empty()) {
+          throw CheckFailed("the comparison accepts a wrong value");
+        }
+        ++noticed;
+      }
+    }
+  }
+  if (noticed == 0) throw CheckFailed("the comparison was not tried");
+}
+
+std::string run_all(const std::string& only, Report& report) {
+  say(report.current, "the choice of the instruction set");
+  const disco::IsaKernels& isa = disco::active_isa();
+  if (isa.max_pixels > kMostTilePixels || isa.max_vectors * isa.vector_length > kMostTileChannels) {
+    throw CheckFailed("its tiles are larger than tile_cases() goes: extend them");
+  }
+  say(report.current, "the comparison itself");
+  check_the_comparison();
+  Tally tally;
+  std::string covered;
+  int64_t found = 0;
+  const std::pair<const char*, CaseList (*)()> lists[] = {
+      {"tiles", tile_cases}, {"layers", layer_cases}, {"large layers", large_cases}};
+  for (const auto& [title, cases_of] : lists) {
+    const CaseList list = cases_of();
+    for (const ConvCase& conv : list.cases) {
+      if (!only.empty() && conv.name != only) continue;
+      say(report.current, describe(conv));
+      check_conv(conv, tally);
+      ++found;
+    }
+    if (list.cases.empty() || list.pairs_covered != list.pairs_possible) {
+      throw CheckFailed(std::string("the list of ") + title + " is not complete");
+    }
+    covered += std::to_string(list.cases.size()) + " " + title;
+    if (list.pairs_possible > 0) {
+      covered += " (" + std::to_string(list.pairs_covered) + " pairs of " +
+                 std::to_string(list.pairs_possible) + ")";
+    }
+    covered += ", ";
+  }
+  if (only.empty()) {
+    say(report.current, "gather_pack");
+    covered += std::to_string(check_pack(tally)) + " packings";
+  } else {
+    say(report.current, "the search for " + only);
+    if (found == 0) throw CheckFailed("there is no case of this name");
+    covered = "only " + only;
+  }
+  char worst[32];
+  std::snprintf(worst, sizeof(worst), "%.2f", tally.worst);
+  return covered + "; " + std::to_string(tally.calls) + " guarded calls, " +
+         std::to_string(tally.outputs) + " outputs, the worst at " + worst + " of its bound";
+}
+
+// In a process of its own: an instruction set is chosen once a process, and a fatal access is then
+// reported by this one.
+bool run_isa(const std::string& isa, const std::string& only) {
+  void* shared =
+      mmap(nullptr, sizeof(Report), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  if (shared == MAP_FAILED) throw std::runtime_error("mmap failed");
+  Report& report = *static_cast<Report*>(shared);
+  const pid_t child = fork();
+  if (child < 0) throw std::runtime_error("fork failed");
+  if (child == 0) {
+    setenv("DISCO_KERNELS_ISA", isa.c_str(), 1);
+    int status = 0;
+    try {
+      say(report.summary, run_all(only, report));
+    } catch (const std::exception& error) {
+      say(report.summary, error.what());
+      status = 1;
+    }
+    std::exit(status);
+  }
+  int status = 0;
+  if (waitpid(child, &status, 0) != child) throw std::runtime_error("waitpid failed");
+  const bool good = WIFEXITED(status) && WEXITSTATUS(status) == 0;
+  if (good) {
+    std::printf("%s: %s\n", isa.c_str(), report.summary);
+  } else {
+    std::printf("%s: FAILED in %s\n", isa.c_str(), report.current);
+    if (WIFSIGNALED(status)) {
+      std::printf("  ended by signal %d%s\n", WTERMSIG(status),
+                  WTERMSIG(status) == SIGSEGV ? ", as a touched guard page ends it" : "");
+    } else {
+      std::printf("  %s\n", report.summary[0] != '\0' ? report.summary : "see what it printed");
+    }
+  }
+  std::fflush(stdout);
+  munmap(shared, sizeof(Report));
+  return good;
+}
+
+}  // namespace
+}  // namespace selftest
+
+int main(int argc, char** argv) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // children must not inherit what is not yet written
+  const std::string only = argc > 1 ? argv[1] : "";
+  try {
+    const std::string mistake = selftest::unguarded();
+    if (!mistake.empty()) throw selftest::CheckFailed(mistake);
+    std::vector<std::string> isas = disco::available_isas();
+    const char* wanted = std::getenv("DISCO_KERNELS_ISA");
+    if (wanted != nullptr && *wanted != '\0') isas = {wanted};
+    bool good = true;
+    for (const std::string& isa : isas) good &= selftest::run_isa(isa, only);
+    std::printf("conv_selftest: %s\n", good ? "all passed" : "FAILED");
+    return good ? 0 : 1;
+  } catch (const std::exception& error) {
+    std::printf("conv_selftest: FAILED: %s\n", error.what());
+    return 1;
+  }
+}

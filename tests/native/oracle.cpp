@@ -1,0 +1,173 @@
+// The bound (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., sec. 3.1 and 4.2). An
+// output is a sum of n = inputs * taps products, a bias, a residual and what was there before.
+// Summed in float32 in any order, with or without fused multiply-add, every term goes through at
+// most m = n + 4 roundings of relative size u = 2^-24. With gamma = m u / (1 - m u)
+//
+//   |computed - exact|  <=  gamma * (sum |w| |x|  +  |bias|  +  |residual|  +  |before|)
+//
+// ReLU enlarges no difference. A kernel may take a weight below FLT_MIN for zero, and a product may
+// underflow: together at most FLT_MIN * n * (max |x| + 1). The inputs are exact in double
+// precision, whose own error is 2^-29 of the bound. An algorithm that sums something else than
+// these products (in a transformed domain, say), another data type, or an activation with a slope
+// above 1 or an approximation of its own needs its own factor or term here.
+
+#include "oracle.h"
+
+#include <cfloat>
+#include <cmath>
+#include <limits>
+#include <sstream>
+#include <stdexcept>
+
+#include "random.h"
+
+namespace selftest {
+namespace {
+
+constexpr double kUnitRoundoff = 0x1p-24;
+constexpr double kMostInput = 1.0;  // Random::uniform()
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+double activated(disco::Activation activation, double x) {
+  switch (activation) {
+    case disco::kActivationNone:
+      return x;
+    case disco::kActivationRelu:
+      return x < 0 ? 0 : x;  // NaN stays, as in torch
+  }
+  throw std::logic_error("the oracle does not know this activation");
+}
+
+// One input value and where its weights are: row k of the transposed weights.
+struct Read {
+  const Tensor* source;
+  int64_t channel, h, w;  // the tap's offset from the window's first pixel
+};
+
+std::vector<Read> reads_of(const ConvCase& conv, const ConvData& data, const disco::Node& node) {
+  std::vector<Read> reads;
+  for (const disco::Segment& segment : node.segments) {
+    const Tensor& source = data.sources[static_cast<size_t>(segment.source)];
+    for (const int32_t channel : segment.channels) {
+      for (int64_t r = 0; r < conv.geometry.kernel_h; ++r) {
+        for (int64_t s = 0; s < conv.geometry.kernel_w; ++s) {
+          reads.push_back(
+              {&source, channel, r * conv.geometry.dilation_h, s * conv.geometry.dilation_w});
+        }
+      }
+    }
+  }
+  return reads;
+}
+
+}  // namespace
+
+ConvData::ConvData(const ConvCase& conv)
+    : out(conv.batch, conv.out_h(), conv.out_w(), conv.out_channels, conv.out_layout) {
+  Random random(conv.seed);
+  for (const SourceCase& source : conv.sources) {
+    sources.emplace_back(conv.batch, conv.in_h, conv.in_w, source.channels, source.layout);
+  }
+  const auto fill = [&](Tensor& x, const std::vector<int32_t>& channels) {
+    for (int64_t n = 0; n < x.n; ++n) {
+      for (int64_t h = 0; h < x.h; ++h) {
+        for (int64_t w = 0; w < x.w; ++w) {
+          for (const int32_t c : channels) x.at(n, h, w, c) = random.uniform();
+        }
+      }
+    }
+  };
+  if (conv.residual) residual.emplace_back(out.n, out.h, out.w, out.c, conv.residual_layout);
+  for (const disco::Node& node : conv.nodes) {
+    for (const disco::Segment& segment : node.segments) {
+      Tensor& source = sources[static_cast<size_t>(segment.source)];
+      fill(source, segment.channels);
+      if (!conv.special || source.values.empty() || segment.channels.empty()) continue;
+      for (const float value : {std::nanf(""), kInfinity, -kInfinity}) {
+        const auto any = [&](int64_t n) { return static_cast<int64_t>(random.below(n)); };
+        const int32_t channel = segment.channels[random.below(segment.channels.size())];
+        const int64_t n = any(source.n), h = any(source.h), w = any(source.w);
+        source.at(n, h, w, channel) = value;
+      }
+    }
+    weights.push_back(
+        random.uniform(node.out_channels.size() * static_cast<size_t>(node.num_in_channels()) *
+                       static_cast<size_t>(conv.geometry.taps())));
+    if (conv.residual) fill(residual[0], node.out_channels);
+    if (conv.accumulate) fill(out, node.out_channels);
+  }
+  if (conv.bias) bias = random.uniform(static_cast<size_t>(conv.out_channels));
+}
+
+Expected expected_of(const ConvCase& conv, const ConvData& data, size_t number) {
+  const disco::Node& node = conv.nodes[number];
+  const std::vector<Read> reads = reads_of(conv, data, node);
+  const size_t outputs = node.out_channels.size();
+  // Transposed: the inner loop then goes over outputs, which a compiler can vectorise.
+  std::vector<double> weight(reads.size() * outputs);
+  for (size_t o = 0; o < outputs; ++o) {
+    for (size_t k = 0; k < reads.size(); ++k) {
+      weight[k * outputs + o] = data.weights[number][o * reads.size() + k];
+    }
+  }
+  const double terms = static_cast<double>(reads.size());
+  const double roundings = (terms + 4) * kUnitRoundoff;
+  const double gamma = roundings / (1 - roundings);
+  const double underflow = static_cast<double>(FLT_MIN) * terms * (kMostInput + 1);
+  Expected expected;
+  std::vector<double> value(outputs), scale(outputs);
+  for (int64_t n = 0; n < data.out.n; ++n) {
+    for (int64_t oh = 0; oh < data.out.h; ++oh) {
+      for (int64_t ow = 0; ow < data.out.w; ++ow) {
+        for (size_t o = 0; o < outputs; ++o) {
+          const int64_t channel = node.out_channels[o];
+          value[o] = scale[o] = 0;
+          const auto add = [&](double x) {
+            value[o] += x;
+            scale[o] += std::fabs(x);
+          };
+          if (conv.accumulate) {
+            add(data.out.at(n, oh, ow, channel));  // the first pass added the bias
+          } else if (conv.bias) {
+            add(data.bias[static_cast<size_t>(channel)]);
+          }
+          if (conv.residual) add(data.residual[0].at(n, oh, ow, channel));
+        }
+        for (size_t k = 0; k < reads.size(); ++k) {
+          const Read& read = reads[k];
+          const int64_t h = oh * conv.geometry.stride_h - conv.geometry.padding_h + read.h;
+          const int64_t w = ow * conv.geometry.stride_w - conv.geometry.padding_w + read.w;
+          if (h < 0 || h >= conv.in_h || w < 0 || w >= conv.in_w) continue;
+          const double x = read.source->at(n, h, w, read.channel);
+          const double* row = weight.data() + k * outputs;
+          for (size_t o = 0; o < outputs; ++o) {
+            value[o] += x * row[o];
+            scale[o] += std::fabs(x) * std::fabs(row[o]);
+          }
+        }
+        for (size_t o = 0; o < outputs; ++o) {
+          expected.value.push_back(activated(conv.activation, value[o]));
+          expected.bound.push_back(gamma * scale[o] + underflow);
+        }
+      }
+    }
+  }
+  return expected;
+}
+
+std::string compare(float actual, double value, double bound, double& fraction) {
+  fraction = 0;
+  if (std::isfinite(value)) {
+    const double error = std::fabs(static_cast<double>(actual) - value);
+    if (bound > 0) fraction = error / bound;
+    if (error <= bound) return "";  // not so for NaN
+  } else if (std::isnan(value) ? std::isnan(actual) : actual == value) {
+    return "";
+  }
+  std::ostringstream text;
+  text.precision(9);
+  text << actual << ", exact " << value << ", allowed difference " << bound;
+  return text.str();
+}
+
+}  // namespace selftest
