@@ -33,7 +33,7 @@ from disco_kernels.pattern import (
     find_selected,
 )
 from disco_kernels.registry import BackendUnavailable
-from disco_kernels.spec import ConvSpec
+from disco_kernels.spec import ACTIVATIONS, ConvSpec
 from disco_kernels.swap import (
     SwapReport,
     SwapRow,
@@ -45,6 +45,7 @@ from disco_kernels.swap import (
 )
 
 __all__ = [
+    "ACTIVATIONS",
     "BackendUnavailable",
     "ConvSpec",
     "GatherConv2d",

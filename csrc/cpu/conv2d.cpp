@@ -66,6 +66,10 @@ Conv2d::Conv2d(const Conv2dGeometry& geometry, std::vector<Node> nodes, Activati
       geometry.padding_h < 0 || geometry.padding_w < 0) {
     refuse("kernel, stride and dilation must be at least 1 and padding at least 0");
   }
+  if (activation < 0 || activation >= kNumActivations) {
+    refuse("activation " + std::to_string(activation) + " is not one of the " +
+           std::to_string(kNumActivations) + " of this build");
+  }
 }
 
 int64_t Conv2d::packed_size() const {

@@ -29,6 +29,18 @@ Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
 // The second operand is returned where either is NaN: a NaN in `a` stays, as torch.relu keeps it.
 Vector maximum(Vector a, Vector b) { return _mm256_max_ps(b, a); }
 Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+Vector splat(float x) { return _mm256_set1_ps(x); }
+Vector subtract(Vector a, Vector b) { return _mm256_sub_ps(a, b); }
+Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
+Vector divide(Vector a, Vector b) { return _mm256_div_ps(a, b); }
+Vector minimum(Vector a, Vector b) { return _mm256_min_ps(b, a); }
+Vector bit_and(Vector v, uint32_t mask) {
+  return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int32_t>(mask))));
+}
+Vector shift_left_23(Vector v) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(v), 23));
+}
+Vector select_negative(Vector x, Vector a, Vector b) { return _mm256_blendv_ps(b, a, x); }
 
 }  // namespace
 }  // namespace disco

@@ -26,6 +26,20 @@ Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
 // The second operand is returned where either is NaN: a NaN in `a` stays, as torch.relu keeps it.
 Vector maximum(Vector a, Vector b) { return _mm512_max_ps(b, a); }
 Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+Vector splat(float x) { return _mm512_set1_ps(x); }
+Vector subtract(Vector a, Vector b) { return _mm512_sub_ps(a, b); }
+Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
+Vector divide(Vector a, Vector b) { return _mm512_div_ps(a, b); }
+Vector minimum(Vector a, Vector b) { return _mm512_min_ps(b, a); }
+Vector bit_and(Vector v, uint32_t mask) {
+  return _mm512_and_ps(v, _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int32_t>(mask))));
+}
+Vector shift_left_23(Vector v) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v), 23));
+}
+Vector select_negative(Vector x, Vector a, Vector b) {
+  return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x)), b, a);
+}
 
 }  // namespace
 }  // namespace disco

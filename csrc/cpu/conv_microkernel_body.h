@@ -5,6 +5,7 @@
 //   Vector, kVectorLength, kMaxVectors, kMaxPixels
 //   zero(), broadcast(const float*), load(const float*), load_n(const float*, n), store(float*, v),
 //   store_n(float*, v, n), add(a, b), maximum(a, b), multiply_add(a, b, c) = a * b + c
+//   and those that activation_body.h lists
 //
 // The tile is kMaxPixels x (kMaxVectors * kVectorLength): output channels lie in vector lanes,
 // input values are broadcast. The gather is the offset list of the K loop, so it costs one scalar
@@ -14,6 +15,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "activation_body.h"
 #include "conv_microkernel.h"
 
 namespace disco {
@@ -36,6 +38,15 @@ inline void add_rows(Vector (&acc)[MR][NV], Row* const* rows, int64_t first_chan
         acc[p][v] = add(acc[p][v], load_n(rows[p] + first, left));
       }
     }
+  }
+}
+
+template <Activation kActivation, int MR, int NV>
+inline void activate_tile(Vector (&acc)[MR][NV]) {
+#pragma GCC unroll 16
+  for (int v = 0; v < NV; ++v) {
+#pragma GCC unroll 16
+    for (int p = 0; p < MR; ++p) acc[p][v] = activate(acc[p][v], kActivation);
   }
 }
 
@@ -97,13 +108,20 @@ void convolve_tile(const Tile& tile) {
   if (tile.residual != nullptr) {
     add_rows<MR, NV>(acc, tile.residual, tile.first_channel, tile.num_channels);
   }
-  if (tile.activation == kActivationRelu) {
+  if (tile.activation > kActivationRelu6) {
+    // These need more registers than a tile leaves, and code that should not be there once a size.
+    alignas(64) float sums[MR * kWidth];
 #pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) {
 #pragma GCC unroll 16
-      for (int p = 0; p < MR; ++p) acc[p][v] = maximum(acc[p][v], zero());
+      for (int p = 0; p < MR; ++p) store(sums + p * kWidth + v * kVectorLength, acc[p][v]);
     }
+    activate_rows(sums, kWidth, MR, tile.out, tile.first_channel, tile.num_channels,
+                  tile.activation);
+    return;
   }
+  if (tile.activation != kActivationNone) activate_tile<kActivationRelu>(acc);
+  if (tile.activation == kActivationRelu6) activate_tile<kActivationRelu6>(acc);
 #pragma GCC unroll 16
   for (int v = 0; v < NV; ++v) {
     const int64_t left = tile.num_channels - v * kVectorLength;
