@@ -174,7 +174,7 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<disco::Conv2d>(m, "Conv2d")
       .def(py::init(&make_conv2d), py::arg("geometry"), py::arg("nodes"), py::arg("activation"),
-           py::arg("algorithm"), py::arg("dtype"))
+           py::arg("algorithm") = 0, py::arg("dtype") = 0)
       .def("run", &disco::Conv2d::run, py::call_guard<py::gil_scoped_release>());
 
   py::class_<disco::Conv2dCall>(m, "Conv2dCall")

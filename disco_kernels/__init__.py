@@ -34,7 +34,7 @@ from disco_kernels.pattern import (
     find_selected,
 )
 from disco_kernels.registry import BackendUnavailable
-from disco_kernels.spec import WINOGRAD, ConvSpec
+from disco_kernels.spec import ACTIVATIONS, WINOGRAD, ConvSpec
 from disco_kernels.swap import (
     SwapReport,
     SwapRow,
@@ -47,6 +47,7 @@ from disco_kernels.swap import (
 from disco_kernels.winograd import choose_winograd
 
 __all__ = [
+    "ACTIVATIONS",
     "WINOGRAD",
     "BackendUnavailable",
     "ConvSpec",

@@ -60,7 +60,8 @@ def partial_conv2d(
         kernel_size, stride, padding, dilation: in pixels, one number or (height, width).
         bias: ``[O]`` or None.
         residual: ``[B, O, OH, OW]`` or None, added before the activation.
-        activation: ``"none"`` or ``"relu"``.
+        activation: one of `disco_kernels.ACTIVATIONS` (``"none"``, ``"relu"``, ``"gelu"``, ...);
+            `ConvSpec` says what they compute.
         backend: the one that packed the weight.
 
     Returns:

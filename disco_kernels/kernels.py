@@ -169,7 +169,7 @@ class PartialConv2d(_PartialKernel):
     Args:
         weight: ``[O, K, kh, kw]``; K runs over the segments' channels, one after the other.
         segment_channels: channels taken from each segment; their sum is K. Zero is allowed.
-        spec: geometry and activation.
+        spec: geometry and activation (one of `disco_kernels.ACTIVATIONS`).
         bias: ``[O]`` or None.
         index: per segment None (its first channels, in order) or the channels to take.
         image_size: (height, width) of the inputs to expect, for ``spec.winograd == "auto"``;

@@ -9,7 +9,18 @@ from functools import cached_property
 
 from torch import Tensor
 
-ACTIVATIONS = ("none", "relu")
+# Their places are the numbers of enum Activation in csrc/cpu/conv_microkernel.h.
+ACTIVATIONS = (
+    "none",
+    "relu",
+    "relu6",
+    "silu",
+    "gelu",
+    "gelu_tanh",
+    "hardswish",
+    "hardsigmoid",
+    "sigmoid",
+)
 # Direct convolution, Winograd F(2x2, 3x3), F(4x4, 3x3), or what suits the shape (see winograd.py).
 WINOGRAD = ("off", "f2", "f4", "auto")
 
@@ -33,6 +44,10 @@ class ConvSpec:
     """Geometry and activation of a convolution; every pair is (height, width), in pixels.
 
     A linear layer is a 1 x 1 convolution over a row of tokens.
+
+    ``activation`` is one of `ACTIVATIONS`. They are torch's: ``relu``, ``relu6``, ``silu``,
+    ``gelu`` (by erf), ``gelu_tanh`` (``approximate="tanh"``), ``hardswish``, ``hardsigmoid``,
+    ``sigmoid``. NaN stays NaN. Accuracy of the C++ kernels: docs/architecture.md.
     """
 
     kernel_size: Pair = (1, 1)

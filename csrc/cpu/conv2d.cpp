@@ -25,6 +25,10 @@ Conv2d::Conv2d(const Conv2dGeometry& geometry, std::vector<Node> nodes, Activati
        geometry.stride_w != 1 || geometry.dilation_h != 1 || geometry.dilation_w != 1)) {
     refuse("Winograd is for kernels of 3 x 3 with stride and dilation 1");
   }
+  if (activation < 0 || activation >= kNumActivations) {
+    refuse("activation " + std::to_string(activation) + " is not one of the " +
+           std::to_string(kNumActivations) + " of this build");
+  }
 }
 
 void Conv2d::run(const Conv2dCall& call) const {

@@ -10,7 +10,20 @@ namespace disco {
 // Of activations and weights; sums are float32, and so is the bias.
 enum DataType : int32_t { kFloat32 = 0, kBFloat16 = 1 };
 
-enum Activation : int32_t { kActivationNone = 0, kActivationRelu = 1 };
+// What the epilogue applies last. The numbers are places in ACTIVATIONS of disco_kernels/spec.py.
+// Up to relu6 they are comparisons, which a tile makes in its registers.
+enum Activation : int32_t {
+  kActivationNone = 0,
+  kActivationRelu = 1,
+  kActivationRelu6 = 2,
+  kActivationSilu = 3,
+  kActivationGelu = 4,
+  kActivationGeluTanh = 5,
+  kActivationHardswish = 6,
+  kActivationHardsigmoid = 7,
+  kActivationSigmoid = 8,
+};
+constexpr int32_t kNumActivations = 9;
 
 // Consecutive rows of the weight panel that read from one set of pixel pointers. A row takes one
 // float32 channel or two neighbouring bfloat16 channels.

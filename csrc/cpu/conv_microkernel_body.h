@@ -3,13 +3,15 @@
 // sets), then includes this file.
 //
 //   Vector (float32 lanes), kVectorLength, kMaxVectors, kMaxPixels
-//   zero(), set(float), broadcast(const float*), load(const float*), load_n(const float*, n),
+//   zero(), splat(float), broadcast(const float*), load(const float*), load_n(const float*, n),
 //   store(float*, v), store_n(float*, v, n), add(a, b), subtract(a, b), maximum(a, b),
 //   multiply_add(a, b, c) = a * b + c
 //
 //   Pairs (a bfloat16 pair in every lane), broadcast_pair(const uint16_t*), load_pairs(const
 //   void*), multiply_add_pairs(a, b, c) = c + a.low * b.low + a.high * b.high, load_bf16(const
 //   uint16_t*), load_bf16_n(..., n), store_bf16(uint16_t*, v), store_bf16_n(..., n)
+//
+//   and those that activation_body.h lists
 //
 // The tile is kMaxPixels x (kMaxVectors * kVectorLength): output channels lie in vector lanes,
 // input values are broadcast. The gather is the offset list of the K loop, so it costs one scalar
@@ -19,6 +21,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "activation_body.h"
 #include "conv_microkernel.h"
 
 namespace disco {
@@ -74,6 +77,15 @@ inline void add_rows(Vector (&acc)[MR][NV], Row* const* rows, int64_t first_chan
         acc[p][v] = add(acc[p][v], Type::read_n(row, left));
       }
     }
+  }
+}
+
+template <Activation kActivation, int MR, int NV>
+inline void activate_tile(Vector (&acc)[MR][NV]) {
+#pragma GCC unroll 16
+  for (int v = 0; v < NV; ++v) {
+#pragma GCC unroll 16
+    for (int p = 0; p < MR; ++p) acc[p][v] = activate(acc[p][v], kActivation);
   }
 }
 
@@ -139,13 +151,24 @@ void convolve_tile(const Tile& tile) {
   if (tile.residual != nullptr) {
     add_rows<Type, MR, NV>(acc, tile.residual, tile.first_channel, tile.num_channels);
   }
-  if (tile.activation == kActivationRelu) {
+  if (tile.activation > kActivationRelu6) {
+    // These need more registers than a tile leaves, and code that should not be there once a size.
+    alignas(64) float sums[MR * kWidth];
 #pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) {
 #pragma GCC unroll 16
-      for (int p = 0; p < MR; ++p) acc[p][v] = maximum(acc[p][v], zero());
+      for (int p = 0; p < MR; ++p) store(sums + p * kWidth + v * kVectorLength, acc[p][v]);
     }
+    activate_in_place(sums, MR * kWidth, tile.activation);
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) {
+#pragma GCC unroll 16
+      for (int p = 0; p < MR; ++p) acc[p][v] = load(sums + p * kWidth + v * kVectorLength);
+    }
+  } else if (tile.activation != kActivationNone) {
+    activate_tile<kActivationRelu>(acc);
   }
+  if (tile.activation == kActivationRelu6) activate_tile<kActivationRelu6>(acc);
 #pragma GCC unroll 16
   for (int v = 0; v < NV; ++v) {
     const int64_t left = tile.num_channels - v * kVectorLength;

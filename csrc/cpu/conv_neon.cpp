@@ -31,7 +31,6 @@ constexpr int kMaxPixels = 5;
 using Vector = float32x4_t;
 
 Vector zero() { return vdupq_n_f32(0.0f); }
-Vector set(float x) { return vdupq_n_f32(x); }
 // Compilers merge this into the multiply-add, which can take its factor from one lane: the input is
 // then a scalar load with an index, and no register is filled with copies.
 Vector broadcast(const float* x) { return vdupq_n_f32(*x); }
@@ -53,6 +52,19 @@ Vector add(Vector a, Vector b) { return vaddq_f32(a, b); }
 Vector subtract(Vector a, Vector b) { return vsubq_f32(a, b); }
 // NaN where either operand is: a NaN in `a` stays, as torch.relu keeps it.
 Vector maximum(Vector a, Vector b) { return vmaxq_f32(a, b); }
+Vector splat(float x) { return vdupq_n_f32(x); }
+Vector multiply(Vector a, Vector b) { return vmulq_f32(a, b); }
+Vector divide(Vector a, Vector b) { return vdivq_f32(a, b); }
+Vector minimum(Vector a, Vector b) { return vminq_f32(a, b); }
+Vector bit_and(Vector v, uint32_t mask) {
+  return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(v), vdupq_n_u32(mask)));
+}
+Vector shift_left_23(Vector v) {
+  return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(v), 23));
+}
+Vector select_negative(Vector x, Vector a, Vector b) {
+  return vbslq_f32(vcltzq_s32(vreinterpretq_s32_f32(x)), a, b);
+}
 Vector maximum_or_nan(Vector a, Vector b) { return vmaxq_f32(a, b); }
 Vector multiply_add(Vector a, Vector b, Vector c) { return vfmaq_f32(c, a, b); }
 

@@ -15,7 +15,6 @@ struct Vector {
 };
 
 Vector zero() { return Vector{}; }
-Vector set(float x) { return {{x, x, x, x}}; }
 Vector broadcast(const float* x) { return {{*x, *x, *x, *x}}; }
 Vector load_n(const float* x, int64_t n) {
   Vector v{};
@@ -32,11 +31,6 @@ void store(float* x, const Vector& v) {
 Vector add(const Vector& a, const Vector& b) {
   Vector v;
   for (int i = 0; i < kVectorLength; ++i) v.lane[i] = a.lane[i] + b.lane[i];
-  return v;
-}
-Vector subtract(const Vector& a, const Vector& b) {
-  Vector v;
-  for (int i = 0; i < kVectorLength; ++i) v.lane[i] = a.lane[i] - b.lane[i];
   return v;
 }
 // NaN in `a` stays NaN, as torch.relu keeps it.
@@ -57,6 +51,61 @@ Vector multiply_add(const Vector& a, const Vector& b, const Vector& c) {
   for (int i = 0; i < kVectorLength; ++i) v.lane[i] = a.lane[i] * b.lane[i] + c.lane[i];
   return v;
 }
+Vector splat(float x) { return {{x, x, x, x}}; }
+Vector subtract(const Vector& a, const Vector& b) {
+  Vector v;
+  for (int i = 0; i < kVectorLength; ++i) v.lane[i] = a.lane[i] - b.lane[i];
+  return v;
+}
+Vector multiply(const Vector& a, const Vector& b) {
+  Vector v;
+  for (int i = 0; i < kVectorLength; ++i) v.lane[i] = a.lane[i] * b.lane[i];
+  return v;
+}
+Vector divide(const Vector& a, const Vector& b) {
+  Vector v;
+  for (int i = 0; i < kVectorLength; ++i) v.lane[i] = a.lane[i] / b.lane[i];
+  return v;
+}
+Vector minimum(const Vector& a, const Vector& b) {
+  Vector v;
+  for (int i = 0; i < kVectorLength; ++i) v.lane[i] = b.lane[i] < a.lane[i] ? b.lane[i] : a.lane[i];
+  return v;
+}
+
+struct Bits {
+  uint32_t lane[kVectorLength];
+};
+
+Bits bits_of(const Vector& v) {
+  Bits bits;
+  __builtin_memcpy(&bits, &v, sizeof bits);
+  return bits;
+}
+Vector from_bits(const Bits& bits) {
+  Vector v;
+  __builtin_memcpy(&v, &bits, sizeof v);
+  return v;
+}
+Vector bit_and(const Vector& v, uint32_t mask) {
+  Bits bits = bits_of(v);
+  for (int i = 0; i < kVectorLength; ++i) bits.lane[i] &= mask;
+  return from_bits(bits);
+}
+Vector shift_left_23(const Vector& v) {
+  Bits bits = bits_of(v);
+  for (int i = 0; i < kVectorLength; ++i) bits.lane[i] <<= 23;
+  return from_bits(bits);
+}
+Vector select_negative(const Vector& x, const Vector& a, const Vector& b) {
+  Bits chosen = bits_of(x);
+  const Bits yes = bits_of(a), no = bits_of(b);
+  for (int i = 0; i < kVectorLength; ++i) {
+    const uint32_t sign = 0u - (chosen.lane[i] >> 31);
+    chosen.lane[i] = (yes.lane[i] & sign) | (no.lane[i] & ~sign);
+  }
+  return from_bits(chosen);
+}
 
 using Pairs = Vector;  // the bits of a pair in every lane
 
@@ -68,7 +117,7 @@ Pairs load_pairs(const void* x) {
 Pairs broadcast_pair(const uint16_t* x) {
   float pair;
   __builtin_memcpy(&pair, x, sizeof(pair));
-  return set(pair);
+  return splat(pair);
 }
 float from_bits(uint32_t bits) {
   float x;

@@ -20,7 +20,7 @@ using Vector = __m512;
 inline __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
 
 inline Vector zero() { return _mm512_setzero_ps(); }
-inline Vector set(float x) { return _mm512_set1_ps(x); }
+inline Vector splat(float x) { return _mm512_set1_ps(x); }
 inline Vector broadcast(const float* x) { return _mm512_set1_ps(*x); }
 inline Vector load(const float* x) { return _mm512_loadu_ps(x); }
 inline Vector load_n(const float* x, int64_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), x); }
@@ -32,6 +32,18 @@ inline Vector subtract(Vector a, Vector b) { return _mm512_sub_ps(a, b); }
 inline Vector maximum(Vector a, Vector b) { return _mm512_max_ps(b, a); }
 inline Vector maximum_or_nan(Vector a, Vector b) {
   return _mm512_mask_mov_ps(maximum(a, b), _mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q), b);
+}
+inline Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
+inline Vector divide(Vector a, Vector b) { return _mm512_div_ps(a, b); }
+inline Vector minimum(Vector a, Vector b) { return _mm512_min_ps(b, a); }
+inline Vector bit_and(Vector v, uint32_t mask) {
+  return _mm512_and_ps(v, _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int32_t>(mask))));
+}
+inline Vector shift_left_23(Vector v) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v), 23));
+}
+inline Vector select_negative(Vector x, Vector a, Vector b) {
+  return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x)), b, a);
 }
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 

@@ -1,6 +1,6 @@
 // Winograd transforms F(2x2, 3x3) and F(4x4, 3x3), channels in vector lanes, one source for every
 // ISA (Lavin and Gray, arXiv 1509.09308). An ISA file includes this after conv_microkernel_body.h;
-// beside the primitives of that file it needs subtract(a, b) and set(float).
+// it needs the primitives of that file.
 //
 // A convolution of one tile is output(sum over channels of input(d) * weight(g)), all of them
 // evaluations of polynomials at a few points. F(2x2) takes 0, 1, -1 and infinity. F(4x4) takes 0,
@@ -28,17 +28,17 @@ inline void winograd_input_line(Vector* d, int step) {
     d[3 * step] = subtract(x[3], x[1]);
   } else {
     constexpr float a2 = kWinogradA * kWinogradA, b2 = kWinogradB * kWinogradB;
-    const Vector sum = set(-(a2 + b2)), product = set(a2 * b2);
+    const Vector sum = splat(-(a2 + b2)), product = splat(a2 * b2);
     d[0 * step] = multiply_add(product, x[0], multiply_add(sum, x[2], x[4]));
     d[5 * step] = multiply_add(product, x[1], multiply_add(sum, x[3], x[5]));
-    const Vector even_a = multiply_add(set(-b2), x[2], x[4]);
-    const Vector odd_a = multiply_add(set(-b2), x[1], x[3]);
-    d[1 * step] = multiply_add(set(kWinogradA), odd_a, even_a);
-    d[2 * step] = multiply_add(set(-kWinogradA), odd_a, even_a);
-    const Vector even_b = multiply_add(set(-a2), x[2], x[4]);
-    const Vector odd_b = multiply_add(set(-a2), x[1], x[3]);
-    d[3 * step] = multiply_add(set(kWinogradB), odd_b, even_b);
-    d[4 * step] = multiply_add(set(-kWinogradB), odd_b, even_b);
+    const Vector even_a = multiply_add(splat(-b2), x[2], x[4]);
+    const Vector odd_a = multiply_add(splat(-b2), x[1], x[3]);
+    d[1 * step] = multiply_add(splat(kWinogradA), odd_a, even_a);
+    d[2 * step] = multiply_add(splat(-kWinogradA), odd_a, even_a);
+    const Vector even_b = multiply_add(splat(-a2), x[2], x[4]);
+    const Vector odd_b = multiply_add(splat(-a2), x[1], x[3]);
+    d[3 * step] = multiply_add(splat(kWinogradB), odd_b, even_b);
+    d[4 * step] = multiply_add(splat(-kWinogradB), odd_b, even_b);
   }
 }
 
@@ -55,10 +55,10 @@ inline void winograd_output_line(Vector* m, int step) {
     const Vector sum_b = add(m[3 * step], m[4 * step]);
     const Vector difference_b = subtract(m[3 * step], m[4 * step]);
     const Vector y0 = add(add(m[0 * step], sum_a), sum_b);
-    const Vector a1 = multiply_add(set(kWinogradA), difference_a, zero());
-    const Vector b1 = multiply_add(set(kWinogradB), difference_b, zero());
-    const Vector y2 = multiply_add(set(a2), sum_a, multiply_add(set(b2), sum_b, zero()));
-    const Vector y3 = multiply_add(set(a2), a1, multiply_add(set(b2), b1, m[5 * step]));
+    const Vector a1 = multiply_add(splat(kWinogradA), difference_a, zero());
+    const Vector b1 = multiply_add(splat(kWinogradB), difference_b, zero());
+    const Vector y2 = multiply_add(splat(a2), sum_a, multiply_add(splat(b2), sum_b, zero()));
+    const Vector y3 = multiply_add(splat(a2), a1, multiply_add(splat(b2), b1, m[5 * step]));
     m[0 * step] = y0;
     m[1 * step] = add(a1, b1);
     m[2 * step] = y2;
@@ -112,26 +112,36 @@ void winograd_output(const WinogradOutput& call) {
       winograd_output_line<M>(m + j, N);
     }
     const Vector bias = load(call.bias + c);
+    alignas(64) float sums[M * M * kVectorLength];
+    const bool whole = left >= kVectorLength;
 #pragma GCC unroll 4
     for (int i = 0; i < M; ++i) {
       winograd_output_line<M>(m + i * N, 1);
 #pragma GCC unroll 4
       for (int j = 0; j < M; ++j) {
-        if (call.out[i * M + j] == nullptr) continue;
-        Element* out = reinterpret_cast<Element*>(call.out[i * M + j]) + c;
         Vector y = add(m[i * N + j], bias);
-        const bool whole = left >= kVectorLength;
-        if (call.accumulate) y = add(y, whole ? Type::read(out) : Type::read_n(out, left));
-        if (call.residual != nullptr) {
-          const Element* residual = reinterpret_cast<const Element*>(call.residual[i * M + j]) + c;
-          y = add(y, whole ? Type::read(residual) : Type::read_n(residual, left));
+        if (call.out[i * M + j] != nullptr) {
+          const Element* out = reinterpret_cast<const Element*>(call.out[i * M + j]) + c;
+          if (call.accumulate) y = add(y, whole ? Type::read(out) : Type::read_n(out, left));
+          if (call.residual != nullptr) {
+            const Element* residual =
+                reinterpret_cast<const Element*>(call.residual[i * M + j]) + c;
+            y = add(y, whole ? Type::read(residual) : Type::read_n(residual, left));
+          }
         }
-        if (call.activation == kActivationRelu) y = maximum(y, zero());
-        if (whole) {
-          Type::write(out, y);
-        } else {
-          Type::write_n(out, y, left);
-        }
+        store(sums + (i * M + j) * kVectorLength, y);
+      }
+    }
+    activate_in_place(sums, M * M * kVectorLength, call.activation);
+#pragma GCC unroll 4
+    for (int i = 0; i < M * M; ++i) {
+      if (call.out[i] == nullptr) continue;
+      Element* out = reinterpret_cast<Element*>(call.out[i]) + c;
+      const Vector y = load(sums + i * kVectorLength);
+      if (whole) {
+        Type::write(out, y);
+      } else {
+        Type::write_n(out, y, left);
       }
     }
   }

@@ -5,14 +5,28 @@ Any device, any floating dtype. A packed weight is the weight itself, flattened.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from disco_kernels.registry import Backend, PreparedConv2d, register
-from disco_kernels.spec import Channels, Conv2dDescriptor, ConvSpec
+from disco_kernels.spec import ACTIVATIONS, Channels, Conv2dDescriptor, ConvSpec
+
+_ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+    "sigmoid": torch.sigmoid,
+}
+assert tuple(_ACTIVATION) == ACTIVATIONS
 
 
 def _take(x: Tensor, channels: Channels) -> Tensor:
@@ -76,7 +90,7 @@ class _ReferenceConv2d(PreparedConv2d):
                 y = y + bias.index_select(0, rows)[:, None, None]
             if residual is not None:
                 y = y + residual.index_select(1, rows)
-            out[:, rows] = F.relu(y) if spec.activation == "relu" else y
+            out[:, rows] = _ACTIVATION[spec.activation](y)
 
 
 def _conv2d(x: Tensor, weight: Tensor, descriptor: Conv2dDescriptor, out: Tensor) -> Tensor:

@@ -159,7 +159,16 @@ def test_a_batch_norm_without_convolution_becomes_scale_and_shift(affine: bool) 
         (lambda m, x: torch.add(m.conv(x), x, alpha=2), ["disco.conv2d", "aten.add.Tensor"]),
         # Read twice: the sum needs the convolution's own result elsewhere.
         (lambda m, x: (m.conv(x) + x) * m.conv(x), None),
-        (lambda m, x: F.hardswish(m.conv(x)), ["disco.conv2d", "aten.hardswish.default"]),
+        # Activations that the kernels do not have.
+        (lambda m, x: F.elu(m.conv(x)), ["disco.conv2d", "aten.elu.default"]),
+        (lambda m, x: F.hardtanh(m.conv(x)), ["disco.conv2d", "aten.hardtanh.default"]),
+        (lambda m, x: m.conv(x).clamp(0, 5), ["disco.conv2d", "aten.clamp.default"]),
+        (lambda m, x: m.conv(x).clamp(max=6), ["disco.conv2d", "aten.clamp.default"]),
+        (lambda m, x: m.conv(x).clamp_min(1), ["disco.conv2d", "aten.clamp_min.default"]),
+        # Only one: a second one finds the place taken.
+        (lambda m, x: F.silu(F.relu(m.conv(x))), ["disco.conv2d", "aten.silu.default"]),
+        # Read twice: the activation's input is needed itself.
+        (lambda m, x: (y := m.conv(x)) * torch.sigmoid(y), None),
     ],
 )
 def test_what_is_fused_and_what_is_not(forward: Any, kinds: list[str] | None) -> None:
@@ -168,6 +177,42 @@ def test_what_is_fused_and_what_is_not(forward: Any, kinds: list[str] | None) ->
     captured = capture(model, (torch.randn(2, 4, 5, 5),))
     if kinds is not None:
         assert _kinds(captured) == kinds
+    _check_equal(model, captured, torch.randn(3, 4, 5, 5))
+
+
+@pytest.mark.parametrize(
+    ("activation", "name"),
+    [
+        (F.relu, "relu"),
+        (lambda x: x.clamp(min=0), "relu"),
+        (lambda x: x.clamp_min(0), "relu"),
+        (F.relu6, "relu6"),
+        (lambda x: F.hardtanh(x, 0, 6), "relu6"),
+        (lambda x: x.clamp(0, 6), "relu6"),
+        (F.silu, "silu"),
+        (F.gelu, "gelu"),
+        (lambda x: F.gelu(x, approximate="none"), "gelu"),
+        (lambda x: F.gelu(x, approximate="tanh"), "gelu_tanh"),
+        (F.hardswish, "hardswish"),
+        (F.hardsigmoid, "hardsigmoid"),
+        (torch.sigmoid, "sigmoid"),
+    ],
+)
+def test_activations_of_the_epilogue_are_fused(activation: Any, name: str) -> None:
+    """After a convolution, a convolution with residual, a batch norm alone, and a linear."""
+    torch.manual_seed(1)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = activation(m.conv(x))
+        y = activation(m.bn(activation(m.conv(y) + x)))
+        return activation(m.fc(y))
+
+    modules = {"conv": _conv(), "bn": nn.BatchNorm2d(4), "fc": nn.Linear(5, 6)}
+    model = _randomise_batch_norms(Calls(forward, **modules))
+    captured = capture(model, (torch.randn(2, 4, 5, 5),))
+    kinds = ["disco.conv2d", "disco.conv2d", "disco.channel_affine", "disco.linear"]
+    assert _kinds(captured) == kinds
+    assert [op.kwargs["activation"] for op in captured.program.ops] == [name] * 4
     _check_equal(model, captured, torch.randn(3, 4, 5, 5))
 
 

@@ -9,8 +9,9 @@ at most ``u = 2**-24``. So with ``gamma_m = m * u / (1 - m * u)``
     |computed - exact|  <=  gamma_m * (sum |w| * |x|  +  |bias|  +  |residual|)
 
 and the sum on the right is the same convolution over absolute values. ReLU does not enlarge a
-difference. What float32 cannot hold normally comes on top: kernels may take a weight below
-``FLT_MIN`` for zero (csrc/cpu/conv2d.h), and a product may underflow, together at most
+difference; other activations enlarge it by at most their steepest slope and add an error of their
+own (`activations.bound`). What float32 cannot hold normally comes on top: kernels may take a weight
+below ``FLT_MIN`` for zero (csrc/cpu/conv2d.h), and a product may underflow, together at most
 ``FLT_MIN * (n * max|x| + n)``. The inputs are float32, so their float64 copies are exact, and
 float64's own error is 2**-29 of the bound.
 
@@ -28,8 +29,9 @@ from torch import Tensor
 
 from disco_kernels import ConvSpec, Ownership
 from disco_kernels.pattern import Selected
+from tests.kernels import activations
+from tests.kernels.activations import UNIT_ROUNDOFF
 
-UNIT_ROUNDOFF = 2.0**-24
 FLT_MIN = 2.0**-126
 
 
@@ -67,7 +69,10 @@ def conv2d(
     largest = float(finite.abs().max()) if finite.numel() else 0.0
     underflow = FLT_MIN * (terms * largest + terms)
     bound = roundings / (1 - roundings) * scale + underflow
-    return Expected(value.relu() if spec.activation == "relu" else value, bound)
+    return Expected(
+        activations.exact(value, spec.activation),
+        activations.bound(value, bound, spec.activation),
+    )
 
 
 def linear(

@@ -62,7 +62,7 @@ GEOMETRY_AXES: dict[str, Sequence[object]] = {
     "batch": (0, 1, 2, 3, 5),
     "bias": (False, True),
     "residual": RESIDUALS,
-    "activation": ("none", "relu"),
+    "activation": dk.ACTIVATIONS,
     "out": OUTPUTS,
 }
 PARTIAL_AXES: dict[str, Sequence[object]] = {
@@ -281,7 +281,7 @@ LINEAR_AXES: dict[str, Sequence[object]] = {
     "nodes": (1, 2, 3),
     "bias": (False, True),
     "residual": (False, True),
-    "activation": ("none", "relu"),
+    "activation": dk.ACTIVATIONS,
 }
 
 

@@ -34,18 +34,21 @@ def test_automatic_choice_falls_back_and_says_so_once(monkeypatch: pytest.Monkey
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for _ in range(3):
-            for dtype in (torch.float64, torch.bfloat16):
+            for dtype in (torch.float64, torch.float16):
                 assert registry.resolve(None, CPU, dtype) == "reference"
     texts = [str(w.message) for w in said]
     assert len(texts) == 2 and all(w.category is RuntimeWarning for w in said)
     assert "float64 on cpu runs on the plain-torch reference" in texts[0]
-    assert "cpu: float32 only, given torch.float64" in texts[0] or extension_status().error
+    assert (
+        "cpu: float32 and bfloat16 only, given torch.float64" in texts[0]
+        or extension_status().error
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "dtype", "reason"),
     [
-        ("cpu", torch.float64, "cpu: float32 only, given torch.float64"),
+        ("cpu", torch.float64, "cpu: float32 and bfloat16 only, given torch.float64"),
         ("cuda", torch.float32, "cuda: this release has no CUDA kernels"),
         ("triton", torch.float32, "triton: this release has no Triton kernels"),
         ("nonsense", torch.float32, "nonsense: no such backend; allowed: cuda, triton, cpu, ref"),

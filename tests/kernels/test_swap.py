@@ -236,7 +236,7 @@ def test_only_what_is_swapped_needs_the_backend() -> None:
             len(dk.swap_(model, 2, backend="cpu", filter=lambda name, _: name == "0").swapped) == 1
         )
         dk.unswap_(model)
-        with pytest.raises(dk.BackendUnavailable, match="cpu: float32 only, given torch.float64"):
+        with pytest.raises(dk.BackendUnavailable, match="bfloat16 only, given torch.float64"):
             dk.swap_(model, 2, backend="cpu")
         assert dk.unswap_(model) == 0
     with pytest.raises(dk.BackendUnavailable, match="'nonsense': no such backend"):

@@ -33,6 +33,11 @@ TARGETS = {
         ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"),
         r"vfn?m(?:add|sub)\w*ps\s.*%zmm",
     ),
+    "avx512bf16": Target(
+        "x86_64",
+        ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mfma"),
+        r"vdpbf16ps\s.*%zmm",
+    ),
     "neon": Target("aarch64", (), r"fml[as]\s+v\d+\.4s"),
 }
 

@@ -34,6 +34,8 @@ double activated(disco::Activation activation, double x) {
       return x;
     case disco::kActivationRelu:
       return x < 0 ? 0 : x;  // NaN stays, as in torch
+    default:
+      break;
   }
   throw std::logic_error("the oracle does not know this activation");
 }

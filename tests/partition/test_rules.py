@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from disco.partition import Plan
 from disco.program import Ref, WeightRef
-from disco_kernels import Ownership
+from disco_kernels import ACTIVATIONS, Ownership
 from tests.partition.harness import Case, check_exact, ownerships
 
 pytestmark = pytest.mark.filterwarnings("ignore:disco_kernels.*:RuntimeWarning")
@@ -38,7 +38,7 @@ def test_conv2d(data: st.DataObject, world_size: int, inputs: int, outputs: int)
         stride=data.draw(st.sampled_from([(1, 1), (2, 1), (3, 2)])),
         padding=data.draw(st.sampled_from([(0, 0), (1, 2)])),
         dilation=data.draw(st.sampled_from([(1, 1), (2, 1)])),
-        activation=data.draw(st.sampled_from(["none", "relu"])),
+        activation=data.draw(st.sampled_from(ACTIVATIONS)),
         zero_columns=data.draw(st.sampled_from([0.0, 0.6, 1.0])),
     )
     owned = {

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+import disco_kernels
 from disco.errors import InputError
 from disco.program import (
     Dtype,
@@ -19,6 +20,7 @@ from disco.program import (
     interpret,
     register_op,
 )
+from disco.program.fused import ACTIVATIONS
 
 IMAGE = ValueInfo(("s0", 3, 8, 8), "float32")
 
@@ -38,6 +40,19 @@ def _conv() -> Op:
     }
     args = (Ref("x"), WeightRef("conv.weight"), WeightRef("conv.bias"), None)
     return Op("disco.conv2d", "y", args, attributes)
+
+
+def test_activations_are_those_of_the_kernels() -> None:
+    assert ACTIVATIONS == disco_kernels.ACTIVATIONS
+
+
+@pytest.mark.parametrize("kind", ["disco.conv2d", "disco.partial_linear", "disco.channel_affine"])
+def test_unknown_activations_are_refused(kind: str) -> None:
+    """A file of a later release, perhaps: found when it is read, not in the middle of a run."""
+    program = _program(Op(kind, "y", (Ref("x"),), {"activation": "mish"}))
+    for attempt in (program.validate, lambda: Program.from_json(program.to_json())):
+        with pytest.raises(InputError, match="'y' .* has the activation 'mish'; .* none, relu, "):
+            attempt()
 
 
 def test_json_round_trip_keeps_every_kind_of_argument() -> None:

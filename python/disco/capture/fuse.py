@@ -1,4 +1,4 @@
-"""Convolutions and linears as fused ops, with residual additions and ReLUs in their epilogue."""
+"""Convolutions and linears as fused ops: residual additions and activations in their epilogue."""
 
 from __future__ import annotations
 
@@ -9,6 +9,23 @@ from disco.program import Arg, Op, Program, Ref, WeightRef
 
 _MATRIX_OPS = ("disco.conv2d", "disco.linear")
 _WITH_ACTIVATION = (*_MATRIX_OPS, "disco.channel_affine")
+# Ops without parameters, as captured graphs name them, and the activation that each is.
+_PLAIN_ACTIVATIONS = {
+    "aten.relu.default": "relu",
+    "aten.relu6.default": "relu6",
+    "aten.silu.default": "silu",
+    "aten.hardswish.default": "hardswish",
+    "aten.hardsigmoid.default": "hardsigmoid",
+    "aten.sigmoid.default": "sigmoid",
+}
+_GELU = {"none": "gelu", "tanh": "gelu_tanh"}
+# Ops that cut values off, with their parameters' defaults; and the limits that are activations.
+_CLAMPS: dict[str, dict[str, Arg]] = {
+    "aten.hardtanh.default": {"min_val": -1, "max_val": 1},
+    "aten.clamp.default": {"min": None, "max": None},
+    "aten.clamp_min.default": {"min": None},
+}
+_LIMITS: dict[tuple[Arg, ...], str] = {(0, 6): "relu6", (0, None): "relu", (0,): "relu"}
 
 
 def lower_convolutions_and_linears(program: Program) -> Program:
@@ -20,8 +37,8 @@ def lower_convolutions_and_linears(program: Program) -> Program:
 
 
 def fuse_epilogues(program: Program) -> Program:
-    """Take residual additions, then ReLUs, into the op before whose only reader they are."""
-    return _fuse_relu(_fuse_residual(program))
+    """Take residual additions, then activations, into the op before whose only reader they are."""
+    return _fuse_activations(_fuse_residual(program))
 
 
 def _lower(op: Op) -> Op:
@@ -95,23 +112,37 @@ def _takes_residual(op: Op, name: str, program: Program) -> bool:
     return free and _read_once(name, program)
 
 
-def _fuse_relu(program: Program) -> Program:
+def _fuse_activations(program: Program) -> Program:
     ops: dict[str, Op] = {op.name: op for op in program.ops}
     gone: set[str] = set()
     for op in program.ops:
         source = ops.get(op.args[0].name) if op.args and isinstance(op.args[0], Ref) else None
-        if op.kind != "aten.relu.default" or source is None or source.kind not in _WITH_ACTIVATION:
+        if source is None or source.kind not in _WITH_ACTIVATION:
             continue
-        if source.kwargs["activation"] == "none" and _read_once(source.name, program):
-            ops[op.name] = Op(
-                source.kind, op.name, source.args, {**source.kwargs, "activation": "relu"}
-            )
+        activation = _activation_of(op)
+        if activation is None or source.kwargs["activation"] != "none":
+            continue
+        if _read_once(source.name, program):
+            attributes = {**source.kwargs, "activation": activation}
+            ops[op.name] = Op(source.kind, op.name, source.args, attributes)
             gone.add(source.name)
     return replace(
         program,
         ops=tuple(ops[op.name] for op in program.ops if op.name not in gone),
         values={name: info for name, info in program.values.items() if name not in gone},
     )
+
+
+def _activation_of(op: Op) -> str | None:
+    """Which activation of the epilogue `op` is, if it is one."""
+    if op.kind in _CLAMPS:
+        limits = _CLAMPS[op.kind].copy()
+        limits.update(zip(limits, op.args[1:], strict=False))
+        limits.update(op.kwargs)
+        return _LIMITS.get(tuple(limits.values()))
+    if op.kind == "aten.gelu.default":
+        return _GELU.get(str(op.kwargs.get("approximate", "none")))
+    return _PLAIN_ACTIVATIONS.get(op.kind)
 
 
 def _read_once(name: str, program: Program) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 from disco.errors import InputError
 
 # Minor versions add fields with defaults; a reader takes every minor of its own major.
-PLAN_VERSION = (1, 0)
+PLAN_VERSION = (1, 1)
 
 Channels = tuple[tuple[int, ...], ...]
 
@@ -76,6 +76,7 @@ class LayerPlan:
         flops: per rank; empty for ops that are neither convolution nor linear.
         flops_dense: of the whole layer.
         note: why it runs replicated, or that it shares an exchange.
+        activation: that is fused into it, "none" if none is; empty for ops that take none.
     """
 
     name: str
@@ -90,6 +91,7 @@ class LayerPlan:
     flops: tuple[int, ...]
     flops_dense: int
     note: str
+    activation: str = ""  # since 1.1
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,7 @@ class Decisions:
             flops=flops,
             flops_dense=dense,
             note=", ".join(notes),
+            activation=str(op.kwargs.get("activation", "")),
         )
 
     def _output_layer(self, numbers: list[int]) -> LayerPlan:

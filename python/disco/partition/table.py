@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from disco.partition.plan import LayerPlan, Plan
 
-_HEADER = ("layer", "op", "in", "out", "selected", "kB/image", "MFLOP/rank", "note")
+_HEADER = (
+    *("layer", "op", "in", "out", "selected"),
+    *("activation", "kB/image", "MFLOP/rank", "note"),
+)
 
 
 def format_plan(plan: Plan) -> str:
@@ -29,6 +32,7 @@ def _row(layer: LayerPlan) -> tuple[str, ...]:
         _counts(layer.in_counts) if layer.in_counts else "whole",
         _counts(layer.out_counts) if layer.out_counts else "whole",
         _selected(layer.selected_counts),
+        layer.activation or "-",
         f"{layer.bytes_per_image / 1e3:.1f}" if layer.exchanges else "-",
         _counts([f"{flops / 1e6:.1f}" for flops in layer.flops]) if layer.flops else "-",
         layer.note,

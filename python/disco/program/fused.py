@@ -1,16 +1,32 @@
 """The fused ops of captured programs as plain torch functions: definition and oracle in one.
 
-Activations are those that the kernels have in their epilogue; every other one stays an op of its
-own.
+Activations are those that the kernels have in their epilogue (`disco_kernels.ACTIVATIONS`, by the
+same names); every other one stays an op of its own.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = ("none", "relu")
+from disco.errors import InputError
+
+_ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+    "sigmoid": torch.sigmoid,
+}
+ACTIVATIONS = tuple(_ACTIVATION)
 
 
 def conv2d(
@@ -56,6 +72,17 @@ def channel_affine(x: Tensor, scale: Tensor, shift: Tensor, *, activation: str) 
     return _epilogue(torch.addcmul(shift.view(shape), x, scale.view(shape)), None, activation)
 
 
+def check_attributes(kind: str, name: str, attributes: Mapping[str, object]) -> None:
+    """Raise InputError if op `name` of this kind names an activation that is not known here."""
+    activation = attributes.get("activation", "none")
+    if kind.startswith("disco.") and activation not in ACTIVATIONS:
+        raise InputError(
+            f"op {name!r} ({kind}) has the activation {activation!r}; this release knows "
+            f"{', '.join(ACTIVATIONS)}: install the release that wrote the program, or make it "
+            "again"
+        )
+
+
 def take(x: Tensor, index: Tensor, *, dim: int) -> Tensor:
     """The entries `index` (int32) of `x` along `dim`."""
     return x.index_select(dim, index)
@@ -64,8 +91,4 @@ def take(x: Tensor, index: Tensor, *, dim: int) -> Tensor:
 def _epilogue(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
     if residual is not None:
         y = y + residual
-    if activation == "none":
-        return y
-    if activation == "relu":
-        return y.relu()
-    raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; given {activation!r}")
+    return _ACTIVATION[activation](y)

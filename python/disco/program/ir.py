@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from disco.errors import InputError
+from disco.program.fused import check_attributes
 from disco.program.ops import check_allowed
 
 PROGRAM_VERSION = 1
@@ -98,7 +99,10 @@ class Program:
     version: int = PROGRAM_VERSION
 
     def validate(self) -> None:
-        """Raise InputError unless all names are defined once, before use, by allowed ops."""
+        """Raise InputError unless all names are defined once, before use, by allowed ops.
+
+        Attributes of the fused ops are checked too (an activation that is not known here).
+        """
         defined: set[str] = set()
         for name in self.inputs:
             if name in defined:
@@ -110,6 +114,7 @@ class Program:
             defined.add(name)
         for op in self.ops:
             check_allowed(op.kind, op.name)
+            check_attributes(op.kind, op.name, op.kwargs)
             for ref in op.refs():
                 if ref not in defined:
                     raise InputError(
