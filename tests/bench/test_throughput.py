@@ -46,6 +46,7 @@ def made_up(**changes: Any) -> ThroughputResult:
         threads=2,
         batch=2,
         image_size=32,
+        dtype="float32",
         timings={name: Timing(samples) for name, samples in times.items()},
         setups={name: Setup(1, 2, ("torch",)) for name in times},
         comparisons={name: Comparison(1e-6, 1e-5, 1.0) for name in times},
@@ -184,7 +185,8 @@ def test_a_dense_engine_computes_the_model(kind: str, tmp_path: Path) -> None:
         pytest.skip(reason)
     model = build_model("torchvision", "resnet18")
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    reference = whole_model(model, x)
+    dtype = torch.bfloat16 if kind.endswith("bf16") else torch.float32
+    reference = whole_model(model, x, dtype=dtype)
     engine = MAKERS[kind](model, x, str(tmp_path))
     with torch.inference_mode():
         comparison = compare(engine.function(x), reference)
