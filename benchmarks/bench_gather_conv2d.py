@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import disco_kernels as dk
+from benchmarks.rates import record, relative_error
 from benchmarks.shapes import ConvShape, resnet50_shapes
 
 NODES = 2
@@ -36,23 +37,53 @@ def _pattern(shape: ConvShape) -> dk.LayerPattern:
     return dk.LayerPattern(outputs, inputs, tuple(rows))
 
 
-def _fused(shape: ConvShape, pattern: dk.LayerPattern, weight: Tensor, bias: Tensor) -> Callable:
-    spec = dk.ConvSpec(
-        (shape.kernel, shape.kernel),
-        (shape.stride, shape.stride),
-        (shape.padding, shape.padding),
-        (1, 1),
-        "relu",
-    )
+def _fused(
+    shape: ConvShape, pattern: dk.LayerPattern, weight: Tensor, bias: Tensor, winograd: str = "off"
+) -> dk.GatherConv2d:
+    pair = (shape.kernel, shape.kernel)
+    stride, padding = (shape.stride, shape.stride), (shape.padding, shape.padding)
     return dk.GatherConv2d(
         weight,
         pattern.out_ownership,
         pattern.in_ownership,
         pattern.selected,
-        spec,
+        dk.ConvSpec(pair, stride, padding, (1, 1), "relu", winograd),
         bias=bias,
         backend="cpu",
     )
+
+
+def layer(
+    shape: ConvShape, dtype: torch.dtype = torch.float32
+) -> tuple[dk.LayerPattern, Tensor, Tensor, Tensor, Tensor]:
+    """Pattern, weight (zero outside of it), bias, input in channels-last, exact output."""
+    torch.manual_seed(0)
+    pattern = _pattern(shape)
+    weight = torch.randn(shape.out_channels, shape.in_channels, shape.kernel, shape.kernel)
+    for i, outputs in enumerate(pattern.out_ownership.channels):
+        unread = sorted(set(range(shape.in_channels)) - set(pattern.input_channels(i)))
+        weight[outputs[0] : outputs[-1] + 1, unread] = 0
+    bias = torch.randn(shape.out_channels)
+    x = torch.randn(1, shape.in_channels, shape.size, shape.size)
+    weight, bias, x = weight.to(dtype), bias.to(dtype), x.to(dtype)
+    x = x.to(memory_format=torch.channels_last)
+    exact = F.conv2d(x.double(), weight.double(), bias.double(), shape.stride, shape.padding)
+    return pattern, weight, bias, x, F.relu(exact)
+
+
+def flops_of(shape: ConvShape, pattern: dk.LayerPattern) -> int:
+    """Of the layer with its zeros left out, in direct convolution."""
+    multiply_adds = sum(
+        len(outputs) * len(pattern.input_channels(i))
+        for i, outputs in enumerate(pattern.out_ownership.channels)
+    )
+    return 2 * multiply_adds * shape.kernel**2 * shape.out_size**2
+
+
+def bound(kernel: dk.GatherConv2d, x: Tensor) -> tuple[Callable[[], None], Tensor]:
+    """The call as a compiled model makes it, and where it writes."""
+    out = kernel(x)
+    return kernel.bind(x, None, out), out
 
 
 def _unfused(shape: ConvShape, pattern: dk.LayerPattern, weight: Tensor, bias: Tensor) -> Callable:
@@ -76,29 +107,25 @@ def _unfused(shape: ConvShape, pattern: dk.LayerPattern, weight: Tensor, bias: T
 @pytest.mark.parametrize("shape", resnet50_shapes(), ids=str)
 def test_gather_conv2d(benchmark: Any, shape: ConvShape, side: str) -> None:
     benchmark.group = f"gather_conv2d {shape}"
-    torch.manual_seed(0)
-    pattern = _pattern(shape)
-    weight = torch.randn(shape.out_channels, shape.in_channels, shape.kernel, shape.kernel)
-    for i, outputs in enumerate(pattern.out_ownership.channels):
-        unread = sorted(set(range(shape.in_channels)) - set(pattern.input_channels(i)))
-        weight[outputs[0] : outputs[-1] + 1, unread] = 0
-    bias = torch.randn(shape.out_channels)
-    x = torch.randn(1, shape.in_channels, shape.size, shape.size)
-    x = x.to(memory_format=torch.channels_last)
-    run = (_fused if side == "fused" else _unfused)(shape, pattern, weight, bias)
-    expected = F.relu(
-        F.conv2d(x.double(), weight.double(), bias.double(), shape.stride, shape.padding)
-    )
+    pattern, weight, bias, x, exact = layer(shape)
     with torch.inference_mode():
-        error = float((run(x).double() - expected).abs().max() / expected.abs().max())
-        benchmark(run, x)
+        if side == "fused":
+            run, out = bound(_fused(shape, pattern, weight, bias), x)
+            benchmark(run)
+        else:
+            out = benchmark(_unfused(shape, pattern, weight, bias), x)
+    error = relative_error(out, exact)
     assert error < 1e-5
-    multiply_adds = sum(
-        len(outputs) * len(pattern.input_channels(i))
-        for i, outputs in enumerate(pattern.out_ownership.channels)
-    )
-    flops = 2 * multiply_adds * shape.kernel**2 * shape.out_size**2
-    if benchmark.stats is not None:
-        benchmark.extra_info["gflop_per_s"] = round(flops / benchmark.stats["median"] / 1e9, 1)
-    benchmark.extra_info["max_relative_error"] = error
-    benchmark.extra_info["threads"] = torch.get_num_threads()
+    record(benchmark, flops_of(shape, pattern), error)
+
+
+@pytest.mark.parametrize("shape", resnet50_shapes(), ids=str)
+def test_gather_conv2d_bfloat16(benchmark: Any, shape: ConvShape) -> None:
+    benchmark.group = f"gather_conv2d {shape}"
+    pattern, weight, bias, x, exact = layer(shape, torch.bfloat16)
+    with torch.inference_mode():
+        run, out = bound(_fused(shape, pattern, weight, bias), x)
+        benchmark(run)
+    error = relative_error(out, exact)
+    assert error < 2**-7
+    record(benchmark, flops_of(shape, pattern), error, torch.bfloat16)
