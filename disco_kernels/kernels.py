@@ -102,6 +102,17 @@ class _PreparedKernel:
         self._run(images, added, tokens_as_image(out, "out"))
         return out
 
+    def _bind_tokens(
+        self, segments: Sequence[Tensor], residual: Tensor | None, out: Tensor
+    ) -> Callable[[], None]:
+        images = [tokens_as_image(x, f"segment {s}") for s, x in enumerate(segments)]
+        _check_in_place(segments, images)
+        leading = segments[0].shape[:-1]
+        self._run_tokens(images, residual, out, leading)
+        added = None if residual is None else tokens_as_image(residual, "residual")
+        target = tokens_as_image(out, "out")
+        return self._prepared.bind(images, self.packed_weight, self.bias, added, target)
+
     def _bind(
         self, sources: Sequence[Tensor], residual: Tensor | None, out: Tensor
     ) -> Callable[[], None]:
@@ -248,6 +259,13 @@ class PartialLinear(_PartialKernel):
         images = [tokens_as_image(x, f"segment {s}") for s, x in enumerate(segments)]
         return self._run_tokens(images, residual, out, segments[0].shape[:-1])
 
+    def bind(
+        self, segments: Sequence[Tensor], residual: Tensor | None, out: Tensor
+    ) -> Callable[[], None]:
+        """As `PartialConv2d.bind`; ``out`` is contiguous."""
+        _check_count(segments, self.descriptor)
+        return self._bind_tokens(segments, residual, out)
+
 
 class _GatherKernel(_PreparedKernel):
     def __init__(
@@ -343,6 +361,11 @@ class GatherLinear(_GatherKernel):
     ) -> Tensor:
         image = self._input(tokens_as_image(x, "x"))
         return self._run_tokens([image], residual, out, x.shape[:-1])
+
+    def bind(self, x: Tensor, residual: Tensor | None, out: Tensor) -> Callable[[], None]:
+        """As `PartialConv2d.bind`; ``out`` is contiguous."""
+        self._input(tokens_as_image(x, "x"))
+        return self._bind_tokens([x], residual, out)
 
 
 class MaxPool2d:

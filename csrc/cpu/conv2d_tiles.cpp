@@ -36,8 +36,11 @@ struct Prefetch {
   int64_t step_bytes;
 };
 
-// Memory for the tiles of one item; the pointer tables of borders dominate.
+// Memory for the tiles of one item; the pointer tables of borders dominate. They hold for the next
+// item, too, if it only takes other panels.
 struct Scratch {
+  int32_t node = -1;
+  int64_t first_tile = -1, num_tiles = 0;  // that are planned
   std::unique_ptr<TilePlan[]> tiles;
   std::unique_ptr<Pass[]> passes;
   std::unique_ptr<const char*[]> pixels;
@@ -95,18 +98,9 @@ class Runner {
                                   plan_.tile_edge(item.first_tile + num_tiles), plan_.out_h,
                                   plan_.out_w);
     }
-    Pass* pass = scratch.passes.get();
-    const char** pixels = scratch.pixels.get();
-    int64_t begin = plan_.tile_edge(item.first_tile);
-    Position at = {begin / (plan_.out_h * plan_.out_w), begin / plan_.out_w % plan_.out_h,
-                   begin % plan_.out_w};
-    for (int64_t t = 0; t < num_tiles; ++t) {
-      const int64_t end = plan_.tile_edge(item.first_tile + t + 1);
-      TilePlan& tile = scratch.tiles[static_cast<size_t>(t)];
-      tile.out = scratch.out.get() + t * plan_.isa.max_pixels;
-      tile.residual = scratch.residual.get() + t * plan_.isa.max_pixels;
-      plan_tile(plan, at, end - begin, tile, pass, pixels);
-      begin = end;
+    if (item.node != scratch.node || item.first_tile != scratch.first_tile ||
+        num_tiles != scratch.num_tiles) {
+      plan_tiles(item, scratch);
     }
     const int64_t end = item.first_panel + item.num_panels;
     const int64_t row_bytes = plan_.panel_row_bytes();
@@ -124,7 +118,8 @@ class Runner {
           } else {
             const int64_t begin = std::min(ahead.bytes, (p - item.first_panel) * part);
             const int64_t bytes = std::min(part, ahead.bytes - begin);
-            const int64_t lines = std::max<int64_t>(kCacheLineBytes, divide_up(bytes, plan.rows));
+            const int64_t lines = std::max<int64_t>(
+                kCacheLineBytes, divide_up(bytes, std::max<int64_t>(1, plan.rows)));
             run_tile(plan, p, tile, {ahead.from + begin, bytes > 0 ? lines : 0}, scratch);
           }
         }
@@ -142,6 +137,26 @@ class Runner {
         const char* from = upcoming + t * step * plan.rows;
         run_tile(plan, p, scratch.tiles[static_cast<size_t>(t)], {from, step}, scratch);
       }
+    }
+  }
+
+  void plan_tiles(const Item& item, Scratch& scratch) const {
+    const NodePlan& plan = node_of(item);
+    scratch.node = item.node;
+    scratch.first_tile = item.first_tile;
+    scratch.num_tiles = item.num_tiles;
+    Pass* pass = scratch.passes.get();
+    const char** pixels = scratch.pixels.get();
+    int64_t begin = plan_.tile_edge(item.first_tile);
+    Position at = {begin / (plan_.out_h * plan_.out_w), begin / plan_.out_w % plan_.out_h,
+                   begin % plan_.out_w};
+    for (int64_t t = 0; t < item.num_tiles; ++t) {
+      const int64_t end = plan_.tile_edge(item.first_tile + t + 1);
+      TilePlan& tile = scratch.tiles[static_cast<size_t>(t)];
+      tile.out = scratch.out.get() + t * plan_.isa.max_pixels;
+      tile.residual = scratch.residual.get() + t * plan_.isa.max_pixels;
+      plan_tile(plan, at, end - begin, tile, pass, pixels);
+      begin = end;
     }
   }
 

@@ -168,12 +168,11 @@ def _over_segments(op: Op, prepare: Preparation, kernel: Any, segments: Any, res
             return kept.out[target]
         given = [values[slot] for slot in slots]
         residual, out = None if added is None else values[added], kept.out.get(target)
-        if out is not None and kept.holds(fixed) and can_bind:
+        if out is not None and kept.holds(fixed):
             kept.bound[target] = kernel.bind(given, residual, out)
             return out
         return kernel(given, residual, out)
 
-    can_bind = hasattr(kernel, "bind")
     return _kernel_step(op, prepare, run, kernel)
 
 
@@ -182,7 +181,6 @@ def _over_input(op: Op, prepare: Preparation, kernel: Any, x: Any, residual: Any
     target = prepare.slot(op.name)
 
     fixed = (slot,) if added is None else (slot, added)
-    can_bind = hasattr(kernel, "bind")
 
     def run(values: Values) -> Tensor:
         kept = values[REQUEST_SLOT].activations
@@ -191,7 +189,7 @@ def _over_input(op: Op, prepare: Preparation, kernel: Any, x: Any, residual: Any
             bound()
             return kept.out[target]
         residual, out = None if added is None else values[added], kept.out.get(target)
-        if out is not None and kept.holds(fixed) and can_bind:
+        if out is not None and kept.holds(fixed):
             kept.bound[target] = kernel.bind(values[slot], residual, out)
             return out
         return kernel(values[slot], residual, out)
