@@ -110,6 +110,8 @@ class _PreparedKernel:
         leading = segments[0].shape[:-1]
         self._run_tokens(images, residual, out, leading)
         added = None if residual is None else tokens_as_image(residual, "residual")
+        if residual is not None and added is not None:
+            _check_in_place([residual], [added], "residual")
         target = tokens_as_image(out, "out")
         return self._prepared.bind(images, self.packed_weight, self.bias, added, target)
 
@@ -119,6 +121,8 @@ class _PreparedKernel:
         # Computes once as any call does, checks included.
         self._run(sources, residual, out)
         added = None if residual is None else channels_last(residual, "residual")
+        if residual is not None and added is not None:
+            _check_in_place([residual], [added], "residual")
         return self._prepared.bind(sources, self.packed_weight, self.bias, added, out)
 
     # The backend's part holds addresses, so copies and pickles make their own.
@@ -498,11 +502,13 @@ def _check_bias(bias: Tensor | None, weight: Tensor) -> None:
         )
 
 
-def _check_in_place(given: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+def _check_in_place(
+    given: Sequence[Tensor], sources: Sequence[Tensor], name: str = "segment"
+) -> None:
     for s, (x, source) in enumerate(zip(given, sources, strict=True)):
         if x.data_ptr() != source.data_ptr():
             raise ValueError(
-                f"segment {s} {list(x.shape)} with strides {x.stride()} cannot be bound: the "
+                f"{name} {s} {list(x.shape)} with strides {x.stride()} cannot be bound: the "
                 "kernel reads a copy of it; give it in channels-last memory"
             )
 
