@@ -17,6 +17,11 @@ namespace {
 // 780 KB.
 constexpr int64_t kNearWeightBytes = 384 * 1024;
 
+// The inputs of so few tiles are near anyway, and panels that come from far away are better fetched
+// over all tiles than during the first: 11.46 against 12.15 ms in bfloat16 (the same model, one
+// thread of a Zen 5), 19.2 against 19.5 in float32.
+constexpr int64_t kFewTiles = 16;
+
 constexpr int kMostPixels = 64;  // of any ISA's tile
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -104,7 +109,7 @@ class Runner {
     }
     const int64_t end = item.first_panel + item.num_panels;
     const int64_t row_bytes = plan_.panel_row_bytes();
-    if (item.num_panels * plan.rows * row_bytes <= kNearWeightBytes) {
+    if (num_tiles > kFewTiles && item.num_panels * plan.rows * row_bytes <= kNearWeightBytes) {
       // All panels stay near, so a tile's inputs are read and its outputs written in one go. Only
       // the first tile finds the weights far away; the others fetch the inputs of the next one.
       for (int64_t t = 0; t < num_tiles; ++t) {
