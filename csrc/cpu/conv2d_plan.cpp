@@ -101,9 +101,10 @@ void ConvPlan::plan_nodes(const std::vector<Node>& given) {
     if (size > left || std::memcmp(packed, &wanted, sizeof(wanted)) != 0) {
       const bool direct = geometry.algorithm == Algorithm::kDirect;
       const int points = static_cast<int>(geometry.algorithm);
-      refuse(std::string("the packed weights are not those of this layer for ") + isa.name +
-             ", winograd " + (direct ? "off" : "f" + std::to_string(points)) +
-             ": pack them again (prepack with the winograd of the call, or repack() of the module)");
+      refuse(
+          std::string("the packed weights are not those of this layer for ") + isa.name +
+          ", winograd " + (direct ? "off" : "f" + std::to_string(points)) +
+          ": pack them again (prepack with the winograd of the call, or repack() of the module)");
     }
     plan.panels = packed + kHeaderBytes;
     packed += size;

@@ -459,3 +459,17 @@ def test_without_a_layout_nothing_is_kept() -> None:
     assert Activations(None, {1: 0}).out == {}
     assert Activations({}, {}).out == {}
     assert executor_module.plan_buffers is plan_buffers
+
+
+def test_blocks_one_after_another() -> None:
+    """What was written onto a residual is in use until its own last reader."""
+    case = Case(C, H, W)
+    case.conv("a", "x", C, C)
+    for i, (block, before) in enumerate(zip("bcd", "abc", strict=True)):
+        case.conv(f"inner{i}", before, C, C, kernel=(3, 3), padding=(1, 1))
+        case.conv(block, f"inner{i}", C, C, residual=Ref(before), activation="relu")
+    case.op("aten.mean.dim", "y", Ref("d"), (2, 3))
+    program = case.program()
+    plan = plan_buffers(program, kept_of(program))
+    assert len({plan[name] for name in "abcd"}) == 1 and len(set(plan.values())) == 2
+    check(program, case.weights, [case.input(2), case.input(2), case.input(2)])
