@@ -187,7 +187,8 @@ def test_a_dense_engine_computes_the_model(kind: str, tmp_path: Path) -> None:
         pytest.skip(reason)
     model = build_model("torchvision", "resnet18")
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    reference = whole_model(model, x)
+    dtype = torch.bfloat16 if kind in throughput.BF16_ENGINES.values() else torch.float32
+    reference = whole_model(model, x, dtype=dtype)
     engine = MAKERS[kind](model, x, str(tmp_path))
     with torch.inference_mode():
         comparison = compare(engine.function(x), reference)
