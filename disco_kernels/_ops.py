@@ -23,22 +23,24 @@ from disco_kernels.core import (
     index_tensor,
     tokens_as_image,
 )
-from disco_kernels.spec import Channels, Conv2dDescriptor, ConvSpec, Node, Pair, Segment
+from disco_kernels.spec import WINOGRAD, Channels, Conv2dDescriptor, ConvSpec, Node, Pair, Segment
 
 NAMESPACE = "disco_kernels"
 _GEOMETRY = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation"
+_WINOGRAD = 'str winograd="off"'
 
 SCHEMAS = (
-    "prepack(Tensor weight, int[] segment_channels, str backend) -> Tensor",
+    f"prepack(Tensor weight, int[] segment_channels, str backend, {_WINOGRAD}) -> Tensor",
     "partial_conv2d(Tensor[] segments, Tensor?[] index, Tensor packed_weight, Tensor? bias, "
-    f"Tensor? residual, int out_channels, {_GEOMETRY}, str activation, str backend) -> Tensor",
+    f"Tensor? residual, int out_channels, {_GEOMETRY}, str activation, str backend, "
+    f"{_WINOGRAD}) -> Tensor",
     "partial_conv2d_(Tensor(a!) out, Tensor[] segments, Tensor?[] index, Tensor packed_weight, "
-    f"Tensor? residual, {_GEOMETRY}, str activation, str backend) -> ()",
+    f"Tensor? residual, {_GEOMETRY}, str activation, str backend, {_WINOGRAD}) -> ()",
     "partial_linear(Tensor[] segments, Tensor?[] index, Tensor packed_weight, Tensor? bias, "
     "Tensor? residual, int out_features, str activation, str backend) -> Tensor",
     "gather_conv2d(Tensor x, Tensor channel_index, int[] in_splits, int[] out_splits, "
     "Tensor? out_index, Tensor packed_weight, Tensor? bias, Tensor? residual, "
-    f"{_GEOMETRY}, str activation, str backend) -> Tensor",
+    f"{_GEOMETRY}, str activation, str backend, {_WINOGRAD}) -> Tensor",
     "gather_linear(Tensor x, Tensor channel_index, int[] in_splits, int[] out_splits, "
     "Tensor? out_index, Tensor packed_weight, Tensor? bias, Tensor? residual, "
     "str activation, str backend) -> Tensor",
@@ -61,10 +63,29 @@ def _conv_spec(
     padding: Sequence[int],
     dilation: Sequence[int],
     activation: str,
+    winograd: str,
 ) -> ConvSpec:
     return ConvSpec(
-        _as_pair(kernel_size), _as_pair(stride), _as_pair(padding), _as_pair(dilation), activation
+        _as_pair(kernel_size),
+        _as_pair(stride),
+        _as_pair(padding),
+        _as_pair(dilation),
+        activation,
+        _resolved(winograd),
     )
+
+
+def _resolved(winograd: str) -> str:
+    """A packed weight and the calls that read it have to name one algorithm: no choice here."""
+    if winograd == "auto":
+        raise ValueError(
+            "winograd 'auto' cannot be resolved here, because a packed weight has to fit the call: "
+            "resolve it with disco_kernels.choose_winograd first, and give prepack and the call "
+            "its answer"
+        )
+    if winograd not in WINOGRAD:
+        raise ValueError(f"winograd must be one of off, f2, f4, given {winograd!r}")
+    return winograd
 
 
 def _refuse_gradients(op: str, *tensors: Tensor | None) -> None:
@@ -96,7 +117,9 @@ def _backend(name: str, like: Tensor) -> registry.Backend:
     return registry.get(registry.resolve(name, like.device, like.dtype))
 
 
-def _prepack(weight: Tensor, segment_channels: Sequence[int], backend: str) -> Tensor:
+def _prepack(
+    weight: Tensor, segment_channels: Sequence[int], backend: str, winograd: str = "off"
+) -> Tensor:
     if weight.dim() == 2:
         weight = weight[:, :, None, None]
     counts_fit = min(segment_channels, default=0) >= 0
@@ -105,13 +128,19 @@ def _prepack(weight: Tensor, segment_channels: Sequence[int], backend: str) -> T
             f"weight must be [O, K, kh, kw] (or [O, K]) with K the sum of the counts in "
             f"segment_channels {list(segment_channels)}, given {list(weight.shape)}"
         )
-    return _backend(backend, weight).prepack(weight, segment_channels)
+    if _resolved(winograd) != "off" and tuple(weight.shape[2:]) != (3, 3):
+        raise ValueError(
+            f"winograd {winograd!r} is for kernels of 3 x 3, given a weight {list(weight.shape)}"
+        )
+    return _backend(backend, weight).prepack(weight, segment_channels, winograd)
 
 
-def _prepack_fake(weight: Tensor, segment_channels: Sequence[int], backend: str) -> Tensor:
+def _prepack_fake(
+    weight: Tensor, segment_channels: Sequence[int], backend: str, winograd: str = "off"
+) -> Tensor:
     taps = weight.shape[2] * weight.shape[3] if weight.dim() == 4 else 1
     numel = registry.get(backend).packed_numel(
-        weight.shape[0], segment_channels, taps, weight.dtype
+        weight.shape[0], segment_channels, taps, weight.dtype, winograd
     )
     return weight.new_empty((numel,))
 
@@ -150,10 +179,11 @@ def _partial_conv2d(
     dilation: Sequence[int],
     activation: str,
     backend: str,
+    winograd: str = "off",
 ) -> Tensor:
     _refuse_gradients("partial_conv2d", *segments, packed_weight, bias, residual)
     sources = as_sources(segments)
-    spec = _conv_spec(kernel_size, stride, padding, dilation, activation)
+    spec = _conv_spec(kernel_size, stride, padding, dilation, activation, winograd)
     descriptor = _partial_descriptor(sources, index, out_channels, spec)
     prepared = _backend(backend, packed_weight).prepare(descriptor, packed_weight.dtype)
     return execute(prepared, descriptor, sources, packed_weight, bias, residual)
@@ -172,6 +202,7 @@ def _partial_conv2d_fake(
     dilation: Sequence[int],
     activation: str,
     backend: str,
+    winograd: str = "off",
 ) -> Tensor:
     x = segments[0]
     return empty_output(x, out_channels, *_fake_size(x, kernel_size, stride, padding, dilation))
@@ -204,10 +235,11 @@ def _partial_conv2d_accumulate(
     dilation: Sequence[int],
     activation: str,
     backend: str,
+    winograd: str = "off",
 ) -> None:
     _refuse_gradients("partial_conv2d_", out, *segments, packed_weight, residual)
     sources = as_sources(segments)
-    spec = _conv_spec(kernel_size, stride, padding, dilation, activation)
+    spec = _conv_spec(kernel_size, stride, padding, dilation, activation, winograd)
     if out.dim() != 4:
         raise ValueError(f"out must be [B, O, OH, OW], given {list(out.shape)}")
     descriptor = _partial_descriptor(sources, index, out.shape[1], spec)
@@ -299,9 +331,10 @@ def _gather_conv2d(
     dilation: Sequence[int],
     activation: str,
     backend: str,
+    winograd: str = "off",
 ) -> Tensor:
     _refuse_gradients("gather_conv2d", x, packed_weight, bias, residual)
-    spec = _conv_spec(kernel_size, stride, padding, dilation, activation)
+    spec = _conv_spec(kernel_size, stride, padding, dilation, activation, winograd)
     sources = as_sources([x])
     descriptor = _gather_descriptor(channel_index, in_splits, out_splits, out_index, spec)
     prepared = _backend(backend, packed_weight).prepare(descriptor, packed_weight.dtype)
@@ -323,6 +356,7 @@ def _gather_conv2d_fake(
     dilation: Sequence[int],
     activation: str,
     backend: str,
+    winograd: str = "off",
 ) -> Tensor:
     return empty_output(x, sum(out_splits), *_fake_size(x, kernel_size, stride, padding, dilation))
 

@@ -19,19 +19,28 @@ from disco_kernels.spec import pair
 _IntOrPair = int | Sequence[int]
 
 
-def prepack(weight: Tensor, segment_channels: Sequence[int], *, backend: str) -> Tensor:
+def prepack(
+    weight: Tensor, segment_channels: Sequence[int], *, backend: str, winograd: str = "off"
+) -> Tensor:
     """Lay a weight out for a backend, once.
 
     Args:
         weight: ``[O, K, kh, kw]`` or ``[O, K]``, K over the segments one after the other.
         segment_channels: channels taken from each segment; their sum is K.
         backend: ``"reference"`` or ``"cpu"``.
+        winograd: ``"off"``, or ``"f2"`` or ``"f4"`` for Winograd F(2x2, 3x3) or F(4x4, 3x3), of
+            kernels of 3 x 3 with stride and dilation 1 on the ``"cpu"`` backend. The calls that
+            read the packed weight name the same. ``"auto"`` is refused: resolve it with
+            `disco_kernels.choose_winograd` first.
 
     Returns:
         A 1-D tensor whose layout is the backend's own. Several nodes' packed weights for
         `gather_conv2d` are joined with ``torch.cat``.
+
+    Raises:
+        ValueError: a weight or an algorithm that does not fit.
     """
-    return torch.ops.disco_kernels.prepack(weight, list(segment_channels), backend)
+    return torch.ops.disco_kernels.prepack(weight, list(segment_channels), backend, winograd)
 
 
 def partial_conv2d(
@@ -48,6 +57,7 @@ def partial_conv2d(
     residual: Tensor | None = None,
     activation: str = "none",
     backend: str,
+    winograd: str = "off",
 ) -> Tensor:
     """Convolution over the virtual concatenation of the segments' channels.
 
@@ -63,12 +73,13 @@ def partial_conv2d(
         activation: one of `disco_kernels.ACTIVATIONS` (``"none"``, ``"relu"``, ``"gelu"``, ...);
             `ConvSpec` says what they compute.
         backend: the one that packed the weight.
+        winograd: as given to `prepack`.
 
     Returns:
         ``[B, O, OH, OW]`` in channels-last memory.
 
     Raises:
-        ValueError: shapes, dtypes or channels that do not fit.
+        ValueError: shapes, dtypes, channels or a packed weight that do not fit.
         RuntimeError: a tensor requires a gradient while gradients are recorded.
     """
     return torch.ops.disco_kernels.partial_conv2d(
@@ -84,6 +95,7 @@ def partial_conv2d(
         pair(dilation, "dilation"),
         activation,
         backend,
+        winograd,
     )
 
 
@@ -100,6 +112,7 @@ def partial_conv2d_(
     residual: Tensor | None = None,
     activation: str = "none",
     backend: str,
+    winograd: str = "off",
 ) -> None:
     """Add a second pass onto ``out``, an earlier result without activation.
 
@@ -118,6 +131,7 @@ def partial_conv2d_(
         pair(dilation, "dilation"),
         activation,
         backend,
+        winograd,
     )
 
 
@@ -161,6 +175,7 @@ def gather_conv2d(
     residual: Tensor | None = None,
     activation: str = "none",
     backend: str,
+    winograd: str = "off",
 ) -> Tensor:
     """All virtual nodes of a layer on one device, in one call.
 
@@ -172,7 +187,7 @@ def gather_conv2d(
         packed_weight: every node's `prepack`, joined.
         out_index: int32 ``[O]``, the output channels of the nodes one after the other; None if
             node 0 owns the first ones, node 1 the next, and so on.
-        bias, residual, activation, backend and the geometry: as for `partial_conv2d`.
+        bias, residual, activation, backend, winograd and the geometry: as for `partial_conv2d`.
 
     Returns:
         ``[B, O, OH, OW]`` in channels-last memory.
@@ -192,6 +207,7 @@ def gather_conv2d(
         pair(dilation, "dilation"),
         activation,
         backend,
+        winograd,
     )
 
 

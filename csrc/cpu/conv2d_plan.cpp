@@ -99,8 +99,12 @@ void ConvPlan::plan_nodes(const std::vector<Node>& given) {
     const int64_t size = packed_bytes(isa, shape);
     const PackedHeader wanted = packed_header(isa, shape);
     if (size > left || std::memcmp(packed, &wanted, sizeof(wanted)) != 0) {
-      refuse(std::string("the packed weights are not those of this layer for ") + isa.name +
-             ": pack them again (prepack, or repack() of the module)");
+      const bool direct = geometry.algorithm == Algorithm::kDirect;
+      const int points = static_cast<int>(geometry.algorithm);
+      refuse(
+          std::string("the packed weights are not those of this layer for ") + isa.name +
+          ", winograd " + (direct ? "off" : "f" + std::to_string(points)) +
+          ": pack them again (prepack with the winograd of the call, or repack() of the module)");
     }
     plan.panels = packed + kHeaderBytes;
     packed += size;

@@ -1,10 +1,23 @@
 #include "max_pool2d.h"
 
+#include <cstring>
 #include <vector>
 
 #include "conv2d_plan.h"
 
 namespace disco {
+
+static void fill_lowest(DataType dtype, int64_t channels, char* out) {
+  const uint32_t infinity = 0xFF800000u;  // float32's -inf; its upper half is bfloat16's
+  const uint16_t half = static_cast<uint16_t>(infinity >> 16);
+  for (int64_t c = 0; c < channels; ++c) {
+    if (dtype == kFloat32) {
+      std::memcpy(out + c * 4, &infinity, 4);
+    } else {
+      std::memcpy(out + c * 2, &half, 2);
+    }
+  }
+}
 
 void max_pool2d(const MaxPool2dCall& call) {
   const Conv2dGeometry& window = call.window;
@@ -37,7 +50,12 @@ void max_pool2d(const MaxPool2dCall& call) {
             if (w >= 0 && w < call.in_w) pixels[static_cast<size_t>(count++)] = x.at(n, h, w);
           }
         }
-        if (count > 0) largest({pixels.data(), count, call.x.channels, out.at(n, oh, ow)});
+        if (count > 0) {
+          largest({pixels.data(), count, call.x.channels, out.at(n, oh, ow)});
+        } else {
+          // A dilated window can lie in the padding altogether.
+          fill_lowest(window.dtype, call.x.channels, out.at(n, oh, ow));
+        }
       }
     }
   }

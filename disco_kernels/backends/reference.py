@@ -104,6 +104,13 @@ def _conv2d(x: Tensor, weight: Tensor, descriptor: Conv2dDescriptor, out: Tensor
     return F.conv2d(x, weight, None, spec.stride, spec.padding, spec.dilation)
 
 
+def _refuse_winograd(winograd: str) -> None:
+    if winograd != "off":
+        raise ValueError(
+            f"backend 'reference' has no Winograd, asked for {winograd!r}; use winograd='off'"
+        )
+
+
 class ReferenceBackend(Backend):
     name = "reference"
 
@@ -123,13 +130,11 @@ class ReferenceBackend(Backend):
     def prepack(
         self, weight: Tensor, segment_channels: Sequence[int], winograd: str = "off"
     ) -> Tensor:
-        if winograd != "off":
-            raise ValueError(
-                f"backend 'reference' has no Winograd, asked for {winograd!r}; use winograd='off'"
-            )
+        _refuse_winograd(winograd)
         return weight.detach().reshape(-1).clone()
 
     def prepare(self, descriptor: Conv2dDescriptor, dtype: torch.dtype) -> PreparedConv2d:
+        _refuse_winograd(descriptor.spec.winograd)
         return _ReferenceConv2d(descriptor)
 
     @torch.no_grad()

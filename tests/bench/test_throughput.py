@@ -145,9 +145,11 @@ def test_engines_not_installed_are_skipped_unless_asked_for(
         ("--rounds", "0"),
         ("--nodes", "1"),
         ("--density", "1"),
+        ("--dtype", "bfloat16", "--engines", "onnxruntime"),
+        ("--engines", "openvino_bf16"),
     ],
 )
-def test_bad_input_is_one_line(args: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_line(args: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "throughput", *args]) == 2
     error = capsys.readouterr().err
     assert error.startswith("disco: error: ") and error.count("\n") == 1
@@ -185,7 +187,7 @@ def test_a_dense_engine_computes_the_model(kind: str, tmp_path: Path) -> None:
         pytest.skip(reason)
     model = build_model("torchvision", "resnet18")
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    dtype = torch.bfloat16 if kind.endswith("bf16") else torch.float32
+    dtype = torch.bfloat16 if kind in throughput.BF16_ENGINES.values() else torch.float32
     reference = whole_model(model, x, dtype=dtype)
     engine = MAKERS[kind](model, x, str(tmp_path))
     with torch.inference_mode():
@@ -213,3 +215,31 @@ def test_the_command(tmp_path: Path) -> None:
     assert 1.3 < data["summary"]["flop_ratio"] < 2.0 and data["layers_gathered"] > 10
     assert data["summary"]["peak_gflops_measured"] > 0
     assert {"date", "command", "processor", "versions"} <= set(data["machine"])
+
+
+def test_every_dtype_has_its_own_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "why_missing", lambda kind: None)
+    in_float32, _ = choose_engines(None, "float32")
+    in_bfloat16, _ = choose_engines(None, "bfloat16")
+    assert set(in_float32) & set(in_bfloat16) == {DISCO}
+    assert (in_float32[DISCO], in_bfloat16[DISCO]) == ("compiled", "compiled_bf16")
+    with pytest.raises(InputError, match="dense engines in bfloat16 are openvino_bf16"):
+        choose_engines(["torch_compile"], "bfloat16")
+
+
+def test_an_unknown_dtype_is_refused() -> None:
+    options = throughput.ThroughputOptions(dtype="float16")
+    with pytest.raises(InputError, match="--dtype is float32 or bfloat16, given 'float16'"):
+        throughput.run_throughput(options, print)
+
+
+def test_bfloat16_is_compared_with_torchs_own_error_in_bfloat16() -> None:
+    model = build_model("torchvision", "resnet18")
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    reference = whole_model(model, x, dtype=torch.bfloat16)
+    compiled = api.compile(model, nodes=2, example_inputs=(x,), dtype=torch.bfloat16)
+    found = compiled(x)
+    assert compare(found, reference).equal
+    assert not compare(found, whole_model(model, x)).equal, "was not computed in bfloat16"
+    wrong = found.roll(1, dims=1)
+    assert not compare(wrong, reference).equal

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import disco
+from disco.errors import InputError
 from disco.executor import Executor
 from disco.partition import decide
 from disco.partition.one_machine import one_machine_program
@@ -137,3 +138,106 @@ def test_layers_with_a_pattern_are_gathered(zeros: float, kinds: list[str]) -> N
     read = Program.from_json(program.to_json())
     result = Executor(read, case.weights, backend="reference")(x)
     assert float((result - expected).abs().max()) <= 1e-12 * float(expected.abs().max())
+
+
+class Residual(nn.Module):
+    """A small ResNet: a strided stem with pooling, three blocks, one of which shrinks the map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 16, 7, 2, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU()
+        )
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.a = nn.ModuleList(
+            [
+                nn.Conv2d(16, 16, 3, 1, 1),
+                nn.Conv2d(16, 32, 3, 2, 1),
+                nn.Conv2d(32, 32, 3, 1, 1),
+            ]
+        )
+        self.b = nn.ModuleList([nn.Conv2d(n, n, 3, 1, 1) for n in (16, 32, 32)])
+        self.down = nn.Conv2d(16, 32, 1, 2)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.stem(x))
+        for number, (a, b) in enumerate(zip(self.a, self.b, strict=True)):
+            x = torch.relu(b(torch.relu(a(x))) + (self.down(x) if number == 1 else x))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def residual() -> nn.Module:
+    torch.manual_seed(2)
+    return Residual().eval()
+
+
+@torch.no_grad()
+def _errors(compiled: nn.Module, model: nn.Module, own: torch.dtype) -> tuple[float, float]:
+    """The largest difference from float64: of three calls, and of torch itself in `own`."""
+    x = torch.randn(2, 3, 64, 64)
+    exact = copy.deepcopy(model).double()(x.double())
+    results = [compiled(x) for _ in range(3)]
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert results[0].dtype == torch.float32
+    torchs = copy.deepcopy(model).to(own)(x.to(own))
+    floor = torch.finfo(own).eps * float(exact.abs().max())
+    return float((results[0] - exact).abs().max()), max(float((torchs - exact).abs().max()), floor)
+
+
+@pytest.mark.parametrize("density", [None, 0.25])
+@pytest.mark.parametrize("winograd", ["off", "f2", "f4", "auto"])
+def test_winograd_rounds_and_no_more(
+    residual: nn.Module, winograd: str, density: float | None
+) -> None:
+    model, x = copy.deepcopy(residual), torch.randn(1, 3, 64, 64)
+    if density is not None:
+        disco.sparsify_(model, 2, density, (x,))
+    compiled = disco.compile(model, 2, example_inputs=(x,), winograd=winograd)
+    for _ in range(2):
+        error, own = _errors(compiled, model, torch.float32)
+        # F(4x4) multiplies by up to 8 on the way in and out of a tile.
+        assert error <= (32 if winograd in ("f4", "auto") else 8) * own
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("density", [None, 0.25])
+def test_bfloat16_is_as_close_as_torchs(
+    residual: nn.Module, density: float | None, backend: str | None
+) -> None:
+    model, x = copy.deepcopy(residual), torch.randn(1, 3, 64, 64)
+    if density is not None:
+        disco.sparsify_(model, 2, density, (x,))
+    off = "off" if backend else "auto"
+    compiled = disco.compile(
+        model, 2, example_inputs=(x,), dtype=torch.bfloat16, winograd=off, backend=backend
+    )
+    error, own = _errors(compiled, model, torch.bfloat16)
+    assert error <= 4 * own
+    exact = disco.compile(model, 2, example_inputs=(x,), winograd="off")
+    assert error > 16 * _errors(exact, model, torch.float32)[0], "was not computed in bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"winograd": "f6"}, "winograd is one of off, f2, f4, auto, given 'f6'"),
+        ({"winograd": None}, "winograd is one of .*, given None"),
+        ({"winograd": True}, "winograd is one of .*, given True"),
+        ({"dtype": torch.float16}, "torch.bfloat16, given torch.float16"),
+        ({"dtype": torch.int8}, "torch.bfloat16, given torch.int8"),
+        ({"dtype": "bfloat16"}, "torch.bfloat16, given bfloat16"),
+    ],
+)
+def test_bad_options_are_refused(
+    model: nn.Module, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        disco.compile(model, 2, example_inputs=(X,), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("winograd", ["f2", "f4"])
+def test_winograd_that_a_backend_has_not_is_refused(model: nn.Module, winograd: str) -> None:
+    with pytest.raises(InputError, match=f"no Winograd, asked for '{winograd}'"):
+        disco.compile(model, 2, example_inputs=(X,), winograd=winograd, backend="reference")

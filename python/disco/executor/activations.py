@@ -40,8 +40,11 @@ _FRESH = frozenset(
 _LINE_BYTES = 64
 
 
-# What a request of the same input shapes computed before: by slot, the value's shape and dtype.
-Layout = Mapping[int, tuple[torch.Size, torch.dtype]]
+# A value's shape, strides and dtype. The strides are those that its kernel chose, without gaps: a
+# map is channels-last, tokens `[B, H, W, C]` are contiguous, and the shape does not tell which.
+Placed = tuple[torch.Size, tuple[int, ...], torch.dtype]
+# What a request of the same input shapes computed before, by slot.
+Layout = Mapping[int, Placed]
 
 
 def plan_buffers(program: Program, kept: Mapping[str, str | None]) -> dict[str, int]:
@@ -110,18 +113,20 @@ class Activations:
     from the second on they are written to the same memory every time.
 
     Attributes:
+        layout: as given, None for a first request.
         out: by slot, where a kernel writes; what is not there it allocates.
         bound: by slot, kernels whose operands are all in `out`, ready to be repeated.
     """
 
     def __init__(self, layout: Layout | None, buffer_of: Mapping[int, int]) -> None:
+        self.layout = layout
         self.out: dict[int, Tensor] = {}
         self.bound: dict[int, Callable[[], None]] = {}
         if layout is None:
             return
         sizes: dict[int, int] = {}
         for slot, number in buffer_of.items():
-            sizes[number] = max(sizes.get(number, 0), _num_bytes(*layout[slot]))
+            sizes[number] = max(sizes.get(number, 0), _num_bytes(layout[slot]))
         begin: dict[int, int] = {}
         total = 0
         for number, num_bytes in sorted(sizes.items()):
@@ -131,22 +136,20 @@ class Activations:
             return
         memory = large_pages(total)
         for slot, number in buffer_of.items():
-            shape, dtype = layout[slot]
-            piece = memory[begin[number] : begin[number] + _num_bytes(shape, dtype)]
-            self.out[slot] = _channels_last(piece.view(dtype), shape)
+            shape, strides, dtype = layout[slot]
+            piece = memory[begin[number] : begin[number] + _num_bytes(layout[slot])]
+            self.out[slot] = piece.view(dtype).as_strided(shape, strides)
 
     def holds(self, slots: Sequence[int]) -> bool:
-        """Whether the values of all these slots are at the same place in every request."""
-        return all(slot in self.out for slot in slots)
+        """Whether the values of all these slots are at the same place in every request, as maps
+        that a kernel reads without a copy."""
+        return all(slot in self.out and _is_map(self.out[slot]) for slot in slots)
 
 
-def _num_bytes(shape: torch.Size, dtype: torch.dtype) -> int:
+def _num_bytes(placed: Placed) -> int:
+    shape, _, dtype = placed
     return shape.numel() * dtype.itemsize
 
 
-def _channels_last(flat: Tensor, shape: Sequence[int]) -> Tensor:
-    """``[B, C, H, W]`` in channels-last memory, or any other number of dimensions as they come."""
-    if len(shape) != 4:
-        return flat.view(tuple(shape))
-    b, c, h, w = shape
-    return flat.view(b, h, w, c).permute(0, 3, 1, 2)
+def _is_map(x: Tensor) -> bool:
+    return x.dim() == 4 and (x.stride(1) == 1 or x.shape[1] <= 1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from disco.errors import InputError
 from disco.executor import exchange, kernels
-from disco.executor.activations import plan_buffers
+from disco.executor.activations import Placed, plan_buffers
 from disco.executor.request import BufferPool, Request, ShapeKey
 from disco.executor.steps import REQUEST_SLOT, Preparation, Step, Values, prepare_pure
 from disco.executor.transport import Handle, Transport
@@ -69,7 +69,7 @@ class Executor:
         self._num_slots = len(prepare.slots) + 1
         _free_at_last_use(program, self._steps, prepare)
         kept = {
-            op.name: op.args[-1].name if isinstance(op.args[-1], Ref) else None
+            op.name: _residual(op)
             for op, step in zip(program.ops, self._steps, strict=True)
             if step.writes_out
         }
@@ -123,7 +123,7 @@ class Executor:
         self, inputs: Sequence[Tensor], request: Request, shapes: ShapeKey
     ) -> Generator[Handle, None, Any]:
         values: Values = [None] * self._num_slots
-        layout: dict[int, tuple[torch.Size, torch.dtype]] = {}
+        layout: dict[int, Placed] = {}
         first = not request.activations.out
         values[REQUEST_SLOT] = request
         for slot, x in zip(self._input_slots, inputs, strict=True):
@@ -137,7 +137,7 @@ class Executor:
                     yield handle
             value = values[step.out] = step.run(values)
             if first and step.out in self._buffer_of:
-                layout[step.out] = (value.shape, value.dtype)
+                layout[step.out] = (value.shape, value.stride(), value.dtype)
             for slot in step.free:
                 values[slot] = None
             if step.progress and request.transport is not None:
@@ -207,6 +207,12 @@ def _prepare(op: Op, prepare: Preparation, exchanges: Set[str]) -> Step:
             f"op {op.name!r} ({op.kind}) cannot be prepared: {type(error).__name__} {error}; "
             f"partition the model again"
         ) from error
+
+
+def _residual(op: Op) -> str | None:
+    """The value that a kernel adds to its result; max pooling adds none."""
+    last = op.args[-1]
+    return last.name if op.kind.startswith("disco.") and isinstance(last, Ref) else None
 
 
 def _output(leaf: Any, prepare: Preparation) -> Callable[[Values], Any]:

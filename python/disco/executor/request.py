@@ -98,9 +98,12 @@ class BufferPool:
         """
         with self._lock:
             known = self._known.setdefault(shapes, _Shape())
-            if known.layout is None:
+            if not kept.activations.out:
+                # It has run in fresh tensors; others may have done so at the same time.
                 known.layout = layout
                 kept = Kept(Activations(layout, self._buffer_of), kept.messages)
+            elif known.layout is None:
+                known.layout = kept.activations.layout  # forgotten while this one was under way
             known.free.append(kept)
             self._known.move_to_end(shapes)
             if len(self._known) > _SHAPES_KEPT:
