@@ -105,10 +105,11 @@ class _PreparedKernel:
     def _bind(
         self, sources: Sequence[Tensor], residual: Tensor | None, out: Tensor
     ) -> Callable[[], None]:
+        if residual is not None:
+            _check_in_place("residual", residual, channels_last(residual, "residual"))
         # Computes once as any call does, checks included.
         self._run(sources, residual, out)
-        added = None if residual is None else channels_last(residual, "residual")
-        return self._prepared.bind(sources, self.packed_weight, self.bias, added, out)
+        return self._prepared.bind(sources, self.packed_weight, self.bias, residual, out)
 
     # The backend's part holds addresses, so copies and pickles make their own.
     def __getstate__(self) -> dict[str, Any]:
@@ -204,12 +205,13 @@ class PartialConv2d(_PartialKernel):
         """The call with these tensors, made ready to be repeated: nothing is checked again.
 
         Runs once. What it returns computes ``out`` from what the tensors hold by then, keeps them
-        alive, and is for one thread at a time. Raises ValueError for segments that had to be
-        copied (a channel stride other than 1).
+        alive, and is for one thread at a time. Raises ValueError for segments or a residual that
+        had to be copied (a channel stride other than 1).
         """
         _check_count(segments, self.descriptor)
         sources = as_sources(segments)
-        _check_in_place(segments, sources)
+        for s, (x, source) in enumerate(zip(segments, sources, strict=True)):
+            _check_in_place(f"segment {s}", x, source)
         return self._bind(sources, residual, out)
 
 
@@ -308,7 +310,7 @@ class GatherConv2d(_GatherKernel):
     def bind(self, x: Tensor, residual: Tensor | None, out: Tensor) -> Callable[[], None]:
         """As `PartialConv2d.bind`."""
         sources = as_sources([self._input(x)])
-        _check_in_place([x], sources)
+        _check_in_place("segment 0", x, sources[0])
         return self._bind(sources, residual, out)
 
 
@@ -475,13 +477,12 @@ def _check_bias(bias: Tensor | None, weight: Tensor) -> None:
         )
 
 
-def _check_in_place(given: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    for s, (x, source) in enumerate(zip(given, sources, strict=True)):
-        if x.data_ptr() != source.data_ptr():
-            raise ValueError(
-                f"segment {s} {list(x.shape)} with strides {x.stride()} cannot be bound: the "
-                "kernel reads a copy of it; give it in channels-last memory"
-            )
+def _check_in_place(name: str, given: Tensor, read: Tensor) -> None:
+    if given.data_ptr() != read.data_ptr():
+        raise ValueError(
+            f"{name} {list(given.shape)} with strides {given.stride()} cannot be bound: the kernel "
+            "reads a copy of it; give it in channels-last memory"
+        )
 
 
 def _check_count(segments: Sequence[Tensor], descriptor: Conv2dDescriptor) -> None:
