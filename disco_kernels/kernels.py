@@ -224,8 +224,8 @@ class PartialConv2d(_PartialKernel):
         """
         _check_count(segments, self.descriptor)
         sources = as_sources(segments)
-        for s, (segment, source) in enumerate(zip(segments, sources, strict=True)):
-            _check_in_place(f"segment {s}", segment, source)
+        for s, (x, source) in enumerate(zip(segments, sources, strict=True)):
+            _check_in_place(f"segment {s}", x, source)
         return self._bind(sources, residual, out)
 
 
@@ -331,7 +331,7 @@ class GatherConv2d(_GatherKernel):
     def bind(self, x: Tensor, residual: Tensor | None, out: Tensor) -> Callable[[], None]:
         """As `PartialConv2d.bind`."""
         sources = as_sources([self._input(x)])
-        _check_in_place("x", x, sources[0])
+        _check_in_place("segment 0", x, sources[0])
         return self._bind(sources, residual, out)
 
 
@@ -503,11 +503,11 @@ def _check_bias(bias: Tensor | None, weight: Tensor) -> None:
         )
 
 
-def _check_in_place(name: str, x: Tensor, source: Tensor) -> None:
-    if x.data_ptr() != source.data_ptr():
+def _check_in_place(name: str, given: Tensor, read: Tensor) -> None:
+    if given.data_ptr() != read.data_ptr():
         raise ValueError(
-            f"{name} {list(x.shape)} with strides {x.stride()} cannot be bound: the "
-            "kernel reads a copy of it; give it in channels-last memory"
+            f"{name} {list(given.shape)} with strides {given.stride()} cannot be bound: the kernel "
+            "reads a copy of it; give it in channels-last memory"
         )
 
 

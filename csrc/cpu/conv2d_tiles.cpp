@@ -123,8 +123,8 @@ class Runner {
           } else {
             const int64_t begin = std::min(ahead.bytes, (p - item.first_panel) * part);
             const int64_t bytes = std::min(part, ahead.bytes - begin);
-            const int64_t lines = std::max<int64_t>(
-                kCacheLineBytes, divide_up(bytes, std::max<int64_t>(1, plan.rows)));
+            const int64_t rows = std::max<int64_t>(1, plan.rows);
+            const int64_t lines = std::max<int64_t>(kCacheLineBytes, divide_up(bytes, rows));
             run_tile(plan, p, tile, {ahead.from + begin, bytes > 0 ? lines : 0}, scratch);
           }
         }

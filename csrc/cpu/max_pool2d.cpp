@@ -6,18 +6,24 @@
 #include "conv2d_plan.h"
 
 namespace disco {
+namespace {
 
-static void fill_lowest(DataType dtype, int64_t channels, char* out) {
-  const uint32_t infinity = 0xFF800000u;  // float32's -inf; its upper half is bfloat16's
-  const uint16_t half = static_cast<uint16_t>(infinity >> 16);
-  for (int64_t c = 0; c < channels; ++c) {
+std::vector<char> minus_infinities(int64_t count, DataType dtype) {
+  constexpr uint32_t kBits = 0xff800000u;  // of a float; its upper half is the bfloat16
+  const size_t bytes = dtype == kFloat32 ? sizeof(float) : sizeof(uint16_t);
+  const uint16_t upper = kBits >> 16;
+  std::vector<char> values(static_cast<size_t>(count) * bytes);
+  for (size_t at = 0; at < values.size(); at += bytes) {
     if (dtype == kFloat32) {
-      std::memcpy(out + c * 4, &infinity, 4);
+      std::memcpy(&values[at], &kBits, bytes);
     } else {
-      std::memcpy(out + c * 2, &half, 2);
+      std::memcpy(&values[at], &upper, bytes);
     }
   }
+  return values;
 }
+
+}  // namespace
 
 void max_pool2d(const MaxPool2dCall& call) {
   const Conv2dGeometry& window = call.window;
@@ -32,6 +38,8 @@ void max_pool2d(const MaxPool2dCall& call) {
   const Map<char> out = {static_cast<char*>(call.out.data), call.x.channels,
                          call.out.stride_n * bytes, call.out.stride_h * bytes,
                          call.out.stride_w * bytes};
+  // What a window holds that dilation spreads over nothing but padding.
+  const std::vector<char> nothing = minus_infinities(call.x.channels, window.dtype);
   const auto largest = active_isa().largest_pixel[window.dtype];
   const int64_t rows = call.batch * call.out_h;
 #pragma omp parallel num_threads(call.num_threads) if (call.num_threads > 1)
@@ -50,12 +58,8 @@ void max_pool2d(const MaxPool2dCall& call) {
             if (w >= 0 && w < call.in_w) pixels[static_cast<size_t>(count++)] = x.at(n, h, w);
           }
         }
-        if (count > 0) {
-          largest({pixels.data(), count, call.x.channels, out.at(n, oh, ow)});
-        } else {
-          // A dilated window can lie in the padding altogether.
-          fill_lowest(window.dtype, call.x.channels, out.at(n, oh, ow));
-        }
+        if (count == 0) pixels[static_cast<size_t>(count++)] = nothing.data();
+        largest({pixels.data(), count, call.x.channels, out.at(n, oh, ow)});
       }
     }
   }

@@ -16,7 +16,8 @@ struct MaxPool2dCall {
   int32_t num_threads;
 };
 
-// Throws std::invalid_argument for a window that can lie outside of the map altogether.
+// A window that dilation spreads over nothing but padding gives minus infinity. Throws
+// std::invalid_argument for padding of more than half of the kernel.
 void max_pool2d(const MaxPool2dCall& call);
 
 }  // namespace disco

@@ -86,6 +86,14 @@ def segments(
     return tensors, index
 
 
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` rounded to ``dtype`` with the strides that it has, and what lies between with it."""
+    if dtype == x.dtype:
+        return x
+    memory = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0).to(dtype)
+    return memory.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
 def residual_of(kind: str, shape: tuple[int, ...]) -> Tensor | None:
     if kind == "none":
         return None
@@ -109,13 +117,14 @@ class Output:
             self.target.copy_(target)
 
 
-def output_of(kind: str, shape: tuple[int, ...]) -> Output:
+def output_of(kind: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Output:
     """An ``out`` argument full of NaN: None, or with strides of its own."""
     if kind == "fresh":
         return Output(None, None)
     b, c, h, w = shape
     extra = {"dense": (0, 0, 0), "slice": (7, 0, 0), "crop": (2, 2, 3)}[kind]
-    buffer = torch.full((b + 2, h + extra[1], w + extra[2], c + extra[0]), float("nan"))
+    size = (b + 2, h + extra[1], w + extra[2], c + extra[0])
+    buffer = torch.full(size, float("nan"), dtype=dtype)
     target = buffer.permute(0, 3, 1, 2)[1 : 1 + b, extra[0] // 2 : extra[0] // 2 + c]
     target = target[:, :, extra[1] // 2 : extra[1] // 2 + h, extra[2] // 2 : extra[2] // 2 + w]
     return Output(target, buffer)
@@ -138,8 +147,8 @@ def threads(count: int) -> Iterator[None]:
 
 
 def bits(x: Tensor) -> Tensor:
-    """float32 as int32, so that NaN and the sign of zero compare."""
-    return x.contiguous().view(torch.int32)
+    """As whole numbers, so that NaN and the sign of zero compare."""
+    return x.contiguous().view(torch.int32 if x.dtype == torch.float32 else torch.int16)
 
 
 def fresh(kernel: Callable[..., Tensor], *arguments: object) -> Callable[[Tensor | None], Tensor]:
@@ -153,6 +162,7 @@ def run(
     shape: tuple[int, ...],
     what: object,
     backend: str,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """``call(out)`` on 1, 2 and 3 threads: same bits, and nothing written beside ``out``.
 
@@ -161,7 +171,7 @@ def run(
     results = []
     counts = THREADS if backend == "cpu" else THREADS[:1]
     for count in counts:
-        output = output_of(kind, shape)
+        output = output_of(kind, shape, dtype)
         with threads(count):
             y = call(output.target)
         assert output.target is None or y is output.target, f"{what}: out is not what came back"

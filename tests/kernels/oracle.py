@@ -15,6 +15,9 @@ below ``FLT_MIN`` for zero (csrc/cpu/conv2d.h), and a product may underflow, tog
 ``FLT_MIN * (n * max|x| + n)``. The inputs are float32, so their float64 copies are exact, and
 float64's own error is 2**-29 of the bound.
 
+Winograd sums other products: `winograd_model` derives what takes the place of the sum and of m.
+Bfloat16 products are exact in float32 and so bounded alike; `rounded` adds the result's rounding.
+
 The shape lists at the end serve the benchmarks too.
 """
 
@@ -29,7 +32,7 @@ from torch import Tensor
 
 from disco_kernels import ConvSpec, Ownership
 from disco_kernels.pattern import Selected
-from tests.kernels import activations
+from tests.kernels import activations, winograd_model
 from tests.kernels.activations import UNIT_ROUNDOFF
 
 FLT_MIN = 2.0**-126
@@ -49,30 +52,49 @@ def conv2d(
     spec: ConvSpec,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
+    before: Tensor | None = None,
 ) -> Expected:
-    """``act(conv(x, weight) + bias + residual)`` of ``[B, K, H, W]`` and ``[O, K, kh, kw]``.
+    """``act(conv(x, weight) + bias + residual + before)`` of ``[B, K, H, W]``, ``[O, K, kh, kw]``.
 
-    K may be 0: the sum is then empty.
+    K may be 0: the sum is then empty. The bound is that of the algorithm in ``spec.winograd``.
     """
     x, weight = x.double(), weight.double()
     value = _sums(x, weight, spec)
-    scale = _sums(x.abs(), weight.abs(), spec)
+    winograd = spec.winograd in ("f2", "f4")
+    if winograd:
+        scale = winograd_model.scale(x, weight, spec)
+    else:
+        scale = _sums(x.abs(), weight.abs(), spec)
     if bias is not None:
         value = value + bias.double()[:, None, None]
         scale = scale + bias.double().abs()[:, None, None]
-    if residual is not None:
-        value = value + residual.double()
-        scale = scale + residual.double().abs()
+    for added in (residual, before):
+        if added is not None:
+            value = value + added.double()
+            scale = scale + added.double().abs()
     terms = weight.shape[1] * weight.shape[2] * weight.shape[3]
-    roundings = (terms + 4) * UNIT_ROUNDOFF
+    most = winograd_model.roundings(weight.shape[1]) if winograd else terms + 4
+    roundings = most * UNIT_ROUNDOFF
     finite = x[x.isfinite()]
     largest = float(finite.abs().max()) if finite.numel() else 0.0
     underflow = FLT_MIN * (terms * largest + terms)
+    if winograd:
+        underflow *= winograd_model.GROWTH
     bound = roundings / (1 - roundings) * scale + underflow
     return Expected(
         activations.exact(value, spec.activation),
         activations.bound(value, bound, spec.activation),
     )
+
+
+def rounded(expected: Expected, dtype: torch.dtype) -> Expected:
+    """The same result written in ``dtype``: for bfloat16 one more rounding, of 2**-8 at most, and
+    what is below ``FLT_MIN`` may become zero."""
+    if dtype == torch.float32:
+        return expected
+    assert dtype == torch.bfloat16
+    value, bound = expected.value, expected.bound
+    return Expected(value, bound + 2.0**-8 * (value.abs() + bound) + FLT_MIN)
 
 
 def linear(

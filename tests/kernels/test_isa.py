@@ -22,7 +22,14 @@ pytestmark = pytest.mark.skipif(STATUS.error is not None, reason=f"no extension:
 
 
 # Their tests of the C++ kernels have "cpu" in their names.
-KERNEL_TESTS = ("test_conv2d.py", "test_activations.py")
+KERNEL_TESTS = (
+    "test_conv2d.py",
+    "test_activations.py",
+    "test_winograd.py",
+    "test_bfloat16.py",
+    "test_max_pool2d.py",
+    "test_bind.py",
+)
 
 
 def suite_results(isa: str, tmp_path: Path) -> tuple[str, Counter[str]]:

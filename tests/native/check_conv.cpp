@@ -1,3 +1,6 @@
+// Values are float32 here whatever the case's data type is: ConvData holds only numbers that the
+// data type has, and the buffers that a kernel sees are made of them.
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -34,13 +37,31 @@ std::vector<char> packed_weights(const ConvCase& conv, const ConvData& data, Edg
   return all;
 }
 
+void encode(const std::vector<float>& values, std::vector<float>& to) { to = values; }
+void encode(const std::vector<float>& values, std::vector<uint16_t>& to) {
+  for (const float value : values) to.push_back(to_bfloat16(value));
+}
+std::vector<float> decode(std::vector<float> values) { return values; }
+std::vector<float> decode(const std::vector<uint16_t>& values) {
+  std::vector<float> decoded;
+  for (const uint16_t value : values) decoded.push_back(from_bfloat16(value));
+  return decoded;
+}
+
+template <typename Element>
+Guarded<Element> guarded(const std::vector<float>& values, Edge edge, bool frozen) {
+  std::vector<Element> encoded;
+  encode(values, encoded);
+  return frozen ? Guarded<Element>::frozen(encoded, edge) : Guarded<Element>(encoded, edge);
+}
+
 // What the output's buffer holds after one call.
+template <typename Element>
 std::vector<float> run(const ConvCase& conv, const ConvData& data, Edge edge, int32_t num_threads) {
-  using Frozen = Guarded<float>;
-  std::vector<Guarded<float>> sources;
+  std::vector<Guarded<Element>> sources;
   disco::Conv2dCall call = {};
   for (const Tensor& x : data.sources) {
-    sources.push_back(Frozen::frozen(x.values, edge));
+    sources.push_back(guarded<Element>(x.values, edge, true));
     call.sources.push_back(
         {sources.back().data(), x.c, x.stride_n, x.stride_c, x.stride_h, x.stride_w});
   }
@@ -50,25 +71,30 @@ std::vector<float> run(const ConvCase& conv, const ConvData& data, Edge edge, in
   const Guarded<char> packed = Guarded<char>::frozen(packed_weights(conv, data, edge), edge);
   call.packed = packed.data();
   call.packed_bytes = static_cast<int64_t>(packed.size());
-  const Guarded<float> bias = Frozen::frozen(data.bias, edge);
+  const Guarded<float> bias = Guarded<float>::frozen(data.bias, edge);
   call.bias = bias.data();
   const std::vector<float> nothing;
-  const Guarded<float> residual =
-      Frozen::frozen(conv.residual ? data.residual[0].values : nothing, edge);
+  const Guarded<Element> residual =
+      guarded<Element>(conv.residual ? data.residual[0].values : nothing, edge, true);
   call.residual = residual.data();
   if (conv.residual) {
     call.residual_stride_n = data.residual[0].stride_n;
     call.residual_stride_h = data.residual[0].stride_h;
     call.residual_stride_w = data.residual[0].stride_w;
   }
-  const Guarded<float> out(data.out.values, edge);
+  const Guarded<Element> out = guarded<Element>(data.out.values, edge, false);
   call.out = {out.data(), data.out.stride_n, data.out.stride_h, data.out.stride_w};
   call.out_channels = conv.out_channels;
   call.accumulate = conv.accumulate;
   call.num_threads = num_threads;
 
   disco::Conv2d(conv.geometry, conv.nodes, conv.activation).run(call);
-  return out.values();
+  return decode(out.values());
+}
+
+std::vector<float> run(const ConvCase& conv, const ConvData& data, Edge edge, int32_t num_threads) {
+  return conv.geometry.dtype == disco::kFloat32 ? run<float>(conv, data, edge, num_threads)
+                                                : run<uint16_t>(conv, data, edge, num_threads);
 }
 
 std::string place(const Tensor& x, int64_t n, int64_t h, int64_t w, int64_t c) {

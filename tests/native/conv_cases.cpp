@@ -31,6 +31,22 @@ const Window kWindows[] = {
 constexpr size_t kMaps = 15;  // 1 .. 15
 // One of each kind of remainder of panels and vectors; every number is tile_cases()'s.
 const int64_t kOutChannels[] = {1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 24, 31, 32, 33, 47, 65, 97, 130};
+// How a layer is computed. Winograd takes 3 x 3 windows of stride and dilation 1 only.
+struct Kernel {
+  disco::Algorithm algorithm;
+  disco::DataType dtype;
+};
+const Kernel kKernels[] = {
+    {disco::Algorithm::kDirect, disco::kFloat32},
+    {disco::Algorithm::kDirect, disco::kBFloat16},
+    {disco::Algorithm::kWinograd2, disco::kFloat32},
+    {disco::Algorithm::kWinograd4, disco::kFloat32},
+    {disco::Algorithm::kWinograd2, disco::kBFloat16},
+    {disco::Algorithm::kWinograd4, disco::kBFloat16},
+};
+bool fits_winograd(const Window& window) {
+  return window.kernel == 3 && window.stride == 1 && window.dilation == 1;
+}
 const int64_t kInChannels[] = {0, 1, 2, 3, 7, 16, 40};
 // At most this many may come as planes (disco::kFewChannels counts what is not selected, too).
 constexpr int64_t kMostPlanes = 7;
@@ -128,10 +144,11 @@ enum Axis {
   kActivation,
   kOutLayout,
   kSpecial,
+  kKernel,
 };
 
 Axes layer_axes() {
-  Axes axes(kSpecial + 1, 2);
+  Axes axes(kKernel + 1, 2);
   axes[kWindowH] = axes[kWindowW] = std::size(kWindows);
   axes[kMapH] = axes[kMapW] = kMaps;
   axes[kBatch] = axes[kNodes] = 3;
@@ -143,6 +160,7 @@ Axes layer_axes() {
   axes[kResidual] = 1 + std::size(kRowLayouts);
   axes[kActivation] = std::size(kActivations);
   axes[kOutLayout] = std::size(kRowLayouts);
+  axes[kKernel] = std::size(kKernels);
   return axes;
 }
 
@@ -152,6 +170,11 @@ bool layer_allowed(size_t a, size_t i, size_t b, size_t j) {
   }
   if (a == kIn && b == kSourceLayout) {
     return kLayouts[j] != Layout::kPlanes || kInChannels[i] <= kMostPlanes;
+  }
+  if (b == kKernel && kKernels[j].algorithm != disco::Algorithm::kDirect) {
+    if (a == kWindowH || a == kWindowW) return fits_winograd(kWindows[i]);
+    // A pixel that is no number spoils all outputs of its Winograd tile.
+    if (a == kSpecial) return i == 0;
   }
   return true;
 }
@@ -163,6 +186,8 @@ ConvCase layer_case(uint32_t number, const Choice& chosen) {
   conv.name = "layer " + std::to_string(number);
   conv.geometry = {h.kernel,  w.kernel,  h.stride,   w.stride,
                    h.padding, w.padding, h.dilation, w.dilation};
+  conv.geometry.algorithm = kKernels[chosen[kKernel]].algorithm;
+  conv.geometry.dtype = kKernels[chosen[kKernel]].dtype;
   conv.batch = static_cast<int64_t>(chosen[kBatch]);  // an empty batch, too
   conv.in_h = static_cast<int64_t>(chosen[kMapH]) + 1;
   conv.in_w = static_cast<int64_t>(chosen[kMapW]) + 1;
@@ -187,11 +212,13 @@ CaseList tile_cases() {
   CaseList list = {};
   for (int64_t outputs = 1; outputs <= kMostOutChannels; ++outputs) {
     for (int64_t pixels = 1; pixels <= kMostTilePixels; ++pixels) {
-      for (const bool full : {false, true}) {
+      for (const int kind : {0, 1, 2}) {
+        const bool full = kind > 0;
         const uint32_t number = static_cast<uint32_t>(list.cases.size());
         Random random(number);
         ConvCase conv = plain_case("tile " + std::to_string(number), {1, 1, 0, 1}, 1, pixels, 1);
         conv.seed = number;
+        conv.geometry.dtype = kind == 2 ? disco::kBFloat16 : disco::kFloat32;
         add_segments(conv, "wi", 5, Layout::kWhole, random);
         add_outputs(conv, kRuns, outputs, random);
         conv.bias = conv.accumulate = conv.residual = full;
@@ -225,16 +252,24 @@ CaseList large_cases() {
     size_t nodes;
     Ownership ownership;
     Layout layout;
+    Kernel kernel;
   };
   // More input than one block; more weights than stay near; both with nodes that write scattered
-  // channels; few channels with much padding.
+  // channels; few channels with much padding; more Winograd tiles than are transformed at a time.
+  const Kernel single = kKernels[0], half = kKernels[1];
   const Large larges[] = {
-      {"w", 704, 5, 15, {1, 1, 0, 1}, 1, kRuns, Layout::kWhole},
-      {"wi", 704, 37, 9, {1, 1, 0, 1}, 1, kRuns, Layout::kCrop},
-      {"wi", 160, 130, 5, {3, 1, 1, 1}, 1, kRuns, Layout::kWhole},
-      {"wir", 150, 130, 7, {3, 2, 1, 1}, 3, kShuffled, Layout::kSlice},
-      {"r", 330, 121, 3, {3, 1, 1, 1}, 2, kSomeUnowned, Layout::kWhole},
-      {"w", 3, 64, 15, {7, 2, 3, 1}, 2, kRuns, Layout::kPlanes},
+      {"w", 704, 5, 15, {1, 1, 0, 1}, 1, kRuns, Layout::kWhole, single},
+      {"wi", 704, 37, 9, {1, 1, 0, 1}, 1, kRuns, Layout::kCrop, single},
+      {"wi", 160, 130, 5, {3, 1, 1, 1}, 1, kRuns, Layout::kWhole, single},
+      {"wir", 150, 130, 7, {3, 2, 1, 1}, 3, kShuffled, Layout::kSlice, single},
+      {"r", 330, 121, 3, {3, 1, 1, 1}, 2, kSomeUnowned, Layout::kWhole, single},
+      {"w", 3, 64, 15, {7, 2, 3, 1}, 2, kRuns, Layout::kPlanes, single},
+      {"wi", 705, 37, 9, {1, 2, 0, 1}, 2, kRuns, Layout::kCrop, half},
+      {"wir", 150, 130, 7, {3, 2, 1, 1}, 3, kShuffled, Layout::kSlice, half},
+      {"w", 3, 64, 15, {7, 2, 3, 1}, 2, kRuns, Layout::kPlanes, half},
+      {"wi", 330, 70, 31, {3, 1, 1, 1}, 2, kShuffled, Layout::kSlice, kKernels[2]},
+      {"w", 330, 5, 41, {3, 1, 1, 1}, 1, kRuns, Layout::kCrop, kKernels[3]},
+      {"wi", 330, 37, 41, {3, 1, 0, 1}, 1, kSomeUnowned, Layout::kWhole, kKernels[5]},
   };
   CaseList list = {};
   for (const Large& large : larges) {
@@ -243,6 +278,8 @@ CaseList large_cases() {
     ConvCase conv = plain_case("large " + std::to_string(number), large.window, large.map,
                                large.map, large.nodes);
     conv.seed = number;
+    conv.geometry.algorithm = large.kernel.algorithm;
+    conv.geometry.dtype = large.kernel.dtype;
     conv.residual = number % 2 == 1;
     conv.activation = disco::kActivationRelu;
     add_segments(conv, large.segments, large.in_channels, large.layout, random);
@@ -269,7 +306,12 @@ std::string describe(const ConvCase& conv) {
   text << conv.name << ": batch " << conv.batch << ", map " << conv.in_h << " x " << conv.in_w
        << ", kernel " << g.kernel_h << " x " << g.kernel_w << ", stride " << g.stride_h << " x "
        << g.stride_w << ", padding " << g.padding_h << " x " << g.padding_w << ", dilation "
-       << g.dilation_h << " x " << g.dilation_w << "; sources";
+       << g.dilation_h << " x " << g.dilation_w;
+  if (g.algorithm != disco::Algorithm::kDirect) {
+    text << ", Winograd of " << static_cast<int>(g.algorithm);
+  }
+  if (g.dtype == disco::kBFloat16) text << ", bfloat16";
+  text << "; sources";
   for (const SourceCase& source : conv.sources) {
     text << ' ' << source.channels << ' ' << kLayoutNames[static_cast<size_t>(source.layout)];
   }

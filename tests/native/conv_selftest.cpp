@@ -36,7 +36,9 @@ void say(char (&to)[2000], const std::string& text) {
 void check_the_comparison() {
   const CaseList list = tile_cases();
   int64_t noticed = 0;
-  for (size_t i = 0; i < 20; ++i) {
+  for (size_t i = 0; i < 30; ++i) {
+    // Bfloat16 has no ten thousandths.
+    if (list.cases[i].geometry.dtype != disco::kFloat32) continue;
     const ConvData data(list.cases[i]);
     const Expected expected = expected_of(list.cases[i], data, 0);
     for (size_t o = 0; o < expected.value.size(); ++o) {

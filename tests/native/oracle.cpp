@@ -7,9 +7,14 @@
 //
 // ReLU enlarges no difference. A kernel may take a weight below FLT_MIN for zero, and a product may
 // underflow: together at most FLT_MIN * n * (max |x| + 1). The inputs are exact in double
-// precision, whose own error is 2^-29 of the bound. An algorithm that sums something else than
-// these products (in a transformed domain, say), another data type, or an activation with a slope
-// above 1 or an approximation of its own needs its own factor or term here.
+// precision, whose own error is 2^-29 of the bound. An activation with a slope above 1 or an
+// approximation of its own needs its own factor or term here.
+//
+// Winograd sums A' [(G g G') * (B' d B)] A, each term with at most K + 28 roundings, and with the
+// sum of |A'| [|G g G'| * (|B'| |d| |B|)] |A| in place of the other;
+// tests/kernels/winograd_model.py derives it. Here |d| is at most 1, so |B'| |d| |B| is at most the
+// row sums of |B'|. Bfloat16 products are exact in float32; the result is then rounded, by 2^-8 of
+// it at most, and may become zero where it is below FLT_MIN.
 
 #include "oracle.h"
 
@@ -27,6 +32,49 @@ namespace {
 constexpr double kUnitRoundoff = 0x1p-24;
 constexpr double kMostInput = 1.0;  // Random::uniform()
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// F(m x m, 3 x 3) as in csrc/cpu/winograd_body.h and pack.cpp.
+struct WinogradModel {
+  explicit WinogradModel(disco::Algorithm algorithm) : m(static_cast<size_t>(algorithm)) {
+    const double a = 0.625, b = 1.5, a2 = a * a, b2 = b * b;
+    if (m == 2) {
+      row_sums = {2, 2, 2, 2};
+      g = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
+      outputs = {{1, 1, 1, 0}, {0, 1, 1, 1}};
+      return;
+    }
+    const double near = (1 + a) * (1 + b2), far = (1 + b) * (1 + a2);
+    const double ends = a2 * b2 + a2 + b2 + 1;
+    row_sums = {ends, near, near, far, far, ends};
+    const double p = 2 * a2 * (a2 - b2), q = 2 * b2 * (b2 - a2);
+    g = {{1 / (a2 * b2), 0, 0},  {1 / p, a / p, a2 / p},  {1 / p, -a / p, a2 / p},
+         {1 / q, b / q, b2 / q}, {1 / q, -b / q, b2 / q}, {0, 0, 1}};
+    outputs = {{1, 1, 1, 1, 1, 0},
+               {0, a, a, b, b, 0},
+               {0, a2, a2, b2, b2, 0},
+               {0, a2 * a, a2 * a, b2 * b, b2 * b, 1}};
+  }
+
+  // What one channel's nine weights add to the sum, for output (i, j) of a tile.
+  double scale(const float* weight, size_t i, size_t j) const {
+    double sum = 0;
+    for (size_t p = 0; p < m + 2; ++p) {
+      for (size_t q = 0; q < m + 2; ++q) {
+        double point = 0;
+        for (size_t t = 0; t < 9; ++t) {
+          point += g[p][t / 3] * g[q][t % 3] * static_cast<double>(weight[t]);
+        }
+        sum += outputs[i][p] * outputs[j][q] * row_sums[p] * row_sums[q] * std::fabs(point);
+      }
+    }
+    return sum;
+  }
+
+  size_t m;
+  std::vector<double> row_sums;              // of |B'|
+  std::vector<std::vector<double>> g;        // G
+  std::vector<std::vector<double>> outputs;  // |A'|
+};
 
 double activated(disco::Activation activation, double x) {
   switch (activation) {
@@ -70,11 +118,17 @@ ConvData::ConvData(const ConvCase& conv)
   for (const SourceCase& source : conv.sources) {
     sources.emplace_back(conv.batch, conv.in_h, conv.in_w, source.channels, source.layout);
   }
+  // Every value is one that the data type has.
+  const bool half = conv.geometry.dtype == disco::kBFloat16;
+  const auto next = [&] {
+    const float value = random.uniform();
+    return half ? from_bfloat16(to_bfloat16(value)) : value;
+  };
   const auto fill = [&](Tensor& x, const std::vector<int32_t>& channels) {
     for (int64_t n = 0; n < x.n; ++n) {
       for (int64_t h = 0; h < x.h; ++h) {
         for (int64_t w = 0; w < x.w; ++w) {
-          for (const int32_t c : channels) x.at(n, h, w, c) = random.uniform();
+          for (const int32_t c : channels) x.at(n, h, w, c) = next();
         }
       }
     }
@@ -95,6 +149,9 @@ ConvData::ConvData(const ConvCase& conv)
     weights.push_back(
         random.uniform(node.out_channels.size() * static_cast<size_t>(node.num_in_channels()) *
                        static_cast<size_t>(conv.geometry.taps())));
+    if (half) {
+      for (float& value : weights.back()) value = from_bfloat16(to_bfloat16(value));
+    }
     if (conv.residual) fill(residual[0], node.out_channels);
     if (conv.accumulate) fill(out, node.out_channels);
   }
@@ -113,9 +170,28 @@ Expected expected_of(const ConvCase& conv, const ConvData& data, size_t number) 
     }
   }
   const double terms = static_cast<double>(reads.size());
-  const double roundings = (terms + 4) * kUnitRoundoff;
+  const bool direct = conv.geometry.algorithm == disco::Algorithm::kDirect;
+  const double channels = static_cast<double>(node.num_in_channels());
+  // Per place in a tile and output.
+  std::vector<double> winograd;
+  const size_t m = direct ? 0 : static_cast<size_t>(conv.geometry.algorithm);
+  if (!direct) {
+    const WinogradModel model(conv.geometry.algorithm);
+    const float* weights = data.weights[number].data();
+    for (size_t place = 0; place < m * m; ++place) {
+      for (size_t o = 0; o < outputs; ++o) {
+        double sum = 0;
+        for (size_t k = 0; k < reads.size(); k += 9) {
+          sum += model.scale(weights + o * reads.size() + k, place / m, place % m);
+        }
+        winograd.push_back(sum);
+      }
+    }
+  }
+  const double roundings = (direct ? terms + 4 : channels + 28) * kUnitRoundoff;
   const double gamma = roundings / (1 - roundings);
-  const double underflow = static_cast<double>(FLT_MIN) * terms * (kMostInput + 1);
+  const double underflow =
+      static_cast<double>(FLT_MIN) * terms * (kMostInput + 1) * (direct ? 1 : 1e5);
   Expected expected;
   std::vector<double> value(outputs), scale(outputs);
   for (int64_t n = 0; n < data.out.n; ++n) {
@@ -148,8 +224,18 @@ Expected expected_of(const ConvCase& conv, const ConvData& data, size_t number) 
           }
         }
         for (size_t o = 0; o < outputs; ++o) {
-          expected.value.push_back(activated(conv.activation, value[o]));
-          expected.bound.push_back(gamma * scale[o] + underflow);
+          const double result = activated(conv.activation, value[o]);
+          double sum = scale[o];
+          if (!direct) {
+            const size_t place = static_cast<size_t>(oh) % m * m + static_cast<size_t>(ow) % m;
+            sum += winograd[place * outputs + o];
+          }
+          double bound = gamma * sum + underflow;
+          if (conv.geometry.dtype == disco::kBFloat16) {
+            bound += 0x1p-8 * (std::fabs(result) + bound) + static_cast<double>(FLT_MIN);
+          }
+          expected.value.push_back(result);
+          expected.bound.push_back(bound);
         }
       }
     }

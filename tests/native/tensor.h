@@ -1,11 +1,28 @@
 // A [batch][h][w][channels] tensor in one of the memory layouts that callers bring.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <vector>
 
 namespace selftest {
+
+// Bfloat16 is the upper half of a float32; to the nearest, ties to even.
+inline uint16_t to_bfloat16(float value) {
+  if (std::isnan(value)) return 0x7fc0;
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+inline float from_bfloat16(uint16_t half) {
+  const uint32_t bits = uint32_t{half} << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
 
 // kSlice is a run of channels of a larger tensor, kCrop a part of its rows and pixels, kPlanes has
 // its channels outermost.
