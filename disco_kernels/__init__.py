@@ -21,10 +21,10 @@ from disco_kernels.functional import (
 from disco_kernels.kernels import (
     GatherConv2d,
     GatherLinear,
-    GatherPack,
     PartialConv2d,
     PartialLinear,
 )
+from disco_kernels.packing import GatherPack
 from disco_kernels.pattern import (
     LayerPattern,
     Ownership,
@@ -43,6 +43,7 @@ from disco_kernels.swap import (
     swapped,
     unswap_,
 )
+from disco_kernels.wire import message_numel, message_views
 
 __all__ = [
     "BackendUnavailable",
@@ -63,6 +64,8 @@ __all__ = [
     "gather_conv2d",
     "gather_linear",
     "gather_pack_",
+    "message_numel",
+    "message_views",
     "partial_conv2d",
     "partial_conv2d_",
     "partial_linear",

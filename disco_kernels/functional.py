@@ -47,13 +47,15 @@ def partial_conv2d(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str = "none",
+    scale: Sequence[Tensor | None] | None = None,
     backend: str,
 ) -> Tensor:
     """Convolution over the virtual concatenation of the segments' channels.
 
     Args:
         segments: ``[B, C_s, H, W]`` each: an activation, or a received payload
-            ``[B, H, W, n]`` seen as ``payload.permute(0, 3, 1, 2)``, which is read in place.
+            ``[B, H, W, n]`` seen as ``payload.permute(0, 3, 1, 2)``, which is read in place. Of the
+            weights' dtype or float16, bfloat16, int8, which are widened as they are read.
         index: per segment None (all its channels) or the channels to take, int32 ``[n_s]``.
         packed_weight: from `prepack` with the same segments, for the same backend.
         out_channels: O, which a packed weight does not tell.
@@ -61,6 +63,8 @@ def partial_conv2d(
         bias: ``[O]`` or None.
         residual: ``[B, O, OH, OW]`` or None, added before the activation.
         activation: ``"none"`` or ``"relu"``.
+        scale: per segment None or, for int8, float32 ``[G, C_s]``: a row for every ``B / G`` images
+            (see `message_views`). None if no segment is int8.
         backend: the one that packed the weight.
 
     Returns:
@@ -83,6 +87,7 @@ def partial_conv2d(
         pair(dilation, "dilation"),
         activation,
         backend,
+        None if scale is None else list(scale),
     )
 
 
@@ -98,6 +103,7 @@ def partial_conv2d_(
     dilation: _IntOrPair = 1,
     residual: Tensor | None = None,
     activation: str = "none",
+    scale: Sequence[Tensor | None] | None = None,
     backend: str,
 ) -> None:
     """Add a second pass onto ``out``, an earlier result without activation.
@@ -117,6 +123,7 @@ def partial_conv2d_(
         pair(dilation, "dilation"),
         activation,
         backend,
+        None if scale is None else list(scale),
     )
 
 
@@ -129,9 +136,13 @@ def partial_linear(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str = "none",
+    scale: Sequence[Tensor | None] | None = None,
     backend: str,
 ) -> Tensor:
-    """`partial_conv2d` over tokens: segments ``[..., C_s]`` -> ``[..., out_features]``."""
+    """`partial_conv2d` over tokens: segments ``[..., C_s]`` -> ``[..., out_features]``.
+
+    ``scale`` of an int8 segment is ``[G, C_s]``, a row for every ``tokens / G`` tokens.
+    """
     return torch.ops.disco_kernels.partial_linear(
         list(segments),
         list(index),
@@ -141,6 +152,7 @@ def partial_linear(
         out_features,
         activation,
         backend,
+        None if scale is None else list(scale),
     )
 
 
@@ -236,9 +248,14 @@ def gather_pack_(
         x: ``[B, C, H, W]``.
         channel_index: int32, every destination's channels one after the other.
         splits: how many of them belong to each destination.
-        out: 1-D, ``B*H*W * len(channel_index)`` elements of ``x``'s dtype: the messages one after
-            the other, each ``[B, H, W, splits[d]]``.
+        out: 1-D, the messages one after the other. Its dtype is the wire dtype: that of ``x``,
+            float32, float16, bfloat16 or int8. A message is ``[B, H, W, splits[d]]``, in int8 with
+            its scales before it and `message_numel` bytes long; `message_views` takes it apart.
         backend: a name, or None for the automatic choice.
+
+    Raises:
+        ValueError: sizes, dtypes or channels that do not fit.
+        RuntimeError: a tensor requires a gradient while gradients are recorded.
     """
     name = registry.resolve(backend, x.device, x.dtype)
     torch.ops.disco_kernels.gather_pack_(x, channel_index, list(splits), out, name)

@@ -16,7 +16,6 @@ from disco_kernels import registry
 from disco_kernels.core import (
     as_sources,
     channel_run,
-    channels_last,
     execute,
     image_as_tokens,
     index_tensor,
@@ -59,10 +58,23 @@ class _PreparedKernel:
         return self.descriptor.out_channels
 
     def _run(
-        self, sources: Sequence[Tensor], residual: Tensor | None, out: Tensor | None
+        self,
+        sources: Sequence[Tensor],
+        residual: Tensor | None,
+        out: Tensor | None,
+        narrow: bool = False,
+        scale: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
         return execute(
-            self._prepared, self.descriptor, sources, self.packed_weight, self.bias, residual, out
+            self._prepared,
+            self.descriptor,
+            sources,
+            self.packed_weight,
+            self.bias,
+            residual,
+            out,
+            narrow=narrow,
+            scales=scale,
         )
 
     # The backend's part holds addresses, so copies and pickles make their own.
@@ -131,20 +143,27 @@ class PartialConv2d(_PartialKernel):
     """
 
     def __call__(
-        self, segments: Sequence[Tensor], residual: Tensor | None = None, out: Tensor | None = None
+        self,
+        segments: Sequence[Tensor],
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+        scale: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
         """Run.
 
         Args:
-            segments: ``[B, C_s, H, W]``, any strides (a channel stride of 1 avoids a copy).
+            segments: ``[B, C_s, H, W]``, any strides (a channel stride of 1 avoids a copy), of the
+                weights' dtype or float16, bfloat16, int8, which are widened as they are read.
             residual: ``[B, O, OH, OW]`` or None, added before the activation.
             out: where to write, channel stride 1, or None for a fresh tensor.
+            scale: per segment None or, for int8, float32 ``[G, C_s]``: a row for every ``B / G``
+                images (see `message_views`). None if no segment is int8.
 
         Returns:
             ``[B, O, OH, OW]`` in channels-last memory.
         """
         _check_count(segments, self.descriptor)
-        return self._run(as_sources(segments), residual, out)
+        return self._run(as_sources(segments), residual, out, True, scale)
 
 
 class PartialLinear(_PartialKernel):
@@ -169,12 +188,21 @@ class PartialLinear(_PartialKernel):
             backend=backend,
         )
 
-    def __call__(self, segments: Sequence[Tensor], residual: Tensor | None = None) -> Tensor:
-        """Segments ``[..., C_s]``, residual ``[..., O]`` or None -> ``[..., O]``."""
+    def __call__(
+        self,
+        segments: Sequence[Tensor],
+        residual: Tensor | None = None,
+        scale: Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
+        """Segments ``[..., C_s]``, residual ``[..., O]`` or None -> ``[..., O]``.
+
+        ``scale`` of an int8 segment is ``[G, C_s]``, a row for every ``tokens / G`` tokens.
+        """
         _check_count(segments, self.descriptor)
         images = [tokens_as_image(x, f"segment {s}") for s, x in enumerate(segments)]
         added = None if residual is None else tokens_as_image(residual, "residual")
-        return image_as_tokens(self._run(images, added, None), segments[0].shape[:-1])
+        y = self._run(images, added, None, True, scale)
+        return image_as_tokens(y, segments[0].shape[:-1])
 
 
 class _GatherKernel(_PreparedKernel):
@@ -256,56 +284,6 @@ class GatherLinear(_GatherKernel):
         added = None if residual is None else tokens_as_image(residual, "residual")
         image = self._input(tokens_as_image(x, "x"))
         return image_as_tokens(self._run([image], added, None), x.shape[:-1])
-
-
-class GatherPack:
-    """Selected channels of an activation as one contiguous message per destination, in one pass.
-
-    Args:
-        index: per destination the channels to send, in the order of the message.
-        backend: a name, or None for the automatic choice (made at each call's dtype and device).
-    """
-
-    def __init__(self, index: Sequence[Tensor | Sequence[int]], backend: str | None = None) -> None:
-        self.index = [
-            index_tensor(channels, 2**31 - 1, f"index[{d}]") for d, channels in enumerate(index)
-        ]
-        self.backend = backend
-
-    def __call__(self, x: Tensor, out: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """Pack.
-
-        Args:
-            x: ``[B, C, H, W]`` or ``[..., C]`` (any other number of dimensions).
-            out: per destination a contiguous ``[B, H, W, n_d]`` (``[..., n_d]``), or None.
-
-        Returns:
-            The messages, contiguous, of ``x``'s dtype. As a segment of `PartialConv2d` a message
-            is ``message.permute(0, 3, 1, 2)``.
-        """
-        image = channels_last(x, "x") if x.dim() == 4 else tokens_as_image(x, "x")
-        leading = (x.shape[0], *x.shape[2:]) if x.dim() == 4 else tuple(x.shape[:-1])
-        shapes = [(*leading, channels.numel()) for channels in self.index]
-        if out is None:
-            out = [x.new_empty(shape) for shape in shapes]
-        if len(out) != len(shapes):
-            raise ValueError(f"{len(shapes)} destinations need as many messages, given {len(out)}")
-        for d, (message, shape) in enumerate(zip(out, shapes, strict=True)):
-            fits = tuple(message.shape) == shape and message.dtype == x.dtype
-            if not fits or not message.is_contiguous() or message.device != x.device:
-                raise ValueError(
-                    f"message {d} must be a contiguous {list(shape)} {x.dtype} on {x.device}, "
-                    f"given {list(message.shape)} {message.dtype} on {message.device}"
-                )
-            if shape[-1] and int(self.index[d].max()) >= image.shape[1]:
-                raise ValueError(
-                    f"index[{d}] names channel {int(self.index[d].max())}; the activation has "
-                    f"{image.shape[1]}"
-                )
-        backend = registry.get(registry.resolve(self.backend, x.device, x.dtype))
-        packed = [m.view(image.shape[0], image.shape[2], image.shape[3], m.shape[-1]) for m in out]
-        backend.gather_pack_(image, self.index, packed)
-        return list(out)
 
 
 def _check_weight(weight: Tensor, in_channels: int, spec: ConvSpec) -> None:

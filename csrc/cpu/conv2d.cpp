@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "conv2d_plan.h"
+#include "widen.h"
 
 namespace disco {
 namespace {
@@ -78,6 +79,18 @@ int64_t Conv2d::packed_size() const {
 }
 
 void Conv2d::run(const Conv2dCall& call) const {
+  bool wide = true;
+  for (const SourceView& source : call.sources) wide &= source.type == WireType::kFloat32;
+  if (wide) {
+    run_float32(call);
+  } else {
+    WidenedCall widened(call);
+    widened.widen();
+    run_float32(widened.call());
+  }
+}
+
+void Conv2d::run_float32(const Conv2dCall& call) const {
   bool few = true, plain = geometry_.taps() == 1;
   for (const SourceView& source : call.sources) {
     few &= source.channels <= kFewChannels;

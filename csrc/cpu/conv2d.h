@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "conv_microkernel.h"
+#include "message_kernels.h"
 
 namespace disco {
 
@@ -38,11 +39,16 @@ struct Node {
 // Sources of at most this many channels (images) may have any channel stride: they are copied.
 constexpr int64_t kFewChannels = 8;
 
-// Strides in elements; the channel stride is 1 where there are more than kFewChannels.
+// Strides in elements; the channel stride is 1 where there are more than kFewChannels, and where
+// the type is not float32. Sources in another type are read where they lie and widened by the call.
 struct SourceView {
-  const float* data;
+  const float* data;  // float32, or nullptr
   int64_t channels;
   int64_t stride_n, stride_c, stride_h, stride_w;
+  WireType type = WireType::kFloat32;
+  const void* wire = nullptr;    // the data of another type
+  const float* scale = nullptr;  // int8: [batch / images_per_scale][channels]
+  int64_t images_per_scale = 1;
 };
 
 // Strides in elements; the channel stride is 1.
@@ -86,6 +92,8 @@ class Conv2d {
   int64_t packed_size() const;
 
  private:
+  void run_float32(const Conv2dCall& call) const;
+
   Conv2dGeometry geometry_;
   std::vector<Node> nodes_;
   Activation activation_;

@@ -19,17 +19,25 @@ from tests.kernels.process import ROOT, python, script
 STATUS = extension_status()
 pytestmark = pytest.mark.skipif(STATUS.error is not None, reason=f"no extension: {STATUS.error}")
 
+AVX2_FLAGS = "-mavx2 -mfma"
+AVX512_FLAGS = "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma"
+# Source: its flags, and the one function that others see.
 ISA_SOURCES = {
-    "conv_avx2": "-mavx2 -mfma",
-    "conv_avx512": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma",
+    "conv_avx2": (AVX2_FLAGS, "avx2_kernels"),
+    "conv_avx512": (AVX512_FLAGS, "avx512_kernels"),
+    "message_avx2": (AVX2_FLAGS, "avx2_message_kernels"),
+    "message_avx512": (AVX512_FLAGS, "avx512_message_kernels"),
 }
+# What runs once for each instruction set.
+SUITES = ("test_conv2d.py", "test_gather_pack.py", "test_narrow_segments.py", "test_wire.py")
 
 
 def suite_results(isa: str, tmp_path: Path) -> tuple[str, Counter[str]]:
-    """The instruction set that ran, and what became of test_conv2d.py's tests of the kernels."""
+    """The instruction set that ran, and what became of the suites' tests of the kernels."""
     report = tmp_path / f"{isa}.xml"
     done = python(
-        *("-m", "pytest", "tests/kernels/test_conv2d.py", "-q", "-p", "no:cacheprovider"),
+        *("-m", "pytest", "-q", "-p", "no:cacheprovider"),
+        *(f"tests/kernels/{suite}" for suite in SUITES),
         *("-k", "cpu", "-m", "not slow", f"--junitxml={report}"),
         environment={"DISCO_KERNELS_ISA": isa},
     )
@@ -55,7 +63,7 @@ def test_the_same_tests_pass_on_every_instruction_set(
     here = [
         test
         for test in request.session.items
-        if test.path.name == "test_conv2d.py"
+        if test.path.name in SUITES
         and "cpu" in test.name
         and test.get_closest_marker("slow") is None
     ]
@@ -145,7 +153,9 @@ def test_wide_registers_only_in_the_instruction_sets_files() -> None:
             function = head.group(1)
         elif re.search(r"%[yz]mm\d|%k[1-7]\b", line):
             wide += 1
-            if not re.search(r"convolve_tile<|fma_rounds|avx2_kernels|avx512_kernels", function):
+            if not re.search(
+                r"convolve_tile<|fma_rounds|message_simd::|avx2_kernels|avx512_kernels", function
+            ):
                 leaks.append(f"{function}: {line.strip()}")
     assert not leaks, "\n".join(leaks[:10])
     has_wide = set(STATUS.available_isas) & {"avx2", "avx512"}
@@ -160,7 +170,7 @@ def test_instruction_sets_files_define_nothing_that_the_linker_merges(tmp_path: 
     if "avx2" not in STATUS.available_isas and "avx512" not in STATUS.available_isas:
         pytest.skip("no build of these instruction sets on this machine")
     covered = 0
-    for name, flags in ISA_SOURCES.items():
+    for name, (flags, function) in ISA_SOURCES.items():
         built = tmp_path / f"{name}.o"
         # Without optimisation nothing is inlined: whatever could be merged shows.
         subprocess.run(
@@ -176,6 +186,6 @@ def test_instruction_sets_files_define_nothing_that_the_linker_merges(tmp_path: 
             ["nm", "-C", "--defined-only", str(built)], capture_output=True, text=True, check=True
         ).stdout.splitlines()
         shared = [line[17:] for line in symbols if line[17] not in "tdbr"]
-        assert shared == [f"T disco::{name.removeprefix('conv_')}_kernels()"], shared
+        assert shared == [f"T disco::{function}()"], shared
         covered += 1
     assert covered == len(ISA_SOURCES)
