@@ -16,6 +16,7 @@
 #include "cpu/conv2d.h"
 #include "cpu/fma_peak.h"
 #include "cpu/gather_pack.h"
+#include "cpu/line_read.h"
 #include "cpu/max_pool2d.h"
 
 namespace py = pybind11;
@@ -27,8 +28,9 @@ using Address = uintptr_t;
 using ChannelArgs = std::tuple<int32_t, int64_t, Address>;
 using SegmentArgs = std::pair<int64_t, ChannelArgs>;                // source, channels
 using NodeArgs = std::pair<std::vector<SegmentArgs>, ChannelArgs>;  // segments, output channels
-// Address, channels, strides n, c, h, w.
-using SourceArgs = std::tuple<Address, int64_t, int64_t, int64_t, int64_t, int64_t>;
+// Address, channels, strides n, c, h, w; wire type, address of the scales, images to a row of them.
+using SourceArgs =
+    std::tuple<Address, int64_t, int64_t, int64_t, int64_t, int64_t, int32_t, Address, int64_t>;
 using ViewArgs = std::tuple<Address, int64_t, int64_t, int64_t>;  // strides n, h, w
 
 template <typename T>
@@ -71,8 +73,10 @@ disco::Conv2dCall make_call(const std::vector<SourceArgs>& sources,
                             const ViewArgs& out, int64_t out_channels, bool accumulate,
                             int32_t num_threads) {
   disco::Conv2dCall call = {};
-  for (const auto& [data, channels, n, c, h, w] : sources) {
-    call.sources.push_back({pointer<const void>(data), channels, n, c, h, w});
+  for (const auto& [data, channels, n, c, h, w, type, scale, images_per_scale] : sources) {
+    call.sources.push_back({pointer<const void>(data), channels, n, c, h, w,
+                            static_cast<disco::WireType>(type), pointer<const float>(scale),
+                            images_per_scale});
   }
   call.batch = batch_h_w[0];
   call.in_h = batch_h_w[1];
@@ -141,17 +145,27 @@ void max_pool2d(const std::array<int64_t, 8>& window, int32_t dtype,
   disco::max_pool2d(call);
 }
 
-void gather_pack(Address x, int64_t channels, const std::array<int64_t, 3>& n_h_w,
-                 const std::array<int64_t, 3>& strides,
-                 const std::vector<std::tuple<Address, int64_t, Address>>& messages,
-                 int32_t num_threads) {
-  std::vector<disco::Message> made;
-  for (const auto& [index, count, out] : messages) {
-    made.push_back({pointer<const int32_t>(index), count, pointer<float>(out)});
-  }
+disco::GatherPack make_gather_pack(const std::vector<std::pair<Address, int64_t>>& lists) {
+  std::vector<std::vector<int32_t>> made;
+  for (const auto& [index, count] : lists) made.push_back(channel_list({0, count, index}));
+  return disco::GatherPack(std::move(made));
+}
+
+void run_gather_pack(const disco::GatherPack& pack, Address x, int64_t channels,
+                     const std::array<int64_t, 3>& n_h_w, const std::array<int64_t, 3>& strides,
+                     int32_t wire, const std::vector<Address>& messages, int32_t num_threads) {
+  std::vector<void*> made;
+  for (const Address message : messages) made.push_back(pointer<void>(message));
+  const disco::PixelGrid grid = {n_h_w[0], n_h_w[1], n_h_w[2], strides[0], strides[1], strides[2]};
   py::gil_scoped_release release;
-  disco::gather_pack(pointer<const float>(x), channels, n_h_w[0], n_h_w[1], n_h_w[2], strides[0],
-                     strides[1], strides[2], made, num_threads);
+  pack.run({pointer<const float>(x), channels, grid}, static_cast<disco::WireType>(wire), made,
+           num_threads);
+}
+
+float read_lines(Address x, int64_t stride, int64_t pixels, const std::vector<int32_t>& lines,
+                 int32_t num_threads) {
+  py::gil_scoped_release release;
+  return disco::read_lines(pointer<const float>(x), stride, pixels, lines, num_threads);
 }
 
 }  // namespace
@@ -186,9 +200,14 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const disco::Conv2d&, disco::Conv2dCall>(), py::keep_alive<1, 2>())
       .def("run", &disco::BoundConv2d::run, py::call_guard<py::gil_scoped_release>());
 
-  m.def("gather_pack", &gather_pack);
   m.def("max_pool2d", &max_pool2d);
 
+  py::class_<disco::GatherPack>(m, "GatherPack")
+      .def(py::init(&make_gather_pack), py::arg("lists"))
+      .def("run", &run_gather_pack, py::arg("x"), py::arg("channels"), py::arg("n_h_w"),
+           py::arg("strides"), py::arg("wire"), py::arg("messages"), py::arg("num_threads"));
+
+  m.def("read_lines", &read_lines);
   m.def("fma_peak_gflops", &disco::fma_peak_gflops, py::arg("bursts") = 20,
         py::arg("bfloat16") = false, py::call_guard<py::gil_scoped_release>());
 }

@@ -21,11 +21,11 @@ from disco_kernels.functional import (
 from disco_kernels.kernels import (
     GatherConv2d,
     GatherLinear,
-    GatherPack,
     MaxPool2d,
     PartialConv2d,
     PartialLinear,
 )
+from disco_kernels.packing import GatherPack
 from disco_kernels.pattern import (
     LayerPattern,
     Ownership,
@@ -44,6 +44,7 @@ from disco_kernels.swap import (
     swapped,
     unswap_,
 )
+from disco_kernels.wire import message_numel, message_views
 from disco_kernels.winograd import choose_winograd
 
 __all__ = [
@@ -69,6 +70,8 @@ __all__ = [
     "gather_conv2d",
     "gather_linear",
     "gather_pack_",
+    "message_numel",
+    "message_views",
     "partial_conv2d",
     "partial_conv2d_",
     "partial_linear",

@@ -24,20 +24,22 @@ from disco_kernels.core import (
     tokens_as_image,
 )
 from disco_kernels.spec import WINOGRAD, Channels, Conv2dDescriptor, ConvSpec, Node, Pair, Segment
+from disco_kernels.wire import check_wire_dtype, message_numel
 
 NAMESPACE = "disco_kernels"
 _GEOMETRY = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation"
 _WINOGRAD = 'str winograd="off"'
+_SCALE = "Tensor?[]? scale=None"
 
 SCHEMAS = (
     f"prepack(Tensor weight, int[] segment_channels, str backend, {_WINOGRAD}) -> Tensor",
     "partial_conv2d(Tensor[] segments, Tensor?[] index, Tensor packed_weight, Tensor? bias, "
     f"Tensor? residual, int out_channels, {_GEOMETRY}, str activation, str backend, "
-    f"{_WINOGRAD}) -> Tensor",
+    f"{_WINOGRAD}, {_SCALE}) -> Tensor",
     "partial_conv2d_(Tensor(a!) out, Tensor[] segments, Tensor?[] index, Tensor packed_weight, "
-    f"Tensor? residual, {_GEOMETRY}, str activation, str backend, {_WINOGRAD}) -> ()",
+    f"Tensor? residual, {_GEOMETRY}, str activation, str backend, {_WINOGRAD}, {_SCALE}) -> ()",
     "partial_linear(Tensor[] segments, Tensor?[] index, Tensor packed_weight, Tensor? bias, "
-    "Tensor? residual, int out_features, str activation, str backend) -> Tensor",
+    f"Tensor? residual, int out_features, str activation, str backend, {_SCALE}) -> Tensor",
     "gather_conv2d(Tensor x, Tensor channel_index, int[] in_splits, int[] out_splits, "
     "Tensor? out_index, Tensor packed_weight, Tensor? bias, Tensor? residual, "
     f"{_GEOMETRY}, str activation, str backend, {_WINOGRAD}) -> Tensor",
@@ -180,13 +182,16 @@ def _partial_conv2d(
     activation: str,
     backend: str,
     winograd: str = "off",
+    scale: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
-    _refuse_gradients("partial_conv2d", *segments, packed_weight, bias, residual)
-    sources = as_sources(segments)
+    _refuse_gradients("partial_conv2d", *segments, packed_weight, bias, residual, *(scale or ()))
+    sources = as_sources(segments, packed_weight.dtype)
     spec = _conv_spec(kernel_size, stride, padding, dilation, activation, winograd)
     descriptor = _partial_descriptor(sources, index, out_channels, spec)
     prepared = _backend(backend, packed_weight).prepare(descriptor, packed_weight.dtype)
-    return execute(prepared, descriptor, sources, packed_weight, bias, residual)
+    return execute(
+        prepared, descriptor, sources, packed_weight, bias, residual, narrow=True, scales=scale
+    )
 
 
 def _partial_conv2d_fake(
@@ -203,9 +208,11 @@ def _partial_conv2d_fake(
     activation: str,
     backend: str,
     winograd: str = "off",
+    scale: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
     x = segments[0]
-    return empty_output(x, out_channels, *_fake_size(x, kernel_size, stride, padding, dilation))
+    size = _fake_size(x, kernel_size, stride, padding, dilation)
+    return empty_output(x, out_channels, *size, dtype=packed_weight.dtype)
 
 
 def _fake_size(
@@ -236,15 +243,27 @@ def _partial_conv2d_accumulate(
     activation: str,
     backend: str,
     winograd: str = "off",
+    scale: Sequence[Tensor | None] | None = None,
 ) -> None:
-    _refuse_gradients("partial_conv2d_", out, *segments, packed_weight, residual)
-    sources = as_sources(segments)
+    _refuse_gradients("partial_conv2d_", out, *segments, packed_weight, residual, *(scale or ()))
+    sources = as_sources(segments, packed_weight.dtype)
     spec = _conv_spec(kernel_size, stride, padding, dilation, activation, winograd)
     if out.dim() != 4:
         raise ValueError(f"out must be [B, O, OH, OW], given {list(out.shape)}")
     descriptor = _partial_descriptor(sources, index, out.shape[1], spec)
     prepared = _backend(backend, packed_weight).prepare(descriptor, packed_weight.dtype)
-    execute(prepared, descriptor, sources, packed_weight, None, residual, out, accumulate=True)
+    execute(
+        prepared,
+        descriptor,
+        sources,
+        packed_weight,
+        None,
+        residual,
+        out,
+        accumulate=True,
+        narrow=True,
+        scales=scale,
+    )
 
 
 def _partial_linear(
@@ -256,13 +275,16 @@ def _partial_linear(
     out_features: int,
     activation: str,
     backend: str,
+    scale: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
-    _refuse_gradients("partial_linear", *segments, packed_weight, bias, residual)
+    _refuse_gradients("partial_linear", *segments, packed_weight, bias, residual, *(scale or ()))
     sources = [tokens_as_image(x, f"segment {s}") for s, x in enumerate(segments)]
     descriptor = _partial_descriptor(sources, index, out_features, ConvSpec(activation=activation))
     prepared = _backend(backend, packed_weight).prepare(descriptor, packed_weight.dtype)
     added = None if residual is None else tokens_as_image(residual, "residual")
-    y = execute(prepared, descriptor, sources, packed_weight, bias, added)
+    y = execute(
+        prepared, descriptor, sources, packed_weight, bias, added, narrow=True, scales=scale
+    )
     return image_as_tokens(y, segments[0].shape[:-1])
 
 
@@ -275,8 +297,10 @@ def _partial_linear_fake(
     out_features: int,
     activation: str,
     backend: str,
+    scale: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
-    return segments[0].new_empty((*segments[0].shape[:-1], out_features))
+    shape = (*segments[0].shape[:-1], out_features)
+    return segments[0].new_empty(shape, dtype=packed_weight.dtype)
 
 
 def _gather_descriptor(
@@ -335,7 +359,7 @@ def _gather_conv2d(
 ) -> Tensor:
     _refuse_gradients("gather_conv2d", x, packed_weight, bias, residual)
     spec = _conv_spec(kernel_size, stride, padding, dilation, activation, winograd)
-    sources = as_sources([x])
+    sources = as_sources([x], x.dtype)
     descriptor = _gather_descriptor(channel_index, in_splits, out_splits, out_index, spec)
     prepared = _backend(backend, packed_weight).prepare(descriptor, packed_weight.dtype)
     return execute(prepared, descriptor, sources, packed_weight, bias, residual)
@@ -358,7 +382,8 @@ def _gather_conv2d_fake(
     backend: str,
     winograd: str = "off",
 ) -> Tensor:
-    return empty_output(x, sum(out_splits), *_fake_size(x, kernel_size, stride, padding, dilation))
+    size = _fake_size(x, kernel_size, stride, padding, dilation)
+    return empty_output(x, sum(out_splits), *size, dtype=x.dtype)
 
 
 def _gather_linear(
@@ -405,21 +430,23 @@ def _gather_pack(
     image = channels_last(x, "x")
     index = _flat_index(channel_index, "channel_index")
     _check_splits("splits", splits, index)
-    pixels = image.shape[0] * image.shape[2] * image.shape[3]
-    if out.dtype != x.dtype or out.dim() != 1 or not out.is_contiguous():
-        raise ValueError(f"out must be one contiguous row of {x.dtype}, given {out.dtype}")
-    if out.numel() != pixels * index.numel():
+    if out.dtype != x.dtype:
+        check_wire_dtype(out.dtype)
+    leading = (image.shape[0], image.shape[2], image.shape[3])
+    sizes = [message_numel(out.dtype, leading, count) for count in splits]
+    if out.dim() != 1 or not out.is_contiguous() or out.numel() != sum(sizes):
         raise ValueError(
-            f"out must hold {pixels} pixels x {index.numel()} channels = "
-            f"{pixels * index.numel()} elements, given {out.numel()}"
+            f"out must be one contiguous row of {sum(sizes)} elements in {out.dtype}, for "
+            f"{index.numel()} channels of {list(leading)} pixels; given {list(out.shape)} with "
+            f"strides {out.stride()}"
         )
-    messages = []
-    begin = 0
-    for count in splits:
-        part = out[begin : begin + pixels * count]
-        messages.append(part.view(image.shape[0], image.shape[2], image.shape[3], count))
-        begin += pixels * count
-    _backend(backend, x).gather_pack_(image, list(index.split(list(splits))), messages)
+    if out.dtype == torch.int8 and out.data_ptr() % 4:
+        raise ValueError(
+            "out in int8 must begin at a multiple of 4 bytes, where its float32 scales lie, given "
+            f"the address {out.data_ptr():#x}"
+        )
+    prepared = _backend(backend, x).prepare_gather_pack(index.split(list(splits)))
+    prepared.run(image, out.split(sizes))
 
 
 def _mutates_only(*args: object, **kwargs: object) -> None:

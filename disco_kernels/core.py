@@ -10,6 +10,7 @@ from torch import Tensor
 
 from disco_kernels.registry import PreparedConv2d
 from disco_kernels.spec import Channels, Conv2dDescriptor
+from disco_kernels.wire import NARROW_DTYPES
 
 # Up to here kernels take any channel stride (kFewChannels in csrc/cpu/conv2d.h).
 FEW_CHANNELS = 8
@@ -27,13 +28,19 @@ def channels_last(x: Tensor, name: str) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def as_sources(segments: Sequence[Tensor]) -> list[Tensor]:
+def as_sources(segments: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """The segments as kernels take them: channels last, or as they lie if all have few channels.
 
     An image of three planes would otherwise be copied twice: kernels put few channels into a
-    layout of their own.
+    layout of their own. Wire dtypes other than ``dtype``, the weights', are always read channels
+    last.
     """
-    if all(x.dim() == 4 and x.shape[1] <= FEW_CHANNELS for x in segments):
+    if all(
+        x.dim() == 4
+        and x.shape[1] <= FEW_CHANNELS
+        and (x.dtype == dtype or x.dtype not in NARROW_DTYPES)
+        for x in segments
+    ):
         return [x.resolve_neg() for x in segments]
     return [channels_last(x, f"segment {s}") for s, x in enumerate(segments)]
 
@@ -79,11 +86,13 @@ def channel_run(values: Sequence[int]) -> Channels:
     return Channels(len(values), 0, torch.tensor(values, dtype=torch.int32, device="cpu"))
 
 
-def empty_output(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+def empty_output(
+    like: Tensor, channels: int, height: int, width: int, dtype: torch.dtype
+) -> Tensor:
     """An uninitialised ``[B, channels, height, width]`` tensor in channels-last memory."""
     return torch.empty(
         (like.shape[0], channels, height, width),
-        dtype=like.dtype,
+        dtype=dtype,
         device=like.device,
         memory_format=torch.channels_last,
     )
@@ -98,31 +107,47 @@ def execute(
     residual: Tensor | None,
     out: Tensor | None = None,
     accumulate: bool = False,
+    narrow: bool = False,
+    scales: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
     """Check what the call brings, allocate ``out`` if none is given, run.
 
     Args:
-        sources: ``[B, C_s, H, W]`` tensors from `as_sources`, one dtype and device.
+        sources: ``[B, C_s, H, W]`` tensors from `as_sources`, of the weights' dtype and device.
         packed_weight, bias: as packed for ``descriptor``; bias ``[O]`` or None.
         residual: ``[B, O, OH, OW]`` or None, added before the activation.
         out: ``[B, O, OH, OW]``, channel stride 1, or None. Must not overlap a source.
         accumulate: add onto what ``out`` holds; bias is then not added.
+        narrow: take sources in a narrow wire dtype, too (not with bfloat16 weights, whose
+            sources are bfloat16).
+        scales: per source None or, for int8, float32 ``[G, C_s]``: a row for every B / G images.
     """
     x = sources[0]
-    extent, dtype, device = x.shape, x.dtype, x.device
+    extent, device = x.shape, x.device
+    dtype = packed_weight.dtype
+    if narrow and dtype == torch.bfloat16:
+        _refuse_narrow_for_bfloat16(sources)
+    if x.dtype != dtype and not (narrow and x.dtype in NARROW_DTYPES):
+        raise ValueError(
+            f"the weights are {dtype} on {packed_weight.device}, the input is {x.dtype} on "
+            f"{device}; convert one of them"
+        )
+    if packed_weight.device != device:
+        raise ValueError(
+            f"the weights are on {packed_weight.device}, the input is on {device}; move one of them"
+        )
     for s, other in enumerate(sources[1:], 1):
         same_extent = other.shape[0] == extent[0] and other.shape[2:] == extent[2:]
-        if not same_extent or other.dtype != dtype or other.device != device:
+        same_dtype = other.dtype == dtype or (narrow and other.dtype in NARROW_DTYPES)
+        if not same_extent or not same_dtype or other.device != device:
             raise ValueError(
                 f"segment {s} is {_shape(other)} {other.dtype} on {other.device}; every segment "
-                f"must have the batch, height, width, dtype and device of segment 0, which is "
-                f"{_shape(x)} {dtype} on {device}"
+                f"must have the batch, height, width and device of segment 0, which is "
+                f"{_shape(x)} on {device}, and the weights' dtype {dtype}"
+                + (" or a narrow wire dtype" if narrow else "")
             )
-    if packed_weight.dtype != dtype or packed_weight.device != device:
-        raise ValueError(
-            f"the weights are {packed_weight.dtype} on {packed_weight.device}, the input is "
-            f"{dtype} on {device}; convert one of them"
-        )
+    if narrow:
+        scales = _checked_scales(scales, sources)
     for s, needed in enumerate(descriptor.channels_needed):
         if sources[s].shape[1] < needed:
             raise ValueError(
@@ -132,28 +157,73 @@ def execute(
     height, width = descriptor.spec.output_size(extent[2], extent[3])
     shape = (extent[0], descriptor.out_channels, height, width)
     if residual is not None:
-        _check_result("residual", residual, shape, x)
+        _check_result("residual", residual, shape, packed_weight)
         residual = channels_last(residual, "residual")
     if bias is not None:
-        _check_result("bias", bias, shape[1:2], x)
+        _check_result("bias", bias, shape[1:2], packed_weight)
         bias = bias.resolve_neg().contiguous()
     if out is None:
-        out = empty_output(x, *shape[1:])
+        out = empty_output(x, *shape[1:], dtype=dtype)
     else:
-        _check_result("out", out, shape, x)
+        _check_result("out", out, shape, packed_weight)
         if (out.stride(1) != 1 and out.shape[1] > 1) or out.is_neg():
             raise ValueError(
                 f"out must have a channel stride of 1 and no lazy negation, given strides "
                 f"{out.stride()}"
             )
-    prepared.run(sources, packed_weight, bias, residual, out, accumulate)
+    prepared.run(sources, packed_weight, bias, residual, out, accumulate, scales)
     return out
 
 
-def _check_result(name: str, value: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
-    if value.shape != shape or value.dtype != x.dtype or value.device != x.device:
+def _refuse_narrow_for_bfloat16(sources: Sequence[Tensor]) -> None:
+    for s, x in enumerate(sources):
+        if x.dtype != torch.bfloat16 and x.dtype in NARROW_DTYPES:
+            raise ValueError(
+                f"segment {s} is {x.dtype} and the weights are torch.bfloat16, which take segments "
+                "in bfloat16 only; send bfloat16 messages, or use float32 weights, which take "
+                "every wire dtype"
+            )
+
+
+def _checked_scales(
+    scales: Sequence[Tensor | None] | None, sources: Sequence[Tensor]
+) -> Sequence[Tensor | None] | None:
+    """The scales, contiguous, or None if no segment is int8."""
+    if scales is None:
+        if all(x.dtype != torch.int8 for x in sources):
+            return None
+        scales = [None] * len(sources)
+    if len(scales) != len(sources):
         raise ValueError(
-            f"{name} must be {list(shape)} {x.dtype} on {x.device}, given {_shape(value)} "
+            f"{len(sources)} segments need as many scales (None unless int8), given {len(scales)}"
+        )
+    found: list[Tensor | None] = []
+    for s, (x, scale) in enumerate(zip(sources, scales, strict=True)):
+        if (x.dtype == torch.int8) != (scale is not None):
+            raise ValueError(
+                f"segment {s} is {x.dtype} and its scale is "
+                f"{None if scale is None else _shape(scale)}; int8 needs one, others take none"
+            )
+        if scale is None:
+            found.append(None)
+            continue
+        groups = scale.shape[0] if scale.dim() == 2 else 0
+        fits = scale.dim() == 2 and scale.shape[1] == x.shape[1] and scale.dtype == torch.float32
+        divides = x.shape[0] % groups == 0 if groups else x.shape[0] == 0
+        if not fits or not divides or scale.device != x.device:
+            raise ValueError(
+                f"scale {s} must be float32 [G, {x.shape[1]}] on {x.device} with G a divisor of "
+                f"{x.shape[0]} (images or tokens), given {_shape(scale)} {scale.dtype} on "
+                f"{scale.device}"
+            )
+        found.append(scale.resolve_neg().contiguous())
+    return found
+
+
+def _check_result(name: str, value: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    if value.shape != shape or value.dtype != like.dtype or value.device != like.device:
+        raise ValueError(
+            f"{name} must be {list(shape)} {like.dtype} on {like.device}, given {_shape(value)} "
             f"{value.dtype} on {value.device}"
         )
 

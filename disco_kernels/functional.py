@@ -56,6 +56,7 @@ def partial_conv2d(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str = "none",
+    scale: Sequence[Tensor | None] | None = None,
     backend: str,
     winograd: str = "off",
 ) -> Tensor:
@@ -63,7 +64,8 @@ def partial_conv2d(
 
     Args:
         segments: ``[B, C_s, H, W]`` each: an activation, or a received payload
-            ``[B, H, W, n]`` seen as ``payload.permute(0, 3, 1, 2)``, which is read in place.
+            ``[B, H, W, n]`` seen as ``payload.permute(0, 3, 1, 2)``, which is read in place. Of the
+            weights' dtype or float16, bfloat16, int8, which are widened as they are read.
         index: per segment None (all its channels) or the channels to take, int32 ``[n_s]``.
         packed_weight: from `prepack` with the same segments, for the same backend.
         out_channels: O, which a packed weight does not tell.
@@ -72,6 +74,8 @@ def partial_conv2d(
         residual: ``[B, O, OH, OW]`` or None, added before the activation.
         activation: one of `disco_kernels.ACTIVATIONS` (``"none"``, ``"relu"``, ``"gelu"``, ...);
             `ConvSpec` says what they compute.
+        scale: per segment None or, for int8, float32 ``[G, C_s]``: a row for every ``B / G`` images
+            (see `message_views`). None if no segment is int8.
         backend: the one that packed the weight.
         winograd: as given to `prepack`.
 
@@ -96,6 +100,7 @@ def partial_conv2d(
         activation,
         backend,
         winograd,
+        None if scale is None else list(scale),
     )
 
 
@@ -111,6 +116,7 @@ def partial_conv2d_(
     dilation: _IntOrPair = 1,
     residual: Tensor | None = None,
     activation: str = "none",
+    scale: Sequence[Tensor | None] | None = None,
     backend: str,
     winograd: str = "off",
 ) -> None:
@@ -132,6 +138,7 @@ def partial_conv2d_(
         activation,
         backend,
         winograd,
+        None if scale is None else list(scale),
     )
 
 
@@ -144,9 +151,13 @@ def partial_linear(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str = "none",
+    scale: Sequence[Tensor | None] | None = None,
     backend: str,
 ) -> Tensor:
-    """`partial_conv2d` over tokens: segments ``[..., C_s]`` -> ``[..., out_features]``."""
+    """`partial_conv2d` over tokens: segments ``[..., C_s]`` -> ``[..., out_features]``.
+
+    ``scale`` of an int8 segment is ``[G, C_s]``, a row for every ``tokens / G`` tokens.
+    """
     return torch.ops.disco_kernels.partial_linear(
         list(segments),
         list(index),
@@ -156,6 +167,7 @@ def partial_linear(
         out_features,
         activation,
         backend,
+        None if scale is None else list(scale),
     )
 
 
@@ -253,9 +265,14 @@ def gather_pack_(
         x: ``[B, C, H, W]``.
         channel_index: int32, every destination's channels one after the other.
         splits: how many of them belong to each destination.
-        out: 1-D, ``B*H*W * len(channel_index)`` elements of ``x``'s dtype: the messages one after
-            the other, each ``[B, H, W, splits[d]]``.
+        out: 1-D, the messages one after the other. Its dtype is the wire dtype: that of ``x``,
+            float32, float16, bfloat16 or int8. A message is ``[B, H, W, splits[d]]``, in int8 with
+            its scales before it and `message_numel` bytes long; `message_views` takes it apart.
         backend: a name, or None for the automatic choice.
+
+    Raises:
+        ValueError: sizes, dtypes or channels that do not fit.
+        RuntimeError: a tensor requires a gradient while gradients are recorded.
     """
     name = registry.resolve(backend, x.device, x.dtype)
     torch.ops.disco_kernels.gather_pack_(x, channel_index, list(splits), out, name)

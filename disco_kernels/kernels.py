@@ -77,10 +77,23 @@ class _PreparedKernel:
         return self.descriptor.out_channels
 
     def _run(
-        self, sources: Sequence[Tensor], residual: Tensor | None, out: Tensor | None
+        self,
+        sources: Sequence[Tensor],
+        residual: Tensor | None,
+        out: Tensor | None,
+        narrow: bool = False,
+        scale: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
         return execute(
-            self._prepared, self.descriptor, sources, self.packed_weight, self.bias, residual, out
+            self._prepared,
+            self.descriptor,
+            sources,
+            self.packed_weight,
+            self.bias,
+            residual,
+            out,
+            narrow=narrow,
+            scales=scale,
         )
 
     def _run_tokens(
@@ -89,17 +102,19 @@ class _PreparedKernel:
         residual: Tensor | None,
         out: Tensor | None,
         leading: Sequence[int],
+        narrow: bool = False,
+        scale: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
         added = None if residual is None else tokens_as_image(residual, "residual")
         if out is None:
-            return image_as_tokens(self._run(images, added, None), leading)
+            return image_as_tokens(self._run(images, added, None, narrow, scale), leading)
         wanted = (*leading, self.out_channels)
         if tuple(out.shape) != wanted or not out.is_contiguous():
             raise ValueError(
                 f"out must be contiguous {list(wanted)}, given {list(out.shape)} with strides "
                 f"{out.stride()}"
             )
-        self._run(images, added, tokens_as_image(out, "out"))
+        self._run(images, added, tokens_as_image(out, "out"), narrow, scale)
         return out
 
     def _bind_tokens(
@@ -198,20 +213,27 @@ class PartialConv2d(_PartialKernel):
     """
 
     def __call__(
-        self, segments: Sequence[Tensor], residual: Tensor | None = None, out: Tensor | None = None
+        self,
+        segments: Sequence[Tensor],
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+        scale: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
         """Run.
 
         Args:
-            segments: ``[B, C_s, H, W]``, any strides (a channel stride of 1 avoids a copy).
+            segments: ``[B, C_s, H, W]``, any strides (a channel stride of 1 avoids a copy), of the
+                weights' dtype or float16, bfloat16, int8, which are widened as they are read.
             residual: ``[B, O, OH, OW]`` or None, added before the activation.
             out: where to write, channel stride 1, or None for a fresh tensor.
+            scale: per segment None or, for int8, float32 ``[G, C_s]``: a row for every ``B / G``
+                images (see `message_views`). None if no segment is int8.
 
         Returns:
             ``[B, O, OH, OW]`` in channels-last memory.
         """
         _check_count(segments, self.descriptor)
-        return self._run(as_sources(segments), residual, out)
+        return self._run(as_sources(segments, self.packed_weight.dtype), residual, out, True, scale)
 
     def bind(
         self, segments: Sequence[Tensor], residual: Tensor | None, out: Tensor
@@ -220,10 +242,10 @@ class PartialConv2d(_PartialKernel):
 
         Runs once. What it returns computes ``out`` from what the tensors hold by then, keeps them
         alive, and is for one thread at a time. Raises ValueError for segments or a residual that
-        had to be copied (a channel stride other than 1).
+        had to be copied (a channel stride other than 1), and for segments in another dtype.
         """
         _check_count(segments, self.descriptor)
-        sources = as_sources(segments)
+        sources = as_sources(segments, self.packed_weight.dtype)
         for s, (x, source) in enumerate(zip(segments, sources, strict=True)):
             _check_in_place(f"segment {s}", x, source)
         return self._bind(sources, residual, out)
@@ -254,15 +276,20 @@ class PartialLinear(_PartialKernel):
         )
 
     def __call__(
-        self, segments: Sequence[Tensor], residual: Tensor | None = None, out: Tensor | None = None
+        self,
+        segments: Sequence[Tensor],
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+        scale: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
         """Segments ``[..., C_s]``, residual ``[..., O]`` or None -> ``[..., O]``.
 
-        ``out``, if given, is contiguous ``[..., O]``, written and returned.
+        ``out``, if given, is contiguous ``[..., O]``, written and returned. ``scale`` of an int8
+        segment is ``[G, C_s]``, a row for every ``tokens / G`` tokens.
         """
         _check_count(segments, self.descriptor)
         images = [tokens_as_image(x, f"segment {s}") for s, x in enumerate(segments)]
-        return self._run_tokens(images, residual, out, segments[0].shape[:-1])
+        return self._run_tokens(images, residual, out, segments[0].shape[:-1], True, scale)
 
     def bind(
         self, segments: Sequence[Tensor], residual: Tensor | None, out: Tensor
@@ -326,11 +353,11 @@ class GatherConv2d(_GatherKernel):
         self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
         """``[B, I, H, W]`` -> ``[B, O, OH, OW]`` in channels-last memory."""
-        return self._run([self._input(*as_sources([x]))], residual, out)
+        return self._run([self._input(*as_sources([x], x.dtype))], residual, out)
 
     def bind(self, x: Tensor, residual: Tensor | None, out: Tensor) -> Callable[[], None]:
         """As `PartialConv2d.bind`."""
-        sources = as_sources([self._input(x)])
+        sources = as_sources([self._input(x)], self.packed_weight.dtype)
         _check_in_place("segment 0", x, sources[0])
         return self._bind(sources, residual, out)
 
@@ -393,7 +420,7 @@ class MaxPool2d:
         x = channels_last(x, "x")
         shape = (*x.shape[:2], *self.window.output_size(x.shape[2], x.shape[3]))
         if out is None:
-            out = empty_output(x, *shape[1:])
+            out = empty_output(x, *shape[1:], dtype=x.dtype)
         if tuple(out.shape) != shape or out.dtype != x.dtype or out.device != x.device:
             raise ValueError(
                 f"out must be {list(shape)} {x.dtype} on {x.device}, given {list(out.shape)} "
@@ -404,56 +431,6 @@ class MaxPool2d:
         backend = registry.get(registry.resolve(self.backend, x.device, x.dtype))
         backend.max_pool2d_(x, self.window, out)
         return out
-
-
-class GatherPack:
-    """Selected channels of an activation as one contiguous message per destination, in one pass.
-
-    Args:
-        index: per destination the channels to send, in the order of the message.
-        backend: a name, or None for the automatic choice (made at each call's dtype and device).
-    """
-
-    def __init__(self, index: Sequence[Tensor | Sequence[int]], backend: str | None = None) -> None:
-        self.index = [
-            index_tensor(channels, 2**31 - 1, f"index[{d}]") for d, channels in enumerate(index)
-        ]
-        self.backend = backend
-
-    def __call__(self, x: Tensor, out: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """Pack.
-
-        Args:
-            x: ``[B, C, H, W]`` or ``[..., C]`` (any other number of dimensions).
-            out: per destination a contiguous ``[B, H, W, n_d]`` (``[..., n_d]``), or None.
-
-        Returns:
-            The messages, contiguous, of ``x``'s dtype. As a segment of `PartialConv2d` a message
-            is ``message.permute(0, 3, 1, 2)``.
-        """
-        image = channels_last(x, "x") if x.dim() == 4 else tokens_as_image(x, "x")
-        leading = (x.shape[0], *x.shape[2:]) if x.dim() == 4 else tuple(x.shape[:-1])
-        shapes = [(*leading, channels.numel()) for channels in self.index]
-        if out is None:
-            out = [x.new_empty(shape) for shape in shapes]
-        if len(out) != len(shapes):
-            raise ValueError(f"{len(shapes)} destinations need as many messages, given {len(out)}")
-        for d, (message, shape) in enumerate(zip(out, shapes, strict=True)):
-            fits = tuple(message.shape) == shape and message.dtype == x.dtype
-            if not fits or not message.is_contiguous() or message.device != x.device:
-                raise ValueError(
-                    f"message {d} must be a contiguous {list(shape)} {x.dtype} on {x.device}, "
-                    f"given {list(message.shape)} {message.dtype} on {message.device}"
-                )
-            if shape[-1] and int(self.index[d].max()) >= image.shape[1]:
-                raise ValueError(
-                    f"index[{d}] names channel {int(self.index[d].max())}; the activation has "
-                    f"{image.shape[1]}"
-                )
-        backend = registry.get(registry.resolve(self.backend, x.device, x.dtype))
-        packed = [m.view(image.shape[0], image.shape[2], image.shape[3], m.shape[-1]) for m in out]
-        backend.gather_pack_(image, self.index, packed)
-        return list(out)
 
 
 # A shorter run of channels is copied together with the single ones (16 bytes of bfloat16).

@@ -36,8 +36,13 @@ class PreparedConv2d(ABC):
         residual: Tensor | None,
         out: Tensor,
         accumulate: bool,
+        scales: Sequence[Tensor | None] | None = None,
     ) -> None:
-        """Write (or add onto) ``out`` ``[B, O, OH, OW]``, channel stride 1."""
+        """Write (or add onto) ``out`` ``[B, O, OH, OW]``, channel stride 1.
+
+        Sources may be in a wire dtype (`disco_kernels.wire`), int8 with its scale ``[G, C]`` at the
+        same place of ``scales``.
+        """
 
     def bind(
         self,
@@ -49,13 +54,23 @@ class PreparedConv2d(ABC):
     ) -> Callable[[], None]:
         """`run` for these tensors, to be called again and again, by one thread at a time.
 
-        It reads and writes their memory as it is at each call, and keeps it alive.
+        It reads and writes their memory as it is at each call, and keeps it alive. The sources are
+        of the weights' dtype.
         """
 
         def run() -> None:
             self.run(sources, packed_weight, bias, residual, out, False)
 
         return run
+
+
+class PreparedGatherPack(ABC):
+    """Lists of channels made ready by one backend; can be shared by threads."""
+
+    @abstractmethod
+    def run(self, x: Tensor, messages: Sequence[Tensor]) -> None:
+        """Write the listed channels of ``x`` ``[B, C, H, W]``, channel stride 1, to the messages:
+        contiguous, all in one wire dtype, of the size that `disco_kernels.wire` says."""
 
 
 class Backend(ABC):
@@ -102,8 +117,8 @@ class Backend(ABC):
         """Write the largest value of every window of ``x`` to ``out``, channel stride 1."""
 
     @abstractmethod
-    def gather_pack_(self, x: Tensor, index: Sequence[Tensor], messages: Sequence[Tensor]) -> None:
-        """Write channels ``index[d]`` of ``x`` to ``messages[d]`` ``[B, H, W, len(index[d])]``."""
+    def prepare_gather_pack(self, index: Sequence[Tensor]) -> PreparedGatherPack:
+        """For one message of the channels ``index[d]`` (int32) a destination."""
 
 
 # Named even where they do not exist, so that an explicit request gets a reason.

@@ -4,6 +4,7 @@
 
 #include "conv2d_plan.h"
 #include "staging.h"
+#include "widen.h"
 
 namespace disco {
 
@@ -32,6 +33,20 @@ Conv2d::Conv2d(const Conv2dGeometry& geometry, std::vector<Node> nodes, Activati
 }
 
 void Conv2d::run(const Conv2dCall& call) const {
+  for (const SourceView& source : call.sources) {
+    if (source.type == WireType::kFloat32) continue;
+    if (geometry_.dtype != kFloat32) {
+      refuse("segments in a wire type are widened to float32, and the convolution is in bfloat16");
+    }
+    WidenedCall widened(call);
+    widened.widen();
+    run_wide(widened.call());
+    return;
+  }
+  run_wide(call);
+}
+
+void Conv2d::run_wide(const Conv2dCall& call) const {
   if (StagedCall::needed(geometry_, nodes_, call)) {
     StagedCall staged(geometry_, nodes_, call);
     ConvPlan plan(staged.geometry(), staged.nodes(), activation_, staged.call());
@@ -45,6 +60,9 @@ void Conv2d::run(const Conv2dCall& call) const {
 
 BoundConv2d::BoundConv2d(const Conv2d& conv2d, Conv2dCall call)
     : conv2d_(conv2d), call_(std::move(call)) {
+  for (const SourceView& source : call_.sources) {
+    if (source.type != WireType::kFloat32) refuse("segments in a wire type cannot be bound");
+  }
   plan();
 }
 

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "conv_microkernel.h"
+#include "message_kernels.h"
 
 namespace disco {
 
@@ -45,11 +46,16 @@ struct Node {
 // Sources of at most this many channels (images) may have any channel stride: they are copied.
 constexpr int64_t kFewChannels = 8;
 
-// Strides in elements; the channel stride is 1 where there are more than kFewChannels.
+// Strides in elements; the channel stride is 1 where there are more than kFewChannels, and where
+// the type is another. kFloat32 stands for the convolution's own data type; for float32, sources in
+// the other types are read where they lie and widened by the call.
 struct SourceView {
   const void* data;
   int64_t channels;
   int64_t stride_n, stride_c, stride_h, stride_w;
+  WireType type = WireType::kFloat32;
+  const float* scale = nullptr;  // int8: [batch / images_per_scale][channels]
+  int64_t images_per_scale = 1;
 };
 
 // Strides in elements; the channel stride is 1.
@@ -115,6 +121,7 @@ class Conv2d {
 
  private:
   friend class BoundConv2d;
+  void run_wide(const Conv2dCall& call) const;
 
   Conv2dGeometry geometry_;
   std::vector<Node> nodes_;
@@ -128,7 +135,7 @@ class StagedCall;
 // alone is done once. They must outlive it, as must the Conv2d. Not for two threads at a time.
 class BoundConv2d {
  public:
-  // Throws as Conv2d::run does.
+  // Throws as Conv2d::run does, and for sources in a wire type.
   BoundConv2d(const Conv2d& conv2d, Conv2dCall call);
   ~BoundConv2d();
 

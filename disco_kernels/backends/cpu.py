@@ -11,14 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disco_kernels.registry import Backend, PreparedConv2d, register
+from disco_kernels.registry import Backend, PreparedConv2d, PreparedGatherPack, register
 from disco_kernels.spec import ACTIVATIONS, Channels, Conv2dDescriptor, ConvSpec
+from disco_kernels.wire import WIRE_DTYPES
 
 # The numbers of csrc/cpu/conv2d.h's Algorithm.
 _ALGORITHMS = {"off": 0, "f2": 2, "f4": 4}
 # And its DataType's.
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _NO_RESIDUAL = (0, 0, 0, 0)
+_AS_THE_WEIGHTS = (0, 0, 1)  # wire type, no scales, images to a row of them
+# As WireType in csrc/cpu/message_kernels.h.
+_WIRE_TYPES = {dtype: number for number, dtype in enumerate(WIRE_DTYPES)}
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -57,6 +61,16 @@ def _channel_args(channels: Channels) -> tuple[int, int, int]:
     return (channels.first, channels.count, 0 if index is None else index.data_ptr())
 
 
+def _wire_args(
+    x: Tensor, scales: Sequence[Tensor | None] | None, place: int
+) -> tuple[int, int, int]:
+    scale = None if scales is None else scales[place]
+    if scale is None:
+        return (_WIRE_TYPES[x.dtype], 0, 1)
+    together = x.shape[0] // max(scale.shape[0], 1)
+    return (_WIRE_TYPES[x.dtype], scale.data_ptr(), max(together, 1))
+
+
 class _CpuConv2d(PreparedConv2d):
     def __init__(self, extension: Any, descriptor: Conv2dDescriptor, dtype: torch.dtype) -> None:
         spec = descriptor.spec
@@ -84,9 +98,11 @@ class _CpuConv2d(PreparedConv2d):
         residual: Tensor | None,
         out: Tensor,
         accumulate: bool,
+        scales: Sequence[Tensor | None] | None = None,
     ) -> None:
         bias = _in_float32(bias)
-        self.conv2d.run(self._call(sources, packed_weight, bias, residual, out, accumulate))
+        call = self._call(sources, packed_weight, bias, residual, out, accumulate, scales)
+        self.conv2d.run(call)
 
     def bind(
         self,
@@ -114,10 +130,12 @@ class _CpuConv2d(PreparedConv2d):
         residual: Tensor | None,
         out: Tensor,
         accumulate: bool,
+        scales: Sequence[Tensor | None] | None = None,
     ) -> Any:
         views = []
-        for x in sources:
-            views.append((x.data_ptr(), x.shape[1], *x.stride()))
+        for s, x in enumerate(sources):
+            wire = _AS_THE_WEIGHTS if x.dtype == packed_weight.dtype else _wire_args(x, scales, s)
+            views.append((x.data_ptr(), x.shape[1], *x.stride(), *wire))
         first = sources[0].shape
         added = _NO_RESIDUAL
         if residual is not None:
@@ -141,6 +159,28 @@ class _CpuConv2d(PreparedConv2d):
 def _in_float32(bias: Tensor | None) -> Tensor | None:
     """The kernels add the bias to float32 sums, whatever the activations are."""
     return None if bias is None else bias.float()
+
+
+class _CpuGatherPack(PreparedGatherPack):
+    def __init__(self, extension: Any, index: Sequence[Tensor]) -> None:
+        self.pack = extension.GatherPack([(one.data_ptr(), one.numel()) for one in index])
+
+    def run(self, x: Tensor, messages: Sequence[Tensor]) -> None:
+        if not messages:
+            return
+        if x.dtype != torch.float32:  # the kernels read float32; narrower dtypes lose nothing
+            x = x.to(torch.float32, memory_format=torch.channels_last)
+        batch, channels, height, width = x.shape
+        n, _, h, w = x.stride()
+        self.pack.run(
+            x.data_ptr(),
+            channels,
+            (batch, height, width),
+            (n, h, w),
+            _WIRE_TYPES[messages[0].dtype],
+            [message.data_ptr() for message in messages],
+            torch.get_num_threads(),
+        )
 
 
 class CpuBackend(Backend):
@@ -215,19 +255,8 @@ class CpuBackend(Backend):
             torch.get_num_threads(),
         )
 
-    def gather_pack_(self, x: Tensor, index: Sequence[Tensor], messages: Sequence[Tensor]) -> None:
-        stride_n, _, stride_h, stride_w = x.stride()
-        self.extension.gather_pack(
-            x.data_ptr(),
-            x.shape[1],
-            (x.shape[0], x.shape[2], x.shape[3]),
-            (stride_n, stride_h, stride_w),
-            [
-                (channels.data_ptr(), channels.numel(), message.data_ptr())
-                for channels, message in zip(index, messages, strict=True)
-            ],
-            torch.get_num_threads(),
-        )
+    def prepare_gather_pack(self, index: Sequence[Tensor]) -> PreparedGatherPack:
+        return _CpuGatherPack(self.extension, index)
 
 
 register(CpuBackend())

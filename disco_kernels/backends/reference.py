@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from disco_kernels.registry import Backend, PreparedConv2d, register
+from disco_kernels.registry import Backend, PreparedConv2d, PreparedGatherPack, register
 from disco_kernels.spec import ACTIVATIONS, Channels, Conv2dDescriptor, ConvSpec
+from disco_kernels.wire import widened, write_int8
 
 _ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda y: y,
@@ -57,7 +58,14 @@ class _ReferenceConv2d(PreparedConv2d):
         residual: Tensor | None,
         out: Tensor,
         accumulate: bool,
+        scales: Sequence[Tensor | None] | None = None,
     ) -> None:
+        if any(x.dtype != packed_weight.dtype for x in sources):
+            scales = scales or [None] * len(sources)
+            sources = [
+                x if x.dtype == packed_weight.dtype else widened(x, scale, packed_weight.dtype)
+                for x, scale in zip(sources, scales, strict=True)
+            ]
         spec = self.descriptor.spec
         taps = spec.kernel_size[0] * spec.kernel_size[1]
         wanted = sum(n.out_channels.count * n.num_in_channels for n in self.descriptor.nodes) * taps
@@ -111,6 +119,21 @@ def _refuse_winograd(winograd: str) -> None:
         )
 
 
+class _ReferenceGatherPack(PreparedGatherPack):
+    def __init__(self, index: Sequence[Tensor]) -> None:
+        self.index = list(index)
+
+    @torch.no_grad()
+    def run(self, x: Tensor, messages: Sequence[Tensor]) -> None:
+        for channels, message in zip(self.index, messages, strict=True):
+            selected = x.index_select(1, _checked(channels, x.shape[1]).to(x.device))
+            values = selected.permute(0, 2, 3, 1)
+            if message.dtype == torch.int8:
+                write_int8(message, values)
+            else:
+                message.view(values.shape).copy_(values)
+
+
 class ReferenceBackend(Backend):
     name = "reference"
 
@@ -145,11 +168,8 @@ class ReferenceBackend(Backend):
             )
         )
 
-    @torch.no_grad()
-    def gather_pack_(self, x: Tensor, index: Sequence[Tensor], messages: Sequence[Tensor]) -> None:
-        for channels, message in zip(index, messages, strict=True):
-            selected = x.index_select(1, _checked(channels, x.shape[1]).to(x.device))
-            message.copy_(selected.permute(0, 2, 3, 1))
+    def prepare_gather_pack(self, index: Sequence[Tensor]) -> PreparedGatherPack:
+        return _ReferenceGatherPack(index)
 
 
 register(ReferenceBackend())

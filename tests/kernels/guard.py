@@ -134,6 +134,44 @@ def _packing(pages: Pages, channels: int) -> None:
         assert torch.equal(message, x.permute(0, 2, 3, 1)[..., listed])
 
 
+def _wire(pages: Pages, channels: int, wire: torch.dtype) -> None:
+    """Packed into guarded messages, and these read as segments where they lie."""
+    x = pages.image(2, channels, 3, 5)
+    index = [list(range(channels)), [channels - 1], list(range(0, channels, 2))]
+    leading = (2, 3, 5)
+    out = []
+    for listed in index:
+        size = dk.message_numel(wire, leading, len(listed))
+        message = pages.guarded(torch.ones(size, dtype=wire))
+        out.append(message if wire == torch.int8 else message.view(*leading, len(listed)))
+    dk.GatherPack(index, "cpu", wire_dtype=wire)(x, out)
+    narrow, scales, exact = [], [], []
+    for message, listed in zip(out, index, strict=True):
+        values, scale = dk.message_views(message, leading, len(listed))
+        wide = values.float() if scale is None else values * scale[:, None, None]
+        sent = x.permute(0, 2, 3, 1)[..., listed]
+        assert float((wide - sent).abs().max()) < 0.05
+        narrow.append(values.permute(0, 3, 1, 2))
+        scales.append(scale)
+        exact.append(wide.permute(0, 3, 1, 2))
+    counts = [len(listed) for listed in index]
+    weight = pages.guarded(torch.randn(5, sum(counts), 3, 3))
+    spec = dk.ConvSpec((3, 3), padding=(1, 1))
+    y = dk.PartialConv2d(weight, counts, spec, backend="cpu")(narrow, scale=scales)
+    oracle.check(y, oracle.conv2d(torch.cat(exact, 1), weight, spec), "narrow segments")
+
+
+def _streaming(pages: Pages) -> None:
+    """Large enough for writing past the caches, and for fetching what lies beyond the end."""
+    x = pages.image(3, 96, 130, 129)
+    index = [list(range(96)), list(range(1, 96, 2)), [0, 50, 95]]
+    for wire in (torch.float32, torch.bfloat16):
+        out = [pages.guarded(torch.ones(3, 130, 129, len(i), dtype=wire)) for i in index]
+        dk.GatherPack(index, "cpu", wire_dtype=wire)(x, out)
+        for listed, message in zip(index, out, strict=True):
+            assert torch.equal(message, x.permute(0, 2, 3, 1)[..., listed].to(wire))
+
+
 def sweep() -> int:
     calls = 0
     shapes = itertools.product(
@@ -152,6 +190,17 @@ def sweep() -> int:
         _packing(pages, channels)
         pages.close()
         calls += 1
+    wires = (torch.float16, torch.bfloat16, torch.int8)
+    for channels, wire, at_end in itertools.product((1, 7, 16, 33), wires, (True, False)):
+        pages = Pages(at_end)
+        _wire(pages, channels, wire)
+        pages.close()
+        calls += 2
+    for at_end in (True, False):
+        pages = Pages(at_end)
+        _streaming(pages)
+        pages.close()
+        calls += 2
     return calls
 
 

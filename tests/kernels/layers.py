@@ -83,7 +83,7 @@ def run_gather(case: Case, spec: dk.ConvSpec, dtype: torch.dtype, number: int) -
     execute(
         kernel._prepared,
         kernel.descriptor,
-        as_sources([x]),
+        as_sources([x], x.dtype),
         kernel.packed_weight,
         kernel.bias,  # of the first pass: not added again
         residual,

@@ -30,6 +30,36 @@ def i32(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+def narrow_samples(backend: str) -> list[Sample]:
+    """Calls with segments and messages in narrow wire dtypes."""
+    packed = dk.prepack(torch.randn(6, 5, 1, 1), [3, 2], backend=backend)
+    geometry = ([1, 1], [1, 1], [0, 0], [1, 1])
+    int8, half = torch.int8, torch.float16
+    x = image("w", 2, 3, 4, 4)
+    steps = (image("p", 2, 2, 4, 4) * 40).to(int8)
+    segments, none = [x, steps], [None, None]
+    tokens = [torch.randn(6, 3).to(half), (torch.randn(6, 2) * 40).to(int8)]
+    after = (None, None, 6, *geometry, "relu", backend)
+    into = (None, *geometry, "none", backend)
+    return [
+        ("partial_conv2d", (segments, none, packed, *after, "off", [None, torch.rand(2, 2)])),
+        ("partial_conv2d", ([x.to(half), x[:, :2].bfloat16()], none, packed, *after)),
+        (
+            "partial_conv2d_",
+            (
+                *(image("w", 2, 6, 4, 4), segments, none, packed, *into),
+                *("off", [None, torch.rand(1, 2)]),
+            ),
+        ),
+        (
+            "partial_linear",
+            (tokens, none, packed, None, None, 6, "none", backend, [None, torch.rand(3, 2)]),
+        ),
+        ("gather_pack_", (x, i32(2, 0), [1, 1], torch.empty(80, dtype=int8), backend)),
+        ("gather_pack_", (x, i32(2, 0), [2], torch.empty(64, dtype=half), backend)),
+    ]
+
+
 def samples(backend: str) -> list[Sample]:
     """Several calls of every operator, odd shapes and layouts among them."""
     weight, matrix = torch.randn(6, 5, 3, 2), torch.randn(7, 5)
@@ -202,6 +232,7 @@ def samples(backend: str) -> list[Sample]:
         ),
         ("gather_pack_", (image("w", 2, 5, 3, 2), inputs, [4, 0, 3], torch.empty(84), backend)),
         ("gather_pack_", (image("c", 1, 5, 3, 2), i32(4), [1], torch.empty(6), backend)),
+        *narrow_samples(backend),
     ]
     for activation in dk.ACTIVATIONS[2:]:
         arguments = (tokens, [None, None], packed_matrix, None, None, 7, activation, backend)
@@ -243,7 +274,7 @@ def winograd_samples() -> list[Sample]:
     return found
 
 
-NUM_SAMPLES = {"reference": 26, "cpu": 36}
+NUM_SAMPLES = {"reference": 32, "cpu": 42}
 
 
 def test_every_operator_has_samples() -> None:

@@ -29,17 +29,15 @@ void check_case(int32_t channels, int64_t map, Layout layout, Edge edge, int32_t
   for (float& value : x.values) value = random.uniform();
   const Guarded<float> source = Guarded<float>::frozen(x.values, edge);
   const std::vector<std::vector<int32_t>> selected = selections(channels, random);
-  std::vector<Guarded<int32_t>> indices;
   std::vector<Guarded<float>> outs;
-  std::vector<disco::Message> messages;
+  std::vector<void*> messages;
   for (const std::vector<int32_t>& list : selected) {
-    indices.push_back(Guarded<int32_t>::frozen(list, edge));
     outs.emplace_back(static_cast<size_t>(x.n * x.h * x.w) * list.size(), edge);
-    messages.push_back(
-        {indices.back().data(), static_cast<int64_t>(list.size()), outs.back().data()});
+    messages.push_back(outs.back().data());
   }
-  disco::gather_pack(source.data(), channels, x.n, x.h, x.w, x.stride_n, x.stride_h, x.stride_w,
-                     messages, num_threads);
+  const disco::PixelGrid grid = {x.n, x.h, x.w, x.stride_n, x.stride_h, x.stride_w};
+  disco::GatherPack(selected).run({source.data(), channels, grid}, disco::WireType::kFloat32,
+                                  messages, num_threads);
   ++tally.calls;
   for (size_t m = 0; m < selected.size(); ++m) {
     const float* found = outs[m].data();
