@@ -140,10 +140,11 @@ class Activations:
             piece = memory[begin[number] : begin[number] + _num_bytes(layout[slot])]
             self.out[slot] = piece.view(dtype).as_strided(shape, strides)
 
-    def holds(self, slots: Sequence[int]) -> bool:
-        """Whether the values of all these slots are at the same place in every request, as maps
-        that a kernel reads without a copy."""
-        return all(slot in self.out and _is_map(self.out[slot]) for slot in slots)
+    def holds(self, slots: Sequence[int], *, tokens: bool) -> bool:
+        """Whether the values of all these slots are at the same place in every request, and a
+        kernel reads them without a copy: as maps, or as contiguous tokens."""
+        in_place = Tensor.is_contiguous if tokens else _is_map
+        return all(slot in self.out and in_place(self.out[slot]) for slot in slots)
 
 
 def _num_bytes(placed: Placed) -> int:

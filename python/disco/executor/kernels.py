@@ -159,6 +159,7 @@ def _over_segments(op: Op, prepare: Preparation, kernel: Any, segments: Any, res
     slots = tuple(prepare.slot_of(segment, op) for segment in segments)
     added, target = prepare.optional_slot(residual, op), prepare.slot(op.name)
     fixed = slots if added is None else (*slots, added)
+    tokens = isinstance(kernel, dk.PartialLinear)
 
     def run(values: Values) -> Tensor:
         kept = values[REQUEST_SLOT].activations
@@ -168,7 +169,7 @@ def _over_segments(op: Op, prepare: Preparation, kernel: Any, segments: Any, res
             return kept.out[target]
         given = [values[slot] for slot in slots]
         residual, out = None if added is None else values[added], kept.out.get(target)
-        if out is not None and kept.holds(fixed):
+        if out is not None and kept.holds(fixed, tokens=tokens):
             kept.bound[target] = kernel.bind(given, residual, out)
             return out
         return kernel(given, residual, out)
@@ -179,8 +180,8 @@ def _over_segments(op: Op, prepare: Preparation, kernel: Any, segments: Any, res
 def _over_input(op: Op, prepare: Preparation, kernel: Any, x: Any, residual: Any) -> Step:
     slot, added = prepare.slot_of(x, op), prepare.optional_slot(residual, op)
     target = prepare.slot(op.name)
-
     fixed = (slot,) if added is None else (slot, added)
+    tokens = isinstance(kernel, dk.GatherLinear)
 
     def run(values: Values) -> Tensor:
         kept = values[REQUEST_SLOT].activations
@@ -189,7 +190,7 @@ def _over_input(op: Op, prepare: Preparation, kernel: Any, x: Any, residual: Any
             bound()
             return kept.out[target]
         residual, out = None if added is None else values[added], kept.out.get(target)
-        if out is not None and kept.holds(fixed):
+        if out is not None and kept.holds(fixed, tokens=tokens):
             kept.bound[target] = kernel.bind(values[slot], residual, out)
             return out
         return kernel(values[slot], residual, out)
