@@ -44,8 +44,8 @@ from disco_kernels.swap import (
     swapped,
     unswap_,
 )
-from disco_kernels.wire import message_numel, message_views
 from disco_kernels.winograd import choose_winograd
+from disco_kernels.wire import message_numel, message_views
 
 __all__ = [
     "ACTIVATIONS",

@@ -420,7 +420,7 @@ class MaxPool2d:
         x = channels_last(x, "x")
         shape = (*x.shape[:2], *self.window.output_size(x.shape[2], x.shape[3]))
         if out is None:
-            out = empty_output(x, *shape[1:], dtype=x.dtype)
+            out = empty_output(x, shape[1], shape[2], shape[3], x.dtype)
         if tuple(out.shape) != shape or out.dtype != x.dtype or out.device != x.device:
             raise ValueError(
                 f"out must be {list(shape)} {x.dtype} on {x.device}, given {list(out.shape)} "
