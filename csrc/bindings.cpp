@@ -49,9 +49,17 @@ std::vector<int32_t> channel_list(const ChannelArgs& args) {
   return channels;
 }
 
+// Addresses and lengths of int32 lists.
+std::vector<std::vector<int32_t>> channel_lists(
+    const std::vector<std::pair<Address, int64_t>>& lists) {
+  std::vector<std::vector<int32_t>> made;
+  for (const auto& [index, count] : lists) made.push_back(channel_list({0, count, index}));
+  return made;
+}
+
 disco::Conv2d make_conv2d(const std::array<int64_t, 8>& geometry,
                           const std::vector<NodeArgs>& nodes, int32_t activation, int32_t algorithm,
-                          int32_t dtype) {
+                          int32_t dtype, const std::vector<std::pair<Address, int64_t>>& messages) {
   const auto& [kh, kw, sh, sw, ph, pw, dh, dw] = geometry;
   std::vector<disco::Node> made;
   for (const NodeArgs& node : nodes) {
@@ -64,14 +72,22 @@ disco::Conv2d make_conv2d(const std::array<int64_t, 8>& geometry,
   }
   return disco::Conv2d({kh, kw, sh, sw, ph, pw, dh, dw, static_cast<disco::Algorithm>(algorithm),
                         static_cast<disco::DataType>(dtype)},
-                       std::move(made), static_cast<disco::Activation>(activation));
+                       std::move(made), static_cast<disco::Activation>(activation),
+                       channel_lists(messages));
+}
+
+std::vector<void*> pointers(const std::vector<Address>& addresses) {
+  std::vector<void*> made;
+  for (const Address address : addresses) made.push_back(pointer<void>(address));
+  return made;
 }
 
 disco::Conv2dCall make_call(const std::vector<SourceArgs>& sources,
                             const std::array<int64_t, 3>& batch_h_w, Address packed,
                             int64_t packed_bytes, Address bias, const ViewArgs& residual,
                             const ViewArgs& out, int64_t out_channels, bool accumulate,
-                            int32_t num_threads) {
+                            int32_t num_threads, const std::vector<Address>& messages, int32_t wire,
+                            int64_t message_images) {
   disco::Conv2dCall call = {};
   for (const auto& [data, channels, n, c, h, w, type, scale, images_per_scale] : sources) {
     call.sources.push_back({pointer<const void>(data), channels, n, c, h, w,
@@ -93,6 +109,9 @@ disco::Conv2dCall make_call(const std::vector<SourceArgs>& sources,
   call.out_channels = out_channels;
   call.accumulate = accumulate;
   call.num_threads = num_threads;
+  call.messages = pointers(messages);
+  call.wire = static_cast<disco::WireType>(wire);
+  call.message_images = message_images;
   return call;
 }
 
@@ -146,20 +165,18 @@ void max_pool2d(const std::array<int64_t, 8>& window, int32_t dtype,
 }
 
 disco::GatherPack make_gather_pack(const std::vector<std::pair<Address, int64_t>>& lists) {
-  std::vector<std::vector<int32_t>> made;
-  for (const auto& [index, count] : lists) made.push_back(channel_list({0, count, index}));
-  return disco::GatherPack(std::move(made));
+  return disco::GatherPack(channel_lists(lists));
 }
 
 void run_gather_pack(const disco::GatherPack& pack, Address x, int64_t channels,
                      const std::array<int64_t, 3>& n_h_w, const std::array<int64_t, 3>& strides,
-                     int32_t wire, const std::vector<Address>& messages, int32_t num_threads) {
-  std::vector<void*> made;
-  for (const Address message : messages) made.push_back(pointer<void>(message));
+                     int32_t dtype, int32_t wire, const std::vector<Address>& messages,
+                     int32_t num_threads) {
+  const std::vector<void*> made = pointers(messages);
   const disco::PixelGrid grid = {n_h_w[0], n_h_w[1], n_h_w[2], strides[0], strides[1], strides[2]};
   py::gil_scoped_release release;
-  pack.run({pointer<const float>(x), channels, grid}, static_cast<disco::WireType>(wire), made,
-           num_threads);
+  pack.run({pointer<const void>(x), channels, grid, static_cast<disco::DataType>(dtype)},
+           static_cast<disco::WireType>(wire), made, num_threads);
 }
 
 float read_lines(Address x, int64_t stride, int64_t pixels, const std::vector<int32_t>& lines,
@@ -188,13 +205,16 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<disco::Conv2d>(m, "Conv2d")
       .def(py::init(&make_conv2d), py::arg("geometry"), py::arg("nodes"), py::arg("activation"),
-           py::arg("algorithm") = 0, py::arg("dtype") = 0)
+           py::arg("algorithm") = 0, py::arg("dtype") = 0,
+           py::arg("messages") = std::vector<std::pair<Address, int64_t>>())
       .def("run", &disco::Conv2d::run, py::call_guard<py::gil_scoped_release>());
 
   py::class_<disco::Conv2dCall>(m, "Conv2dCall")
       .def(py::init(&make_call), py::arg("sources"), py::arg("batch_h_w"), py::arg("packed"),
            py::arg("packed_bytes"), py::arg("bias"), py::arg("residual"), py::arg("out"),
-           py::arg("out_channels"), py::arg("accumulate"), py::arg("num_threads"));
+           py::arg("out_channels"), py::arg("accumulate"), py::arg("num_threads"),
+           py::arg("messages") = std::vector<Address>(), py::arg("wire") = 0,
+           py::arg("message_images") = 0);
 
   py::class_<disco::BoundConv2d>(m, "BoundConv2d")
       .def(py::init<const disco::Conv2d&, disco::Conv2dCall>(), py::keep_alive<1, 2>())
@@ -205,7 +225,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<disco::GatherPack>(m, "GatherPack")
       .def(py::init(&make_gather_pack), py::arg("lists"))
       .def("run", &run_gather_pack, py::arg("x"), py::arg("channels"), py::arg("n_h_w"),
-           py::arg("strides"), py::arg("wire"), py::arg("messages"), py::arg("num_threads"));
+           py::arg("strides"), py::arg("dtype"), py::arg("wire"), py::arg("messages"),
+           py::arg("num_threads"));
 
   m.def("read_lines", &read_lines);
   m.def("fma_peak_gflops", &disco::fma_peak_gflops, py::arg("bursts") = 20,

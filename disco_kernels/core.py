@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from disco_kernels.registry import PreparedConv2d
+from disco_kernels.registry import Outgoing, PreparedConv2d
 from disco_kernels.spec import Channels, Conv2dDescriptor
 from disco_kernels.wire import NARROW_DTYPES
 
@@ -109,6 +109,7 @@ def execute(
     accumulate: bool = False,
     narrow: bool = False,
     scales: Sequence[Tensor | None] | None = None,
+    outgoing: Outgoing | None = None,
 ) -> Tensor:
     """Check what the call brings, allocate ``out`` if none is given, run.
 
@@ -121,6 +122,7 @@ def execute(
         narrow: take sources in a narrow wire dtype, too (not with bfloat16 weights, whose
             sources are bfloat16).
         scales: per source None or, for int8, float32 ``[G, C_s]``: a row for every B / G images.
+        outgoing: checked messages for the lists that ``prepared`` was made with, or None.
     """
     x = sources[0]
     extent, device = x.shape, x.device
@@ -171,7 +173,7 @@ def execute(
                 f"out must have a channel stride of 1 and no lazy negation, given strides "
                 f"{out.stride()}"
             )
-    prepared.run(sources, packed_weight, bias, residual, out, accumulate, scales)
+    prepared.run(sources, packed_weight, bias, residual, out, accumulate, scales, outgoing)
     return out
 
 

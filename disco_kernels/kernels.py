@@ -24,9 +24,12 @@ from disco_kernels.core import (
     tokens_as_image,
 )
 from disco_kernels.memory import Pool
+from disco_kernels.packing import GatherPack
 from disco_kernels.pattern import LayerPattern, Ownership, Selected, check_ownership
+from disco_kernels.registry import Outgoing
 from disco_kernels.spec import Channels, Conv2dDescriptor, ConvSpec, Node, Pair, Segment
 from disco_kernels.winograd import resolve_winograd
+from disco_kernels.wire import num_images
 
 
 class _PreparedKernel:
@@ -40,8 +43,15 @@ class _PreparedKernel:
         backend: str | None,
         image_size: Pair | None = None,
         pool: Pool | None = None,
+        pack: GatherPack | None = None,
     ) -> None:
         like = node_weights[0]
+        if pack is not None and pack.channels_needed > descriptor.out_channels:
+            raise ValueError(
+                f"pack lists channel {pack.channels_needed - 1}; the kernel computes "
+                f"{descriptor.out_channels}"
+            )
+        self.pack = pack
         self.backend = registry.resolve(backend, like.device, like.dtype)
         # One algorithm for the whole layer, chosen by its largest node.
         spec = resolve_winograd(
@@ -65,7 +75,7 @@ class _PreparedKernel:
             packed = pool.empty(packed.numel(), packed.dtype).copy_(packed)
         self.packed_weight = packed
         self.bias = None if bias is None else bias.detach().clone()
-        self._prepared = chosen.prepare(descriptor, packed.dtype)
+        self._prepared = chosen.prepare(descriptor, packed.dtype, pack.index if pack else ())
 
     @property
     def packed_bytes(self) -> int:
@@ -83,6 +93,7 @@ class _PreparedKernel:
         out: Tensor | None,
         narrow: bool = False,
         scale: Sequence[Tensor | None] | None = None,
+        outgoing: Outgoing | None = None,
     ) -> Tensor:
         return execute(
             self._prepared,
@@ -94,7 +105,18 @@ class _PreparedKernel:
             out,
             narrow=narrow,
             scales=scale,
+            outgoing=outgoing,
         )
+
+    def _outgoing(
+        self, messages: Sequence[Tensor] | None, leading: Sequence[int], device: torch.device
+    ) -> Outgoing | None:
+        if messages is None:
+            return None
+        if self.pack is None:
+            raise ValueError("messages are given, and this kernel was made without a pack")
+        self.pack.check_messages(messages, leading, self.packed_weight.dtype, device)
+        return Outgoing(messages, num_images(leading))
 
     def _run_tokens(
         self,
@@ -104,21 +126,27 @@ class _PreparedKernel:
         leading: Sequence[int],
         narrow: bool = False,
         scale: Sequence[Tensor | None] | None = None,
+        outgoing: Outgoing | None = None,
     ) -> Tensor:
         added = None if residual is None else tokens_as_image(residual, "residual")
         if out is None:
-            return image_as_tokens(self._run(images, added, None, narrow, scale), leading)
+            result = self._run(images, added, None, narrow, scale, outgoing)
+            return image_as_tokens(result, leading)
         wanted = (*leading, self.out_channels)
         if tuple(out.shape) != wanted or not out.is_contiguous():
             raise ValueError(
                 f"out must be contiguous {list(wanted)}, given {list(out.shape)} with strides "
                 f"{out.stride()}"
             )
-        self._run(images, added, tokens_as_image(out, "out"), narrow, scale)
+        self._run(images, added, tokens_as_image(out, "out"), narrow, scale, outgoing)
         return out
 
     def _bind_tokens(
-        self, segments: Sequence[Tensor], residual: Tensor | None, out: Tensor
+        self,
+        segments: Sequence[Tensor],
+        residual: Tensor | None,
+        out: Tensor,
+        outgoing: Outgoing | None = None,
     ) -> Callable[[], None]:
         images = [tokens_as_image(x, f"segment {s}") for s, x in enumerate(segments)]
         for s, (x, image) in enumerate(zip(segments, images, strict=True)):
@@ -127,18 +155,22 @@ class _PreparedKernel:
         if residual is not None and added is not None:
             _check_in_place("residual", residual, added)
         leading = segments[0].shape[:-1]
-        self._run_tokens(images, residual, out, leading)
+        self._run_tokens(images, residual, out, leading, outgoing=outgoing)
         target = tokens_as_image(out, "out")
-        return self._prepared.bind(images, self.packed_weight, self.bias, added, target)
+        return self._prepared.bind(images, self.packed_weight, self.bias, added, target, outgoing)
 
     def _bind(
-        self, sources: Sequence[Tensor], residual: Tensor | None, out: Tensor
+        self,
+        sources: Sequence[Tensor],
+        residual: Tensor | None,
+        out: Tensor,
+        outgoing: Outgoing | None = None,
     ) -> Callable[[], None]:
         if residual is not None:
             _check_in_place("residual", residual, channels_last(residual, "residual"))
         # Computes once as any call does, checks included.
-        self._run(sources, residual, out)
-        return self._prepared.bind(sources, self.packed_weight, self.bias, residual, out)
+        self._run(sources, residual, out, outgoing=outgoing)
+        return self._prepared.bind(sources, self.packed_weight, self.bias, residual, out, outgoing)
 
     # The backend's part holds addresses, so copies and pickles make their own.
     def __getstate__(self) -> dict[str, Any]:
@@ -149,7 +181,7 @@ class _PreparedKernel:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._prepared = registry.get(self.backend).prepare(
-            self.descriptor, self.packed_weight.dtype
+            self.descriptor, self.packed_weight.dtype, self.pack.index if self.pack else ()
         )
 
 
@@ -166,6 +198,7 @@ class _PartialKernel(_PreparedKernel):
         image_size: Pair | None = None,
         backend: str | None = None,
         pool: Pool | None = None,
+        pack: GatherPack | None = None,
     ) -> None:
         if not segment_channels:
             raise ValueError("give at least one segment; one of no channels is allowed")
@@ -190,7 +223,8 @@ class _PartialKernel(_PreparedKernel):
                 channels = Channels(count, 0, values)
             segments.append(Segment(s, channels))
         node = Node(tuple(segments), Channels(weight.shape[0]))
-        super().__init__(Conv2dDescriptor(spec, (node,)), [weight], bias, backend, image_size, pool)
+        descriptor = Conv2dDescriptor(spec, (node,))
+        super().__init__(descriptor, [weight], bias, backend, image_size, pool, pack)
 
 
 class PartialConv2d(_PartialKernel):
@@ -206,6 +240,8 @@ class PartialConv2d(_PartialKernel):
             other sizes are computed as well. Without it "auto" is "off".
         backend: a name, or None for the automatic choice.
         pool: where to keep the packed weight, or None for memory of its own.
+        pack: which output channels other ranks wait for. A call that is given their messages
+            writes them with the output, tile by tile: an exchange then reads nothing again.
 
     Raises:
         ValueError: shapes that do not fit each other.
@@ -218,6 +254,7 @@ class PartialConv2d(_PartialKernel):
         residual: Tensor | None = None,
         out: Tensor | None = None,
         scale: Sequence[Tensor | None] | None = None,
+        messages: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Run.
 
@@ -228,15 +265,28 @@ class PartialConv2d(_PartialKernel):
             out: where to write, channel stride 1, or None for a fresh tensor.
             scale: per segment None or, for int8, float32 ``[G, C_s]``: a row for every ``B / G``
                 images (see `message_views`). None if no segment is int8.
+            messages: what ``pack(output)`` would write to, or None to pack nothing.
 
         Returns:
             ``[B, O, OH, OW]`` in channels-last memory.
         """
         _check_count(segments, self.descriptor)
-        return self._run(as_sources(segments, self.packed_weight.dtype), residual, out, True, scale)
+        sources = as_sources(segments, self.packed_weight.dtype)
+        outgoing = self._outgoing_of(messages, sources[0])
+        return self._run(sources, residual, out, True, scale, outgoing)
+
+    def _outgoing_of(self, messages: Sequence[Tensor] | None, source: Tensor) -> Outgoing | None:
+        if messages is None:
+            return None
+        size = self.descriptor.spec.output_size(source.shape[2], source.shape[3])
+        return self._outgoing(messages, (source.shape[0], *size), source.device)
 
     def bind(
-        self, segments: Sequence[Tensor], residual: Tensor | None, out: Tensor
+        self,
+        segments: Sequence[Tensor],
+        residual: Tensor | None,
+        out: Tensor,
+        messages: Sequence[Tensor] | None = None,
     ) -> Callable[[], None]:
         """The call with these tensors, made ready to be repeated: nothing is checked again.
 
@@ -248,7 +298,7 @@ class PartialConv2d(_PartialKernel):
         sources = as_sources(segments, self.packed_weight.dtype)
         for s, (x, source) in enumerate(zip(segments, sources, strict=True)):
             _check_in_place(f"segment {s}", x, source)
-        return self._bind(sources, residual, out)
+        return self._bind(sources, residual, out, self._outgoing_of(messages, sources[0]))
 
 
 class PartialLinear(_PartialKernel):
@@ -264,6 +314,7 @@ class PartialLinear(_PartialKernel):
         activation: str = "none",
         backend: str | None = None,
         pool: Pool | None = None,
+        pack: GatherPack | None = None,
     ) -> None:
         super().__init__(
             _linear_weight(weight),
@@ -273,6 +324,7 @@ class PartialLinear(_PartialKernel):
             index=index,
             backend=backend,
             pool=pool,
+            pack=pack,
         )
 
     def __call__(
@@ -281,22 +333,31 @@ class PartialLinear(_PartialKernel):
         residual: Tensor | None = None,
         out: Tensor | None = None,
         scale: Sequence[Tensor | None] | None = None,
+        messages: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Segments ``[..., C_s]``, residual ``[..., O]`` or None -> ``[..., O]``.
 
         ``out``, if given, is contiguous ``[..., O]``, written and returned. ``scale`` of an int8
-        segment is ``[G, C_s]``, a row for every ``tokens / G`` tokens.
+        segment is ``[G, C_s]``, a row for every ``tokens / G`` tokens. ``messages`` as for
+        `PartialConv2d`.
         """
         _check_count(segments, self.descriptor)
         images = [tokens_as_image(x, f"segment {s}") for s, x in enumerate(segments)]
-        return self._run_tokens(images, residual, out, segments[0].shape[:-1], True, scale)
+        leading = segments[0].shape[:-1]
+        outgoing = self._outgoing(messages, leading, segments[0].device)
+        return self._run_tokens(images, residual, out, leading, True, scale, outgoing)
 
     def bind(
-        self, segments: Sequence[Tensor], residual: Tensor | None, out: Tensor
+        self,
+        segments: Sequence[Tensor],
+        residual: Tensor | None,
+        out: Tensor,
+        messages: Sequence[Tensor] | None = None,
     ) -> Callable[[], None]:
         """As `PartialConv2d.bind`; ``out`` is contiguous."""
         _check_count(segments, self.descriptor)
-        return self._bind_tokens(segments, residual, out)
+        outgoing = self._outgoing(messages, segments[0].shape[:-1], segments[0].device)
+        return self._bind_tokens(segments, residual, out, outgoing)
 
 
 class _GatherKernel(_PreparedKernel):

@@ -64,7 +64,6 @@ class GatherPack:
             ValueError: shapes, dtypes or channels that do not fit.
             BackendUnavailable: the requested backend cannot serve ``x``.
         """
-        wire = self.wire_dtype or x.dtype
         if x.dim() == 4:
             image = channels_last(x, "x")
             leading = (x.shape[0], *x.shape[2:])
@@ -76,28 +75,48 @@ class GatherPack:
                 raise ValueError(
                     f"index[{d}] names channel {largest}; the activation has {image.shape[1]}"
                 )
-        shapes = [message_shape(wire, leading, count) for count in self.counts]
         if out is None:
-            messages = [torch.empty(shape, dtype=wire, device=x.device) for shape in shapes]
+            messages = self.empty_messages(leading, x.dtype, x.device)
         else:
             messages = list(out)
-            self._check_messages(messages, shapes, wire, x.device)
+            self.check_messages(messages, leading, x.dtype, x.device)
         prepared = self._prepared.get((x.dtype, x.device)) or self._prepare(x)
         prepared.run(image, messages)
         return messages
+
+    @property
+    def channels_needed(self) -> int:
+        """One more than the largest channel that is listed."""
+        return max(self._largest, default=-1) + 1
+
+    def empty_messages(
+        self, leading: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> list[Tensor]:
+        """Uninitialised messages for an activation of this dtype.
+
+        ``leading`` are its dimensions without the channels: ``(B, H, W)`` for a map.
+        """
+        wire = self.wire_dtype or dtype
+        return [
+            torch.empty(message_shape(wire, leading, count), dtype=wire, device=device)
+            for count in self.counts
+        ]
 
     def _prepare(self, x: Tensor) -> PreparedGatherPack:
         chosen = registry.get(registry.resolve(self.backend, x.device, x.dtype))
         prepared = self._prepared[x.dtype, x.device] = chosen.prepare_gather_pack(self.index)
         return prepared
 
-    def _check_messages(
+    def check_messages(
         self,
         messages: Sequence[Tensor],
-        shapes: Sequence[tuple[int, ...]],
-        wire: torch.dtype,
+        leading: Sequence[int],
+        dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        """Raise ValueError unless these can take the messages of such an activation."""
+        wire = self.wire_dtype or dtype
+        shapes = [message_shape(wire, leading, count) for count in self.counts]
         if len(messages) != len(shapes):
             raise ValueError(
                 f"{len(shapes)} destinations need as many messages, given {len(messages)}"

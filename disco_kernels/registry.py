@@ -11,6 +11,7 @@ import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,6 +23,20 @@ BACKEND_VARIABLE = "DISCO_KERNELS_BACKEND"
 
 class BackendUnavailable(RuntimeError):
     """An explicitly requested backend cannot do what was asked."""
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """Messages that a kernel writes beside its output.
+
+    Attributes:
+        messages: as of `PreparedGatherPack.run`, one for each of the lists of channels that the
+            kernel was prepared with.
+        images: rows of scales of an int8 message (`disco_kernels.wire.num_images`).
+    """
+
+    messages: Sequence[Tensor]
+    images: int
 
 
 class PreparedConv2d(ABC):
@@ -37,11 +52,13 @@ class PreparedConv2d(ABC):
         out: Tensor,
         accumulate: bool,
         scales: Sequence[Tensor | None] | None = None,
+        outgoing: Outgoing | None = None,
     ) -> None:
         """Write (or add onto) ``out`` ``[B, O, OH, OW]``, channel stride 1.
 
         Sources may be in a wire dtype (`disco_kernels.wire`), int8 with its scale ``[G, C]`` at the
-        same place of ``scales``.
+        same place of ``scales``. ``outgoing`` gets what a `PreparedGatherPack` would make of
+        ``out``.
         """
 
     def bind(
@@ -51,6 +68,7 @@ class PreparedConv2d(ABC):
         bias: Tensor | None,
         residual: Tensor | None,
         out: Tensor,
+        outgoing: Outgoing | None = None,
     ) -> Callable[[], None]:
         """`run` for these tensors, to be called again and again, by one thread at a time.
 
@@ -59,7 +77,7 @@ class PreparedConv2d(ABC):
         """
 
         def run() -> None:
-            self.run(sources, packed_weight, bias, residual, out, False)
+            self.run(sources, packed_weight, bias, residual, out, False, None, outgoing)
 
         return run
 
@@ -109,8 +127,14 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def prepare(self, descriptor: Conv2dDescriptor, dtype: torch.dtype) -> PreparedConv2d:
-        """``dtype`` is that of the weights, and of every tensor of the calls."""
+    def prepare(
+        self,
+        descriptor: Conv2dDescriptor,
+        dtype: torch.dtype,
+        pack: Sequence[Tensor] = (),
+    ) -> PreparedConv2d:
+        """``dtype`` is that of the weights, and of every tensor of the calls; ``pack`` has per
+        message that a call may write beside its output the channels of it (int32)."""
 
     @abstractmethod
     def max_pool2d_(self, x: Tensor, window: ConvSpec, out: Tensor) -> None:

@@ -31,6 +31,13 @@ ChannelList::ChannelList(std::vector<int32_t> channels, int32_t vector_length)
   }
 }
 
+bool ChannelList::is_prefix() const {
+  for (size_t i = 0; i < channels_.size(); ++i) {
+    if (channels_[i] != static_cast<int32_t>(i)) return false;
+  }
+  return true;
+}
+
 void ChannelList::plan_runs() {
   for (const int32_t channel : channels_) {
     if (!runs_.empty() && runs_.back().first + runs_.back().count == channel) {

@@ -18,6 +18,8 @@ class ChannelList {
   int64_t num_channels() const { return static_cast<int64_t>(channels_.size()); }
   // One more than the largest channel.
   int64_t channels_needed() const { return channels_needed_; }
+  // Whether these are the first channels, in order.
+  bool is_prefix() const;
 
  private:
   void plan_runs();

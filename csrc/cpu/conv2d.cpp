@@ -3,6 +3,7 @@
 #include "conv2d.h"
 
 #include "conv2d_plan.h"
+#include "fused_pack.h"
 #include "staging.h"
 #include "widen.h"
 
@@ -14,7 +15,26 @@ int64_t Node::num_in_channels() const {
   return count;
 }
 
-Conv2d::Conv2d(const Conv2dGeometry& geometry, std::vector<Node> nodes, Activation activation)
+namespace {
+
+// What of a call writes messages, or nullptr.
+std::unique_ptr<FusedMessages> messages_of(const FusedPack* pack, const ConvPlan& plan) {
+  if (plan.call.messages.empty()) return nullptr;
+  if (pack == nullptr) refuse("messages are given, and the convolution has no list of channels");
+  return std::make_unique<FusedMessages>(*pack, plan);
+}
+
+void run_and_pack(ConvPlan& plan, const FusedPack* pack) {
+  const std::unique_ptr<FusedMessages> messages = messages_of(pack, plan);
+  plan.messages = messages.get();
+  run_plan(plan);
+  if (messages != nullptr) messages->finish(plan.call.num_threads);
+}
+
+}  // namespace
+
+Conv2d::Conv2d(const Conv2dGeometry& geometry, std::vector<Node> nodes, Activation activation,
+               const std::vector<std::vector<int32_t>>& messages)
     : geometry_(geometry), nodes_(std::move(nodes)), activation_(activation) {
   if (geometry.kernel_h < 1 || geometry.kernel_w < 1 || geometry.stride_h < 1 ||
       geometry.stride_w < 1 || geometry.dilation_h < 1 || geometry.dilation_w < 1 ||
@@ -30,6 +50,8 @@ Conv2d::Conv2d(const Conv2dGeometry& geometry, std::vector<Node> nodes, Activati
     refuse("activation " + std::to_string(activation) + " is not one of the " +
            std::to_string(kNumActivations) + " of this build");
   }
+  if (!messages.empty())
+    pack_ = std::make_shared<const FusedPack>(nodes_, geometry.dtype, messages);
 }
 
 void Conv2d::run(const Conv2dCall& call) const {
@@ -52,9 +74,10 @@ void Conv2d::run_wide(const Conv2dCall& call) const {
     ConvPlan plan(staged.geometry(), staged.nodes(), activation_, staged.call());
     plan.staged = &staged;
     staged.copy(!plan.gathers_by_item);
-    run_plan(plan);
+    run_and_pack(plan, pack_.get());
   } else {
-    run_plan(ConvPlan(geometry_, nodes_, activation_, call));
+    ConvPlan plan(geometry_, nodes_, activation_, call);
+    run_and_pack(plan, pack_.get());
   }
 }
 
@@ -79,6 +102,8 @@ void BoundConv2d::plan() {
     plan_ =
         std::make_unique<ConvPlan>(conv2d_.geometry_, conv2d_.nodes_, conv2d_.activation_, call_);
   }
+  messages_ = messages_of(conv2d_.pack_.get(), *plan_);
+  plan_->messages = messages_.get();
 }
 
 void BoundConv2d::run(int32_t num_threads) {
@@ -89,6 +114,7 @@ void BoundConv2d::run(int32_t num_threads) {
   }
   if (staged_ != nullptr) staged_->copy(!plan_->gathers_by_item);
   run_plan(*plan_);
+  if (messages_ != nullptr) messages_->finish(num_threads);
 }
 
 }  // namespace disco

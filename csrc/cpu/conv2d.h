@@ -76,6 +76,11 @@ struct Conv2dCall {
   int64_t out_channels;  // of the output tensor
   bool accumulate;       // add onto what `out` holds; the bias is then not added again
   int32_t num_threads;
+  // As many as the Conv2d has lists of channels, or none: then nothing is packed. The pixels of
+  // the output are those of `message_images` images, which int8 scales one by one.
+  std::vector<void*> messages;
+  WireType wire = WireType::kFloat32;
+  int64_t message_images = 0;
 };
 
 // One node's weights.
@@ -111,10 +116,14 @@ int64_t packed_bytes(const IsaKernels& isa, const WeightShape& shape);
 void pack_weights(const IsaKernels& isa, const float* weight, const WeightShape& shape,
                   void* packed);
 
+class FusedPack;
+
 class Conv2d {
  public:
-  // Throws std::invalid_argument for a geometry or channel list that cannot be.
-  Conv2d(const Conv2dGeometry& geometry, std::vector<Node> nodes, Activation activation);
+  // `messages`: per message that a call may write beside its output, the channels of the output
+  // tensor. Throws std::invalid_argument for a geometry or channel list that cannot be.
+  Conv2d(const Conv2dGeometry& geometry, std::vector<Node> nodes, Activation activation,
+         const std::vector<std::vector<int32_t>>& messages = {});
 
   // Throws std::invalid_argument if sources, packed weights and output do not fit each other.
   void run(const Conv2dCall& call) const;
@@ -126,9 +135,11 @@ class Conv2d {
   Conv2dGeometry geometry_;
   std::vector<Node> nodes_;
   Activation activation_;
+  std::shared_ptr<const FusedPack> pack_;  // nullptr without messages
 };
 
 struct ConvPlan;
+class FusedMessages;
 class StagedCall;
 
 // A convolution bound to its sources, weights and output: what depends on their addresses and sizes
@@ -147,6 +158,7 @@ class BoundConv2d {
   const Conv2d& conv2d_;
   Conv2dCall call_;
   std::unique_ptr<StagedCall> staged_;  // if sources have to be copied
+  std::unique_ptr<FusedMessages> messages_;
   std::unique_ptr<ConvPlan> plan_;
 };
 

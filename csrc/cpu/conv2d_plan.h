@@ -80,6 +80,8 @@ struct ConvPlan {
   // Set by the caller: where to gather channels from, an item's when it begins, for they then are
   // in the cache. Only if no two items share pixels of a node, and pixels are all that they share.
   const StagedCall* staged = nullptr;
+  // Set by the caller: what takes the outputs' listed channels.
+  const FusedMessages* messages = nullptr;
   bool gathers_by_item = false;
 
  private:

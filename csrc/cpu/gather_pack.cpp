@@ -41,6 +41,8 @@ constexpr int64_t kAheadBytes = 16 * 1024;
 // lines of 16 four pixels at a time without are faster, 31 GB/s; a loop that only reads those
 // lines, 28.
 constexpr double kDenseLines = 0.7;
+// Of a bfloat16 activation, gathered before they are widened: 4 KB stay in the first-level cache.
+constexpr int64_t kWords = 2048;
 
 int64_t element_bytes(WireType wire) {
   return wire == WireType::kFloat32 ? 4 : wire == WireType::kInt8 ? 1 : 2;
@@ -58,6 +60,7 @@ GatherPack::GatherPack(std::vector<std::vector<int32_t>> lists)
   std::vector<int64_t> lines;
   for (std::vector<int32_t>& list : lists) {
     for (const int32_t channel : list) lines.push_back(channel / kLineFloats);
+    words_.emplace_back(list, false);
     lists_.emplace_back(std::move(list), kernels_.vector_length);
     before_.push_back(num_channels_);
     num_channels_ += lists_.back().num_channels();
@@ -72,7 +75,7 @@ GatherPack::GatherPack(std::vector<std::vector<int32_t>> lists)
 
 GatherPack::Work GatherPack::plan(const Activation2d& x, WireType wire, int32_t num_threads) const {
   Work work = {};
-  work.x = {x.data, x.channels, x.grid.simplified()};
+  work.x = {x.data, x.channels, x.grid.simplified(), x.dtype};
   work.images = x.grid.n;
   work.image_pixels = x.grid.h * x.grid.w;
   work.pixels = work.images * work.image_pixels;
@@ -81,7 +84,7 @@ GatherPack::Work GatherPack::plan(const Activation2d& x, WireType wire, int32_t 
   const int64_t bytes = work.pixels * (touched * kFloatBytes + num_channels_ * element_bytes(wire));
   const int64_t pixel_bytes = kFloatBytes * std::max<int64_t>(1, work.x.grid.stride_w);
   const bool dense = static_cast<double>(touched) >= kDenseLines * static_cast<double>(x.channels);
-  work.streamed = bytes > kStreamBytes && dense;
+  work.streamed = x.dtype == kFloat32 && bytes > kStreamBytes && dense;
   const bool fours = !work.streamed || (lists_.size() > 1 && 4 * pixel_bytes <= kFoursBytes);
   work.block = std::max<int64_t>(fours ? 4 : 1, kBlockBytes / pixel_bytes);
   work.ahead = work.streamed ? std::max(work.block, kAheadBytes / pixel_bytes) : 0;
@@ -122,15 +125,40 @@ void GatherPack::run(const Activation2d& x, WireType wire, const std::vector<voi
   }
 }
 
+// bfloat16 pixels as float32; `words` has room for kWords.
+void GatherPack::gather_widened(size_t list, const uint16_t* x, int64_t stride, int64_t pixels,
+                                uint16_t* words, float* to) const {
+  const int64_t channels = lists_[list].num_channels();
+  std::unique_ptr<uint16_t[]> larger;
+  if (pixels * channels > kWords) {
+    larger.reset(new uint16_t[static_cast<size_t>(pixels * channels)]);
+    words = larger.get();
+  }
+  words_[list].gather(x, stride, pixels, words, channels);
+  kernels_.widen_bfloat16(words, pixels * channels, to);
+}
+
 // One list's channels of a block of pixels that are stride_w apart. Each list fetches its share of
 // what a later block needs, every line once and in the order of memory.
 void GatherPack::gather(const Work& work, size_t list, int64_t offset, int64_t pixels,
                         float* to) const {
   const ChannelListView view = lists_[list].view();
-  const float* x = work.x.data + offset;
   const int64_t stride = work.x.grid.stride_w;
+  if (view.num_channels == 0) return;
+  if (work.x.dtype == kBFloat16) {
+    // The words first: to widen them where they come from would be to widen what is not listed.
+    uint16_t words[kWords];
+    const int64_t together = std::max<int64_t>(1, kWords / view.num_channels);
+    for (int64_t p = 0; p < pixels; p += together) {
+      const int64_t count = std::min(together, pixels - p);
+      gather_widened(list, work.x.words() + offset + p * stride, stride, count, words,
+                     to + p * view.num_channels);
+    }
+    return;
+  }
+  const float* x = work.x.floats() + offset;
   if (work.ahead == 0) {
-    kernels_.gather(view, x, stride, pixels, to);
+    kernels_.gather(view, x, stride, pixels, to, view.num_channels);
     return;
   }
   const int64_t lines = (last_line_ - first_line_ + 1) * pixels;
@@ -155,6 +183,7 @@ void GatherPack::write_float32(const Work& work, const std::vector<void*>& messa
 }
 
 void GatherPack::write_halves(const Work& work, const std::vector<void*>& messages) const {
+  const bool as_they_are = work.x.dtype == kBFloat16 && work.wire == WireType::kBfloat16;
   const auto narrow =
       work.wire == WireType::kFloat16 ? kernels_.narrow_float16 : kernels_.narrow_bfloat16;
 #pragma omp parallel for schedule(static, 1) num_threads(work.parts) if (work.parts > 1)
@@ -164,9 +193,14 @@ void GatherPack::write_halves(const Work& work, const std::vector<void*>& messag
                  work.block, work.pixels, [&](int64_t offset, int64_t first, int64_t count) {
                    for (size_t m = 0; m < lists_.size(); ++m) {
                      const int64_t channels = lists_[m].num_channels();
+                     uint16_t* to = static_cast<uint16_t*>(messages[m]) + first * channels;
+                     if (as_they_are) {
+                       words_[m].gather(work.x.words() + offset, work.x.grid.stride_w, count, to,
+                                        channels);
+                       continue;
+                     }
                      gather(work, m, offset, count, rows.get());
-                     narrow(rows.get(), count * channels,
-                            static_cast<uint16_t*>(messages[m]) + first * channels);
+                     narrow(rows.get(), count * channels, to);
                    }
                  });
   }

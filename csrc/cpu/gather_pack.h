@@ -20,16 +20,22 @@
 #include <vector>
 
 #include "channel_list.h"
+#include "conv_microkernel.h"
 #include "message_kernels.h"
 #include "pixel_runs.h"
+#include "word_list.h"
 
 namespace disco {
 
-// float32, channel stride 1, other strides in elements.
+// Channel stride 1, other strides in elements.
 struct Activation2d {
-  const float* data;
+  const void* data;
   int64_t channels;
   PixelGrid grid;
+  DataType dtype = kFloat32;
+
+  const float* floats() const { return static_cast<const float*>(data); }
+  const uint16_t* words() const { return static_cast<const uint16_t*>(data); }
 };
 
 class GatherPack {
@@ -48,6 +54,8 @@ class GatherPack {
 
   Work plan(const Activation2d& x, WireType wire, int32_t num_threads) const;
   void gather(const Work& work, size_t list, int64_t offset, int64_t pixels, float* to) const;
+  void gather_widened(size_t list, const uint16_t* x, int64_t stride, int64_t pixels,
+                      uint16_t* words, float* to) const;
   void write_float32(const Work& work, const std::vector<void*>& messages) const;
   void write_streamed(const Work& work, const std::vector<void*>& messages) const;
   void write_halves(const Work& work, const std::vector<void*>& messages) const;
@@ -55,6 +63,7 @@ class GatherPack {
 
   const MessageKernels& kernels_;
   std::vector<ChannelList> lists_;
+  std::vector<WordList> words_;  // the same, for activations of two bytes
   // Cache lines of a pixel that hold a listed channel, if pixels are aligned.
   int64_t first_line_ = 0, last_line_ = -1, touched_lines_ = 0;
   std::vector<int64_t> before_;  // per list, channels of the lists before it

@@ -50,8 +50,13 @@ void GatherPack::write_int8(const Work& work, const std::vector<void*>& messages
                                                std::max<int64_t>(1, work.images));
   const int64_t columns = together * num_channels_;  // of the magnitudes and factors
   const int64_t piece = std::max(kPiecePixels, kPieceBytes / (kFloatBytes * num_channels_));
+  // One message of all channels lies in x as it would be kept.
+  const bool in_place = work.x.dtype == kFloat32 && lists_.size() == 1 && lists_[0].is_prefix() &&
+                        work.x.grid.stride_w == num_channels_ &&
+                        work.x.grid.run_length() == work.pixels;
   std::unique_ptr<float[]> rows(
-      new float[static_cast<size_t>(together * work.image_pixels * num_channels_)]);
+      in_place ? nullptr
+               : new float[static_cast<size_t>(together * work.image_pixels * num_channels_)]);
   std::vector<int32_t> magnitudes(static_cast<size_t>(work.parts * columns));
   std::vector<float> inverse(static_cast<size_t>(columns));
   for (int64_t begin = 0; begin < work.images; begin += together) {
@@ -59,9 +64,11 @@ void GatherPack::write_int8(const Work& work, const std::vector<void*>& messages
     const int64_t first_pixel = begin * work.image_pixels, pixels = count * work.image_pixels;
     std::fill(magnitudes.begin(), magnitudes.end(), 0);
     // The kept channels and the factors lie message by message, then image by image.
-    const auto kept = [&](size_t m, int64_t pixel) {
-      return rows.get() + before_[m] * pixels + (pixel - first_pixel) * lists_[m].num_channels();
+    const auto row_of = [&](size_t m, int64_t pixel) {
+      return before_[m] * pixels + (pixel - first_pixel) * lists_[m].num_channels();
     };
+    const float* base = in_place ? work.x.floats() + first_pixel * num_channels_ : rows.get();
+    const auto kept = [&](size_t m, int64_t pixel) { return base + row_of(m, pixel); };
     const auto column_of = [&](size_t m, int64_t pixel) {
       return before_[m] * together + (pixel / work.image_pixels - begin) * lists_[m].num_channels();
     };
@@ -79,12 +86,14 @@ void GatherPack::write_int8(const Work& work, const std::vector<void*>& messages
 #pragma omp parallel for schedule(static, 1) num_threads(work.parts) if (work.parts > 1)
     for (int32_t part = 0; part < work.parts; ++part) {
       walk(part, [&](int64_t from, int64_t to) {
-        for_each_run(work.x.grid, from, to, work.block, work.pixels,
-                     [&](int64_t offset, int64_t first, int64_t run) {
-                       for (size_t m = 0; m < lists_.size(); ++m) {
-                         gather(work, m, offset, run, kept(m, first));
-                       }
-                     });
+        if (!in_place) {
+          for_each_run(work.x.grid, from, to, work.block, work.pixels,
+                       [&](int64_t offset, int64_t first, int64_t run) {
+                         for (size_t m = 0; m < lists_.size(); ++m) {
+                           gather(work, m, offset, run, rows.get() + row_of(m, first));
+                         }
+                       });
+        }
         for (size_t m = 0; m < lists_.size(); ++m) {
           max_magnitude_rows(kernels_, kept(m, from), to - from, lists_[m].num_channels(),
                              magnitudes.data() + part * columns + column_of(m, from));

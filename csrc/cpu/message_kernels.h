@@ -42,10 +42,12 @@ struct MessageKernels {
   const char* name;
   int32_t vector_length;  // float32 lanes; 1 if `gather` uses no windows
 
-  // Channels of `pixels` pixels, `stride` floats apart, to out [pixels][num_channels].
+  // Channels of `pixels` pixels, `stride` floats apart, to rows of `out`, `out_stride` floats
+  // apart.
   void (*gather)(const ChannelListView& list, const float* x, int64_t stride, int64_t pixels,
-                 float* out);
-  // The same, while the lines at these offsets (in floats) from `later` are fetched.
+                 float* out, int64_t out_stride);
+  // To out [pixels][num_channels], while the lines at these offsets (in floats) from `later` are
+  // fetched.
   void (*gather_ahead)(const ChannelListView& list, const float* later, const int32_t* offsets,
                        int64_t num_offsets, const float* x, int64_t stride, int64_t pixels,
                        float* out);

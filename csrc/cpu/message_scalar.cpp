@@ -8,21 +8,22 @@
 namespace disco {
 namespace {
 
-void gather(const ChannelListView& list, const float* x, int64_t stride, int64_t pixels,
-            float* out) {
+void gather(const ChannelListView& list, const float* x, int64_t stride, int64_t pixels, float* out,
+            int64_t out_stride) {
   if (list.runs != nullptr) {
-    for (int64_t i = 0; i < pixels; ++i, x += stride) {
+    for (int64_t i = 0; i < pixels; ++i, x += stride, out += out_stride) {
+      float* to = out;
       for (int64_t r = 0; r < list.num_runs; ++r) {
         const int64_t count = list.runs[r].count;
-        std::memcpy(out, x + list.runs[r].first, sizeof(float) * static_cast<size_t>(count));
-        out += count;
+        std::memcpy(to, x + list.runs[r].first, sizeof(float) * static_cast<size_t>(count));
+        to += count;
       }
     }
     return;
   }
   const int32_t* channels = list.channels;
   const int64_t count = list.num_channels;
-  for (int64_t i = 0; i < pixels; ++i, x += stride, out += count) {
+  for (int64_t i = 0; i < pixels; ++i, x += stride, out += out_stride) {
     for (int64_t c = 0; c < count; ++c) out[c] = x[channels[c]];
   }
 }
@@ -33,7 +34,7 @@ void gather_ahead(const ChannelListView& list, const float* later, const int32_t
   for (int64_t i = 0; i < pixels; ++i, x += stride, out += list.num_channels) {
     const int64_t end = num_offsets * (i + 1) / pixels;
     for (; next < end; ++next) __builtin_prefetch(later + offsets[next]);
-    gather(list, x, stride, 1, out);
+    gather(list, x, stride, 1, out, list.num_channels);
   }
 }
 

@@ -37,7 +37,7 @@ void fetch_ahead(Ahead& ahead) {
 
 template <int kPixels, bool kWhole, bool kAhead>
 void gather_pixels(const ChannelListView& list, const float* x, int64_t stride, Ahead& ahead,
-                   float* out) {
+                   float* out, int64_t out_stride) {
   const Window* window = list.windows;
   const int32_t* lanes = list.lanes;
   const int32_t* num_windows = list.num_windows;
@@ -65,7 +65,7 @@ void gather_pixels(const ChannelListView& list, const float* x, int64_t stride, 
     const int64_t valid = list.num_channels - first;
 #pragma GCC unroll 4
     for (int p = 0; p < kPixels; ++p) {
-      float* to = out + p * list.num_channels + first;
+      float* to = out + p * out_stride + first;
       if (valid >= kLanes) {
         store(to, picked[p]);
       } else {
@@ -78,23 +78,24 @@ void gather_pixels(const ChannelListView& list, const float* x, int64_t stride, 
 // Four pixels share what is read of the list, and keep more loads under way than one.
 template <bool kWhole, bool kAhead>
 void gather_rows(const ChannelListView& list, const float* x, int64_t stride, int64_t pixels,
-                 Ahead ahead, float* out) {
-  const int64_t columns = list.num_channels;
+                 Ahead ahead, float* out, int64_t out_stride) {
   int64_t i = 0;
   for (; i + 4 <= pixels; i += 4) {
-    gather_pixels<4, kWhole, kAhead>(list, x + i * stride, stride, ahead, out + i * columns);
+    gather_pixels<4, kWhole, kAhead>(list, x + i * stride, stride, ahead, out + i * out_stride,
+                                     out_stride);
   }
   for (; i < pixels; ++i) {
-    gather_pixels<1, kWhole, kAhead>(list, x + i * stride, stride, ahead, out + i * columns);
+    gather_pixels<1, kWhole, kAhead>(list, x + i * stride, stride, ahead, out + i * out_stride,
+                                     out_stride);
   }
 }
 
-void gather(const ChannelListView& list, const float* x, int64_t stride, int64_t pixels,
-            float* out) {
+void gather(const ChannelListView& list, const float* x, int64_t stride, int64_t pixels, float* out,
+            int64_t out_stride) {
   if (list.load_length == kLanes) {
-    gather_rows<true, false>(list, x, stride, pixels, {}, out);
+    gather_rows<true, false>(list, x, stride, pixels, {}, out, out_stride);
   } else {
-    gather_rows<false, false>(list, x, stride, pixels, {}, out);
+    gather_rows<false, false>(list, x, stride, pixels, {}, out, out_stride);
   }
 }
 
@@ -104,9 +105,9 @@ void gather_ahead(const ChannelListView& list, const float* later, const int32_t
   const int64_t step = windows > 0 ? (num_offsets + windows - 1) / windows : 0;
   const Ahead ahead = {later, offsets, offsets + num_offsets, step};
   if (list.load_length == kLanes) {
-    gather_rows<true, true>(list, x, stride, pixels, ahead, out);
+    gather_rows<true, true>(list, x, stride, pixels, ahead, out, list.num_channels);
   } else {
-    gather_rows<false, true>(list, x, stride, pixels, ahead, out);
+    gather_rows<false, true>(list, x, stride, pixels, ahead, out, list.num_channels);
   }
 }
 

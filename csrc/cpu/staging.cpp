@@ -25,41 +25,6 @@ bool pads(const Conv2dGeometry& geometry, const Conv2dCall& call) {
   return few && !plain;
 }
 
-// The channels of a row of `held` as windows; the last one also writes the zero of an odd count.
-std::vector<WordStep> word_steps(const std::vector<int32_t>& channels, int64_t held) {
-  std::vector<WordStep> steps;
-  const int64_t count = static_cast<int64_t>(channels.size());
-  for (int64_t i = 0; i < count;) {
-    WordStep step = {};
-    // Aligned windows where pixels are: a load that crosses two cache lines counts twice.
-    const int64_t low = channels[static_cast<size_t>(i)] / kWordWindow * kWordWindow;
-    int64_t n = 0;
-    while (i + n < count && n < kWordWindow &&
-           channels[static_cast<size_t>(i + n)] / kWordWindow * kWordWindow == low) {
-      ++n;
-    }
-    step.first_from = static_cast<int32_t>(low);
-    step.first_to = static_cast<int32_t>(i);
-    for (int64_t lane = 0; lane < n; ++lane) {
-      step.lane[lane] = static_cast<uint16_t>(channels[static_cast<size_t>(i + lane)] - low);
-      step.written |= 1u << lane;
-    }
-    for (int64_t lane = 0; lane < kWordWindow && low + lane < held; ++lane) {
-      step.readable |= 1u << lane;
-    }
-    i += n;
-    steps.push_back(step);
-  }
-  if (count % 2 != 0) {
-    // Nothing is readable, so what is written is zero.
-    WordStep zero = {};
-    zero.first_to = static_cast<int32_t>(count);
-    zero.written = 1;
-    steps.push_back(zero);
-  }
-  return steps;
-}
-
 }  // namespace
 
 bool StagedCall::needed(const Conv2dGeometry& geometry, const std::vector<Node>& nodes,
@@ -142,13 +107,11 @@ void StagedCall::gather_segments() {
       const int64_t row = call_.in_w * count;
       const int64_t begin = reserve(call_.batch * call_.in_h * row * geometry_.element_bytes());
       const size_t target = call_.sources.size();
-      const int64_t held = call_.sources[static_cast<size_t>(segment.source)].channels;
-      std::vector<WordStep> steps = word_steps(segment.channels, held);
       gathered_.push_back({static_cast<int32_t>(i), static_cast<size_t>(segment.source), target,
-                           std::move(segment.channels), std::move(steps), begin});
+                           WordList(std::move(segment.channels), true), begin});
       call_.sources.push_back({nullptr, count, call_.in_h * row, 1, row, count});
       segment.source = static_cast<int64_t>(target);
-      segment.channels.resize(static_cast<size_t>(count));
+      segment.channels.assign(static_cast<size_t>(count), 0);
       for (int64_t c = 0; c < count; ++c) {
         segment.channels[static_cast<size_t>(c)] = static_cast<int32_t>(c);
       }
@@ -226,21 +189,7 @@ void StagedCall::gather_row(const Gathered& gathered, int64_t n, int64_t h, int6
                       h * from.stride_h + w * from.stride_w;
   uint16_t* y = reinterpret_cast<uint16_t*>(memory_ + gathered.begin) + n * to.stride_n +
                 h * to.stride_h + w * to.stride_w;
-  const int64_t words = ((count - 1) * step + 1) * to.stride_w;
-  if (active_isa().gather_words != nullptr) {
-    active_isa().gather_words({x, y, step * from.stride_w, step * to.stride_w, count, words,
-                               gathered.steps.data(), static_cast<int64_t>(gathered.steps.size())});
-    return;
-  }
-  const int64_t channels = static_cast<int64_t>(gathered.channels.size());
-  for (int64_t p = 0; p < count; ++p) {
-    const uint16_t* pixel = x + p * step * from.stride_w;
-    uint16_t* target = y + p * step * to.stride_w;
-    for (int64_t c = 0; c < channels; ++c) {
-      target[c] = pixel[gathered.channels[static_cast<size_t>(c)]];
-    }
-    if (channels % 2 != 0) target[channels] = 0;
-  }
+  gathered.words.gather(x, step * from.stride_w, count, y, step * to.stride_w);
 }
 
 }  // namespace disco

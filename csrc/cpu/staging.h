@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "conv2d.h"
+#include "word_list.h"
 
 namespace disco {
 
@@ -41,8 +42,7 @@ class StagedCall {
   struct Gathered {
     int32_t node;
     size_t from, source;
-    std::vector<int32_t> channels;
-    std::vector<WordStep> steps;
+    WordList words;
     int64_t begin;
   };
 

@@ -8,6 +8,7 @@
 
 #include "arena.h"
 #include "conv2d_plan.h"
+#include "fused_pack.h"
 
 namespace disco {
 namespace {
@@ -200,6 +201,22 @@ class Winograd {
     }
     for (int64_t t = 0; t < num; ++t) {
       transform_output(plan, begin + from + t, first, valid, width, products + t * points_ * width);
+    }
+    if (plan_.messages != nullptr) pack(item, begin + from, begin + from + num);
+  }
+
+  // Tiles [begin, end) of a panel are complete: m_ rows of pixels for those side by side.
+  void pack(const Panel& item, int64_t begin, int64_t end) const {
+    while (begin < end) {
+      const int64_t row = begin / tiles_w_, w = begin % tiles_w_;
+      const int64_t count = std::min(tiles_w_ - w, end - begin);
+      const int64_t first_h = row % tiles_h_ * m_, n = row / tiles_h_;
+      for (int64_t h = first_h; h < std::min(first_h + m_, plan_.out_h); ++h) {
+        const int64_t pixels = (n * plan_.out_h + h) * plan_.out_w;
+        plan_.messages->write(item.node, item.panel, 1, pixels + w * m_,
+                              pixels + std::min((w + count) * m_, plan_.out_w));
+      }
+      begin += count;
     }
   }
 

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disco_kernels.registry import Backend, PreparedConv2d, PreparedGatherPack, register
+from disco_kernels.registry import (
+    Backend,
+    Outgoing,
+    PreparedConv2d,
+    PreparedGatherPack,
+    register,
+)
 from disco_kernels.spec import ACTIVATIONS, Channels, Conv2dDescriptor, ConvSpec
 from disco_kernels.wire import WIRE_DTYPES
 
@@ -20,6 +26,7 @@ _ALGORITHMS = {"off": 0, "f2": 2, "f4": 4}
 # And its DataType's.
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _NO_RESIDUAL = (0, 0, 0, 0)
+_NO_MESSAGES: tuple[list[int], int, int] = ([], 0, 0)
 _AS_THE_WEIGHTS = (0, 0, 1)  # wire type, no scales, images to a row of them
 # As WireType in csrc/cpu/message_kernels.h.
 _WIRE_TYPES = {dtype: number for number, dtype in enumerate(WIRE_DTYPES)}
@@ -72,7 +79,13 @@ def _wire_args(
 
 
 class _CpuConv2d(PreparedConv2d):
-    def __init__(self, extension: Any, descriptor: Conv2dDescriptor, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        extension: Any,
+        descriptor: Conv2dDescriptor,
+        dtype: torch.dtype,
+        pack: Sequence[Tensor],
+    ) -> None:
         spec = descriptor.spec
         self.extension = extension
         self.out_channels = descriptor.out_channels
@@ -88,6 +101,7 @@ class _CpuConv2d(PreparedConv2d):
             ACTIVATIONS.index(spec.activation),
             _ALGORITHMS[spec.winograd],
             _DTYPES[dtype],
+            _list_args(pack),
         )
 
     def run(
@@ -99,9 +113,10 @@ class _CpuConv2d(PreparedConv2d):
         out: Tensor,
         accumulate: bool,
         scales: Sequence[Tensor | None] | None = None,
+        outgoing: Outgoing | None = None,
     ) -> None:
         bias = _in_float32(bias)
-        call = self._call(sources, packed_weight, bias, residual, out, accumulate, scales)
+        call = self._call(sources, packed_weight, bias, residual, out, accumulate, scales, outgoing)
         self.conv2d.run(call)
 
     def bind(
@@ -111,11 +126,12 @@ class _CpuConv2d(PreparedConv2d):
         bias: Tensor | None,
         residual: Tensor | None,
         out: Tensor,
+        outgoing: Outgoing | None = None,
     ) -> Callable[[], None]:
         bias = _in_float32(bias)
-        call = self._call(sources, packed_weight, bias, residual, out, False)
+        call = self._call(sources, packed_weight, bias, residual, out, False, None, outgoing)
         run = self.extension.BoundConv2d(self.conv2d, call).run
-        alive = (tuple(sources), packed_weight, bias, residual, out)
+        alive = (tuple(sources), packed_weight, bias, residual, out, outgoing)
 
         def bound(alive: tuple[Any, ...] = alive) -> None:
             run(torch.get_num_threads())
@@ -130,7 +146,8 @@ class _CpuConv2d(PreparedConv2d):
         residual: Tensor | None,
         out: Tensor,
         accumulate: bool,
-        scales: Sequence[Tensor | None] | None = None,
+        scales: Sequence[Tensor | None] | None,
+        outgoing: Outgoing | None,
     ) -> Any:
         views = []
         for s, x in enumerate(sources):
@@ -153,7 +170,19 @@ class _CpuConv2d(PreparedConv2d):
             out.shape[1],
             accumulate,
             torch.get_num_threads(),
+            *(_NO_MESSAGES if outgoing is None else _message_args(outgoing)),
         )
+
+
+def _list_args(lists: Sequence[Tensor]) -> list[tuple[int, int]]:
+    return [(channels.data_ptr(), channels.numel()) for channels in lists]
+
+
+def _message_args(outgoing: Outgoing) -> tuple[list[int], int, int]:
+    messages = outgoing.messages
+    if not messages:
+        return _NO_MESSAGES
+    return [m.data_ptr() for m in messages], _WIRE_TYPES[messages[0].dtype], outgoing.images
 
 
 def _in_float32(bias: Tensor | None) -> Tensor | None:
@@ -163,12 +192,12 @@ def _in_float32(bias: Tensor | None) -> Tensor | None:
 
 class _CpuGatherPack(PreparedGatherPack):
     def __init__(self, extension: Any, index: Sequence[Tensor]) -> None:
-        self.pack = extension.GatherPack([(one.data_ptr(), one.numel()) for one in index])
+        self.pack = extension.GatherPack(_list_args(index))
 
     def run(self, x: Tensor, messages: Sequence[Tensor]) -> None:
         if not messages:
             return
-        if x.dtype != torch.float32:  # the kernels read float32; narrower dtypes lose nothing
+        if x.dtype not in _DTYPES:
             x = x.to(torch.float32, memory_format=torch.channels_last)
         batch, channels, height, width = x.shape
         n, _, h, w = x.stride()
@@ -177,6 +206,7 @@ class _CpuGatherPack(PreparedGatherPack):
             channels,
             (batch, height, width),
             (n, h, w),
+            _DTYPES[x.dtype],
             _WIRE_TYPES[messages[0].dtype],
             [message.data_ptr() for message in messages],
             torch.get_num_threads(),
@@ -240,8 +270,13 @@ class CpuBackend(Backend):
         )
         return packed
 
-    def prepare(self, descriptor: Conv2dDescriptor, dtype: torch.dtype) -> PreparedConv2d:
-        return _CpuConv2d(self.extension, descriptor, dtype)
+    def prepare(
+        self,
+        descriptor: Conv2dDescriptor,
+        dtype: torch.dtype,
+        pack: Sequence[Tensor] = (),
+    ) -> PreparedConv2d:
+        return _CpuConv2d(self.extension, descriptor, dtype, pack)
 
     def max_pool2d_(self, x: Tensor, window: ConvSpec, out: Tensor) -> None:
         source, target = x.stride(), out.stride()

@@ -12,7 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from disco_kernels.registry import Backend, PreparedConv2d, PreparedGatherPack, register
+from disco_kernels.registry import (
+    Backend,
+    Outgoing,
+    PreparedConv2d,
+    PreparedGatherPack,
+    register,
+)
 from disco_kernels.spec import ACTIVATIONS, Channels, Conv2dDescriptor, ConvSpec
 from disco_kernels.wire import widened, write_int8
 
@@ -46,8 +52,9 @@ def _checked(index: Tensor, num_channels: int) -> Tensor:
 
 
 class _ReferenceConv2d(PreparedConv2d):
-    def __init__(self, descriptor: Conv2dDescriptor) -> None:
+    def __init__(self, descriptor: Conv2dDescriptor, pack: Sequence[Tensor]) -> None:
         self.descriptor = descriptor
+        self.pack = _ReferenceGatherPack(pack)
 
     @torch.no_grad()
     def run(
@@ -59,6 +66,7 @@ class _ReferenceConv2d(PreparedConv2d):
         out: Tensor,
         accumulate: bool,
         scales: Sequence[Tensor | None] | None = None,
+        outgoing: Outgoing | None = None,
     ) -> None:
         if any(x.dtype != packed_weight.dtype for x in sources):
             scales = scales or [None] * len(sources)
@@ -99,6 +107,11 @@ class _ReferenceConv2d(PreparedConv2d):
             if residual is not None:
                 y = y + residual.index_select(1, rows)
             out[:, rows] = _ACTIVATION[spec.activation](y)
+        if outgoing is not None:
+            # The images that the scales are for, whatever the kernel's own are.
+            pixels = out.numel() // max(1, out.shape[1] * outgoing.images)
+            image = out.permute(0, 2, 3, 1).reshape(outgoing.images, pixels, 1, out.shape[1])
+            self.pack.run(image.permute(0, 3, 1, 2), outgoing.messages)
 
 
 def _conv2d(x: Tensor, weight: Tensor, descriptor: Conv2dDescriptor, out: Tensor) -> Tensor:
@@ -131,7 +144,7 @@ class _ReferenceGatherPack(PreparedGatherPack):
             if message.dtype == torch.int8:
                 write_int8(message, values)
             else:
-                message.view(values.shape).copy_(values)
+                message.view(-1).copy_(values.reshape(-1))
 
 
 class ReferenceBackend(Backend):
@@ -156,9 +169,14 @@ class ReferenceBackend(Backend):
         _refuse_winograd(winograd)
         return weight.detach().reshape(-1).clone()
 
-    def prepare(self, descriptor: Conv2dDescriptor, dtype: torch.dtype) -> PreparedConv2d:
+    def prepare(
+        self,
+        descriptor: Conv2dDescriptor,
+        dtype: torch.dtype,
+        pack: Sequence[Tensor] = (),
+    ) -> PreparedConv2d:
         _refuse_winograd(descriptor.spec.winograd)
-        return _ReferenceConv2d(descriptor)
+        return _ReferenceConv2d(descriptor, pack)
 
     @torch.no_grad()
     def max_pool2d_(self, x: Tensor, window: ConvSpec, out: Tensor) -> None:

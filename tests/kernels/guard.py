@@ -161,6 +161,27 @@ def _wire(pages: Pages, channels: int, wire: torch.dtype) -> None:
     oracle.check(y, oracle.conv2d(torch.cat(exact, 1), weight, spec), "narrow segments")
 
 
+def _fused(
+    pages: Pages, outputs: int, wire: torch.dtype, dtype: torch.dtype, algorithm: str
+) -> None:
+    """Output and messages, each up to a forbidden page, written by one call."""
+    x = pages.guarded(torch.randn(2, 6, 7, 5).to(dtype)).permute(0, 3, 1, 2)
+    index = [list(range(outputs)), [outputs - 1], list(range(0, outputs, 2))]
+    pack = dk.GatherPack(index, "cpu", wire_dtype=wire)
+    messages = [
+        pages.guarded(message.view(-1).fill_(1)).view(message.shape)
+        for message in pack.empty_messages((2, 6, 7), dtype)
+    ]
+    spec = dk.ConvSpec((3, 3), padding=(1, 1), winograd=algorithm)
+    kernel = dk.PartialConv2d(
+        torch.randn(outputs, 5, 3, 3).to(dtype), (5,), spec, backend="cpu", pack=pack
+    )
+    out = pages.guarded(torch.randn(2, 6, 7, outputs).to(dtype)).permute(0, 3, 1, 2)
+    kernel([x], out=out, messages=messages)
+    for found, wanted in zip(messages, pack(out), strict=True):
+        assert torch.equal(found, wanted)
+
+
 def _streaming(pages: Pages) -> None:
     """Large enough for writing past the caches, and for fetching what lies beyond the end."""
     x = pages.image(3, 96, 130, 129)
@@ -194,6 +215,18 @@ def sweep() -> int:
     for channels, wire, at_end in itertools.product((1, 7, 16, 33), wires, (True, False)):
         pages = Pages(at_end)
         _wire(pages, channels, wire)
+        pages.close()
+        calls += 2
+    fused = itertools.product(
+        (1, 17, 66),
+        (torch.float32, *wires),
+        (torch.float32, torch.bfloat16),
+        ("off", "f4"),
+        (True, False),
+    )
+    for outputs, wire, dtype, algorithm, at_end in fused:
+        pages = Pages(at_end)
+        _fused(pages, outputs, wire, dtype, algorithm)
         pages.close()
         calls += 2
     for at_end in (True, False):

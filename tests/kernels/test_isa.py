@@ -32,6 +32,7 @@ KERNEL_TESTS = (
     "test_gather_pack.py",
     "test_narrow_segments.py",
     "test_wire.py",
+    "test_fused_pack.py",
 )
 
 

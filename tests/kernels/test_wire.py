@@ -19,7 +19,7 @@ import disco_kernels as dk
 from disco_kernels import registry
 from disco_kernels.backends.cpu import extension_status
 from disco_kernels.wire import WIRE_DTYPES
-from tests.kernels.cases import BACKENDS, THREADS, image, seed, threads
+from tests.kernels.cases import BACKENDS, THREADS, image, in_dtype, seed, threads
 from tests.kernels.covering import covered_pairs, pairwise, possible_pairs
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -324,6 +324,20 @@ def test_wide_inputs_are_packed_by_the_reference() -> None:
         if dtype != torch.bfloat16:
             with pytest.raises(dk.BackendUnavailable, match="float32 and bfloat16 only"):
                 dk.GatherPack([[0]], "cpu", wire_dtype=torch.int8)(x)
+
+
+@needs_extension
+def test_bfloat16_activations_are_packed_as_their_float32_values() -> None:
+    for number, case in enumerate(pairwise(AXES, seed=1)):
+        if case["layout"] == "tokens":
+            continue
+        rng = seed(number)
+        size = (case["batch"], case["channels"], case["h"], case["w"])
+        x = in_dtype(image(case["layout"], *size), torch.bfloat16)
+        index = lists(case["kind"], case["destinations"], case["channels"], rng)
+        pack = dk.GatherPack(index, "cpu", wire_dtype=case["wire"])
+        found, wanted = pack(x), pack(x.float())
+        assert all(torch.equal(raw(a), raw(b)) for a, b in zip(found, wanted, strict=True)), case
 
 
 @needs_extension
