@@ -73,7 +73,7 @@ void Conv2d::run_wide(const Conv2dCall& call) const {
     StagedCall staged(geometry_, nodes_, call);
     ConvPlan plan(staged.geometry(), staged.nodes(), activation_, staged.call());
     plan.staged = &staged;
-    staged.copy(!plan.gathers_by_item);
+    staged.copy(!plan.gathers_by_item, !plan.by_panels);
     run_and_pack(plan, pack_.get());
   } else {
     ConvPlan plan(geometry_, nodes_, activation_, call);
@@ -112,7 +112,7 @@ void BoundConv2d::run(int32_t num_threads) {
     call_.num_threads = num_threads;
     plan();
   }
-  if (staged_ != nullptr) staged_->copy(!plan_->gathers_by_item);
+  if (staged_ != nullptr) staged_->copy(!plan_->gathers_by_item, !plan_->by_panels);
   run_plan(*plan_);
   if (messages_ != nullptr) messages_->finish(num_threads);
 }

@@ -195,20 +195,27 @@ void ConvPlan::plan_items() {
   // other: the map in blocks, or the weights in groups of panels.
   const int64_t weight_bytes =
       most_channels * geometry.taps() * most_panels * panel_width() * element_bytes;
-  const bool by_panels = threads > 1 && num_tiles <= largest &&
-                         (weight_bytes > num_pixels * bytes_per_pixel || num_tiles < 4 * threads);
+  by_panels = threads > 1 && num_tiles <= largest &&
+              (weight_bytes > num_pixels * bytes_per_pixel || num_tiles < 4 * threads);
   gathers_by_item =
       !by_panels && geometry.taps() == 1 && geometry.padding_h == 0 && geometry.padding_w == 0;
+  homes.push_back(0);
   if (by_panels) {
-    int64_t left = all_panels;
-    for (size_t n = 0; n < nodes.size(); ++n) {
-      for (int64_t first = 0; first < nodes[n].num_panels;) {
-        const int64_t count =
-            std::min(nodes[n].num_panels - first, guided(left, threads, 1, all_panels));
-        items.push_back({static_cast<int32_t>(n), 0, num_tiles, first, count});
+    int64_t n = 0, first = 0;
+    for (int64_t t = 0; t < threads; ++t) {
+      int64_t left = all_panels * (t + 1) / threads - all_panels * t / threads;
+      while (left > 0) {
+        const int64_t panels = nodes[static_cast<size_t>(n)].num_panels;
+        const int64_t count = std::min(panels - first, guided(left, 1, 1, all_panels));
+        if (count > 0) items.push_back({static_cast<int32_t>(n), 0, num_tiles, first, count});
         first += count;
         left -= count;
+        if (first == panels) {
+          first = 0;
+          ++n;
+        }
       }
+      homes.push_back(static_cast<int64_t>(items.size()));
     }
     most_tiles = num_tiles;
     return;
@@ -216,16 +223,20 @@ void ConvPlan::plan_items() {
   // A block's nodes one after the other: they read the same input, which then still is near.
   const int64_t num_blocks = (num_tiles + largest - 1) / largest;
   const int64_t even = (num_tiles + num_blocks - 1) / num_blocks;
-  for (int64_t begin = 0; begin < num_tiles;) {
-    const int64_t left = num_tiles - begin;
-    const int64_t count =
-        threads == 1 ? std::min(left, even) : guided(left, threads, kFewestTiles, largest);
-    for (size_t n = 0; n < nodes.size(); ++n) {
-      if (nodes[n].num_panels == 0) continue;
-      items.push_back({static_cast<int32_t>(n), begin, count, 0, nodes[n].num_panels});
+  for (int64_t t = 0; t < threads; ++t) {
+    const int64_t end = num_tiles * (t + 1) / threads;
+    for (int64_t begin = num_tiles * t / threads; begin < end;) {
+      const int64_t left = end - begin;
+      const int64_t count =
+          threads == 1 ? std::min(left, even) : guided(left, 1, kFewestTiles, largest);
+      for (size_t n = 0; n < nodes.size(); ++n) {
+        if (nodes[n].num_panels == 0) continue;
+        items.push_back({static_cast<int32_t>(n), begin, count, 0, nodes[n].num_panels});
+      }
+      most_tiles = std::max(most_tiles, count);
+      begin += count;
     }
-    most_tiles = std::max(most_tiles, count);
-    begin += count;
+    homes.push_back(static_cast<int64_t>(items.size()));
   }
 }
 

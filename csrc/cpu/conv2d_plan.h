@@ -77,6 +77,8 @@ struct ConvPlan {
   std::vector<char> zeros;  // what a border reads outside of the map
   std::vector<NodePlan> nodes;
   std::vector<Item> items;
+  bool by_panels = false;      // the threads share the panels of a node, not the pixels
+  std::vector<int64_t> homes;  // where each thread's items begin, and where the last one's end
   // Set by the caller: where to gather channels from, an item's when it begins, for they then are
   // in the cache. Only if no two items share pixels of a node, and pixels are all that they share.
   const StagedCall* staged = nullptr;

@@ -7,6 +7,7 @@
 #include "arena.h"
 #include "conv2d_plan.h"
 #include "fused_pack.h"
+#include "shares.h"
 #include "staging.h"
 
 namespace disco {
@@ -65,19 +66,18 @@ class Runner {
   explicit Runner(const ConvPlan& plan) : plan_(plan) {}
 
   void execute() {
-    const int num_threads = std::max(1, std::min<int>(plan_.call.num_threads, plan_.items.size()));
-    const int64_t count = static_cast<int64_t>(plan_.items.size());
+    if (plan_.items.empty()) return;
+    Shares shares(plan_.homes);
+    const int num_threads = shares.num_threads();
     // Items are independent and each output's sum has one order, so any schedule gives the same
     // bits.
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
     {
       Scratch scratch = make_scratch();
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t next = i + num_threads;
+      shares.work([&](int64_t i, int64_t end) {
         run_item(plan_.items[static_cast<size_t>(i)],
-                 next < count ? &plan_.items[static_cast<size_t>(next)] : nullptr, scratch);
-      }
+                 i + 1 < end ? &plan_.items[static_cast<size_t>(i + 1)] : nullptr, scratch);
+      });
     }
   }
 

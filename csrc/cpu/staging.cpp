@@ -9,8 +9,8 @@
 namespace disco {
 namespace {
 
-// Some five microseconds of copying.
-constexpr int64_t kAloneBytes = 64 * 1024;
+// Up to here starting the other threads, and their reading what one of them wrote, takes longer.
+constexpr int64_t kAloneBytes = 8 * 1024;
 
 int64_t even(int64_t n) { return (n + 1) / 2 * 2; }
 
@@ -121,7 +121,7 @@ void StagedCall::gather_segments() {
 
 bool StagedCall::memory_moved() const { return arena(ArenaSlot::kStaging, bytes_) != memory_; }
 
-void StagedCall::copy(bool gather) const {
+void StagedCall::copy(bool gather, bool by_rows) const {
   for (const Padded& padded : padded_) {
     if (geometry_.dtype == kFloat32) {
       copy_padded<float>(padded);
@@ -129,7 +129,7 @@ void StagedCall::copy(bool gather) const {
       copy_padded<uint16_t>(padded);
     }
   }
-  if (gather) copy_gathered();
+  if (gather) copy_gathered(by_rows);
 }
 
 template <typename Element>
@@ -154,15 +154,17 @@ void StagedCall::copy_padded(const Padded& padded) const {
   }
 }
 
-void StagedCall::copy_gathered() const {
+void StagedCall::copy_gathered(bool by_rows) const {
+  const int64_t count = static_cast<int64_t>(gathered_.size());
   const int64_t rows = call_.batch * call_.in_h;
-  const int64_t all = rows * static_cast<int64_t>(gathered_.size());
+  const int64_t all = rows * count;
   // Starting the other threads takes as long as one needs for this much.
   const int32_t num_threads = bytes_ < kAloneBytes ? 1 : call_.num_threads;
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1)
   for (int64_t i = 0; i < all; ++i) {
-    const int64_t row = i % rows;
-    gather_row(gathered_[static_cast<size_t>(i / rows)], row / call_.in_h, row % call_.in_h, 0,
+    const int64_t row = by_rows ? i / count : i % rows;
+    const int64_t list = by_rows ? i % count : i / rows;
+    gather_row(gathered_[static_cast<size_t>(list)], row / call_.in_h, row % call_.in_h, 0,
                call_.in_w, 1);
   }
 }

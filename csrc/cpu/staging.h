@@ -21,7 +21,7 @@ class StagedCall {
              const Conv2dCall& call);
 
   // Fills the copies from what the sources hold now; without `gather`, the padded ones only.
-  void copy(bool gather) const;
+  void copy(bool gather, bool by_rows) const;
   // For a 1 x 1 kernel: what a node's output pixels [first, end) read of gathered channels.
   void gather_pixels(int32_t node, int64_t first, int64_t end, int64_t out_h, int64_t out_w) const;
   bool memory_moved() const;
@@ -51,7 +51,7 @@ class StagedCall {
   int64_t reserve(int64_t bytes);
   template <typename Element>
   void copy_padded(const Padded& padded) const;
-  void copy_gathered() const;
+  void copy_gathered(bool by_rows) const;
   // `count` pixels of one row, `step` apart.
   void gather_row(const Gathered& gathered, int64_t n, int64_t h, int64_t w, int64_t count,
                   int64_t step) const;

@@ -9,6 +9,7 @@
 #include "arena.h"
 #include "conv2d_plan.h"
 #include "fused_pack.h"
+#include "shares.h"
 
 namespace disco {
 namespace {
@@ -49,6 +50,7 @@ class Winograd {
         plan.isa.max_pixels, num_threads_ * kChunkBytes / std::max<int64_t>(1, tile_bytes));
     num_chunks_ = divide_up(num_tiles_, most);
     chunk_ = num_chunks_ > 0 ? divide_up(num_tiles_, num_chunks_) : 0;
+    ranges_ = ranges_of(chunk_);
   }
 
   void execute() {
@@ -58,6 +60,20 @@ class Winograd {
     const int64_t product_bytes =
         points_ * chunk_ * plan_.panel_width() * static_cast<int64_t>(sizeof(float));
     std::exception_ptr error;
+    // A thread multiplies the tiles that it has transformed: panel after panel, for each its
+    // ranges.
+    const int64_t panels = static_cast<int64_t>(panels_.size());
+    const int64_t own = ranges_ / num_threads_;
+    std::vector<int64_t> first_range, first_item;
+    for (int64_t t = 0; t <= num_threads_; ++t) {
+      first_range.push_back(own * t);
+      first_item.push_back(own * panels * t);
+    }
+    std::vector<Shares> transforms, multiplications;
+    for (int64_t c = 0; c < num_chunks_; ++c) {
+      transforms.emplace_back(first_range);
+      multiplications.emplace_back(first_item);
+    }
     // Each output's sum has one order whatever the chunks, items and threads are, so any schedule
     // gives the same bits.
 #pragma omp parallel num_threads(num_threads_) if (num_threads_ > 1)
@@ -73,18 +89,18 @@ class Winograd {
       for (int64_t c = 0; c < num_chunks_ && !error; ++c) {
         const int64_t begin = num_tiles_ * c / num_chunks_;
         const int64_t count = num_tiles_ * (c + 1) / num_chunks_ - begin;
-        const int64_t share = divide_up(count, kItemsPerThread * num_threads_);
-#pragma omp for schedule(dynamic, share)
-        for (int64_t t = 0; t < count; ++t) transform_input(begin + t, t, count);
-        const int64_t ranges = ranges_of(count);
-        const int64_t items = static_cast<int64_t>(panels_.size()) * ranges;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < items; ++i) {
-          const int64_t r = i % ranges;
-          const int64_t from = count * r / ranges, to = count * (r + 1) / ranges;
-          run_panel(panels_[static_cast<size_t>(i / ranges)], begin, from, to - from, count,
-                    products);
-        }
+        const auto edge = [=](int64_t range) { return count * range / ranges_; };
+        transforms[static_cast<size_t>(c)].work([&](int64_t r, int64_t) {
+          for (int64_t t = edge(r); t < edge(r + 1); ++t) transform_input(begin + t, t, count);
+        });
+#pragma omp barrier
+        multiplications[static_cast<size_t>(c)].work([&](int64_t i, int64_t) {
+          const Panel& panel = panels_[static_cast<size_t>(i / own % panels)];
+          const int64_t r = i / (own * panels) * own + i % own;
+          const int64_t num = edge(r + 1) - edge(r);
+          if (num > 0) run_panel(panel, begin, edge(r), num, count, products);
+        });
+#pragma omp barrier
       }
     }
     if (error) std::rethrow_exception(error);
@@ -135,8 +151,9 @@ class Winograd {
   int64_t ranges_of(int64_t count) const {
     if (num_threads_ == 1) return 1;
     const int64_t panels = std::max<int64_t>(1, static_cast<int64_t>(panels_.size()));
-    return std::min(divide_up(count, plan_.isa.max_pixels),
-                    divide_up(kItemsPerThread * num_threads_, panels));
+    const int64_t groups = divide_up(count, plan_.isa.max_pixels * num_threads_);
+    return num_threads_ *
+           std::max<int64_t>(1, std::min(groups, divide_up(kItemsPerThread, panels)));
   }
 
   void transform_input(int64_t tile, int64_t slot, int64_t count) const {
@@ -277,6 +294,7 @@ class Winograd {
   const int num_threads_;
   int64_t row_ = 0;  // floats of one tile's transformed channels at one point
   int64_t num_chunks_ = 0, chunk_ = 0;
+  int64_t ranges_ = 1;  // of a chunk's tiles, as many for every thread
   std::vector<SourceGroups> sources_;
   std::vector<std::vector<int32_t>> offsets_;  // per node [K]
   std::vector<Panel> panels_;
