@@ -16,6 +16,7 @@
 #include "cpu/conv2d.h"
 #include "cpu/fma_peak.h"
 #include "cpu/gather_pack.h"
+#include "cpu/global_avg_pool2d.h"
 #include "cpu/line_read.h"
 #include "cpu/max_pool2d.h"
 
@@ -164,6 +165,22 @@ void max_pool2d(const std::array<int64_t, 8>& window, int32_t dtype,
   disco::max_pool2d(call);
 }
 
+// x with its sizes n, c, h, w and strides n, h, w; out with its stride n.
+void global_avg_pool2d(int32_t dtype, const std::array<int64_t, 4>& size, const ViewArgs& x,
+                       Address out, int64_t out_stride_n, int32_t num_threads) {
+  const disco::GlobalAvgPool2dCall call = {{pointer<const void>(std::get<0>(x)), size[1],
+                                            std::get<1>(x), 1, std::get<2>(x), std::get<3>(x)},
+                                           static_cast<disco::DataType>(dtype),
+                                           size[0],
+                                           size[2],
+                                           size[3],
+                                           pointer<void>(out),
+                                           out_stride_n,
+                                           num_threads};
+  py::gil_scoped_release release;
+  disco::global_avg_pool2d(call);
+}
+
 disco::GatherPack make_gather_pack(const std::vector<std::pair<Address, int64_t>>& lists) {
   return disco::GatherPack(channel_lists(lists));
 }
@@ -221,6 +238,7 @@ PYBIND11_MODULE(_C, m) {
       .def("run", &disco::BoundConv2d::run, py::call_guard<py::gil_scoped_release>());
 
   m.def("max_pool2d", &max_pool2d);
+  m.def("global_avg_pool2d", &global_avg_pool2d);
 
   py::class_<disco::GatherPack>(m, "GatherPack")
       .def(py::init(&make_gather_pack), py::arg("lists"))

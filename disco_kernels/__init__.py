@@ -21,6 +21,7 @@ from disco_kernels.functional import (
 from disco_kernels.kernels import (
     GatherConv2d,
     GatherLinear,
+    GlobalAvgPool2d,
     MaxPool2d,
     PartialConv2d,
     PartialLinear,
@@ -55,6 +56,7 @@ __all__ = [
     "GatherConv2d",
     "GatherLinear",
     "GatherPack",
+    "GlobalAvgPool2d",
     "LayerPattern",
     "MaxPool2d",
     "Ownership",

@@ -141,6 +141,13 @@ class Backend(ABC):
         """Write the largest value of every window of ``x`` to ``out``, channel stride 1."""
 
     @abstractmethod
+    def global_avg_pool2d_(self, x: Tensor, out: Tensor) -> Callable[[], None]:
+        """Write the mean of every channel of ``x`` to ``out`` ``[B, C, 1, 1]``, channel stride 1.
+
+        What it returns does so again, for what ``x`` holds by then.
+        """
+
+    @abstractmethod
     def prepare_gather_pack(self, index: Sequence[Tensor]) -> PreparedGatherPack:
         """For one message of the channels ``index[d]`` (int32) a destination."""
 

@@ -20,9 +20,9 @@ _FEWEST_CHANNELS = 16
 # tile, but a weight becomes 16 or 36 words for 9, and the fewer pixels share it, the more reading
 # it costs: F(4x4) needs maps of many tiles, and on the smallest maps nothing pays. What counts is a
 # whole pass, whose weights come from memory: hot and alone, F(4x4) is also the fastest at 14 x 14
-# and F(2x2) at 7 x 7. ResNet-50 for two nodes at density 0.2, batch 1, with those choices takes 20.5 ms
-# on one thread and packs 91 MB; with these 19.2 ms and 63 MB (on two threads 10.6 and 10.5 ms, in
-# batches of 8 79 and 82). Without F(2x2) at 14 x 14 it takes 4% longer.
+# and F(2x2) at 7 x 7. ResNet-50 for two nodes at density 0.2, batch 1, with those choices takes
+# 20.5 ms on one thread and packs 91 MB; with these 19.2 ms and 63 MB (on two threads 10.6 and 10.5
+# ms, in batches of 8 79 and 82). Without F(2x2) at 14 x 14 it takes 4% longer.
 #
 # In bfloat16 direct convolution is twice as fast and Winograd, which multiplies in float32, is not.
 _BY_PIXELS = {

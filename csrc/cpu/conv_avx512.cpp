@@ -56,6 +56,7 @@ const IsaKernels& avx512_kernels() {
                                        &kWinograd2,
                                        &kWinograd4,
                                        {&largest_pixel<Float32>, &largest_pixel<BFloat16>},
+                                       {&mean_pixel<Float32>, &mean_pixel<BFloat16>},
                                        &gather_words};
   return table;
 }

@@ -104,6 +104,15 @@ struct PixelList {
   char* out;
 };
 
+// The pixels of one map; the mean of each channel goes to `out`.
+struct PixelMap {
+  const char* first;
+  int64_t h, w;                // at least 1
+  int64_t stride_h, stride_w;  // bytes
+  int64_t channels;
+  char* out;
+};
+
 struct WinogradKernels {
   int32_t m;
   // By data type of the activations.
@@ -121,7 +130,8 @@ struct IsaKernels {
   const WinogradKernels* winograd2;
   const WinogradKernels* winograd4;
   void (*largest_pixel[2])(const PixelList&);  // by data type
-  void (*gather_words)(const WordGather&);     // nullptr: no faster than word by word
+  void (*mean_pixel[2])(const PixelMap&);
+  void (*gather_words)(const WordGather&);  // nullptr: no faster than word by word
 };
 
 const IsaKernels& scalar_kernels();

@@ -122,6 +122,7 @@ const IsaKernels& neon_kernels() {
                                        &kWinograd2,
                                        &kWinograd4,
                                        {&largest_pixel<Float32>, &largest_pixel<BFloat16>},
+                                       {&mean_pixel<Float32>, &mean_pixel<BFloat16>},
                                        nullptr};
   return table;
 }

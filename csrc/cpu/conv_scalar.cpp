@@ -173,6 +173,7 @@ const IsaKernels& scalar_kernels() {
                                        &kWinograd2,
                                        &kWinograd4,
                                        {&largest_pixel<Float32>, &largest_pixel<BFloat16>},
+                                       {&mean_pixel<Float32>, &mean_pixel<BFloat16>},
                                        nullptr};
   return table;
 }

@@ -290,6 +290,18 @@ class CpuBackend(Backend):
             torch.get_num_threads(),
         )
 
+    def global_avg_pool2d_(self, x: Tensor, out: Tensor) -> Callable[[], None]:
+        n, _, h, w = x.stride()
+        size = tuple(x.shape)
+        source = (x.data_ptr(), n, h, w)
+        pool, dtype, stride = self.extension.global_avg_pool2d, _DTYPES[x.dtype], out.stride(0)
+
+        def run(target: int = out.data_ptr(), alive: tuple[Tensor, Tensor] = (x, out)) -> None:
+            pool(dtype, size, source, target, stride, torch.get_num_threads())
+
+        run()
+        return run
+
     def prepare_gather_pack(self, index: Sequence[Tensor]) -> PreparedGatherPack:
         return _CpuGatherPack(self.extension, index)
 

@@ -186,6 +186,14 @@ class ReferenceBackend(Backend):
             )
         )
 
+    def global_avg_pool2d_(self, x: Tensor, out: Tensor) -> Callable[[], None]:
+        @torch.no_grad()
+        def run() -> None:
+            out.copy_(x.mean((2, 3), keepdim=True))
+
+        run()
+        return run
+
     def prepare_gather_pack(self, index: Sequence[Tensor]) -> PreparedGatherPack:
         return _ReferenceGatherPack(index)
 

@@ -182,6 +182,14 @@ def _fused(
         assert torch.equal(found, wanted)
 
 
+def _mean(pages: Pages, channels: int, dtype: torch.dtype) -> None:
+    x = pages.guarded(torch.randn(2, 3, 5, channels).to(dtype)).permute(0, 3, 1, 2)
+    out = pages.guarded(torch.randn(2, 1, 1, channels).to(dtype)).permute(0, 3, 1, 2)
+    dk.GlobalAvgPool2d("cpu")(x, out)
+    wanted = x.double().mean((2, 3), keepdim=True)
+    assert float((out.double() - wanted).abs().max()) < 2**-7
+
+
 def _streaming(pages: Pages) -> None:
     """Large enough for writing past the caches, and for fetching what lies beyond the end."""
     x = pages.image(3, 96, 130, 129)
@@ -229,6 +237,12 @@ def sweep() -> int:
         _fused(pages, outputs, wire, dtype, algorithm)
         pages.close()
         calls += 2
+    dtypes = (torch.float32, torch.bfloat16)
+    for channels, dtype, at_end in itertools.product((1, 7, 16, 33, 70), dtypes, (True, False)):
+        pages = Pages(at_end)
+        _mean(pages, channels, dtype)
+        pages.close()
+        calls += 1
     for at_end in (True, False):
         pages = Pages(at_end)
         _streaming(pages)

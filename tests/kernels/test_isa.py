@@ -33,6 +33,7 @@ KERNEL_TESTS = (
     "test_narrow_segments.py",
     "test_wire.py",
     "test_fused_pack.py",
+    "test_global_avg_pool2d.py",
 )
 
 

@@ -115,12 +115,14 @@ class Activations:
     Attributes:
         layout: as given, None for a first request.
         out: by slot, where a kernel writes; what is not there it allocates.
-        bound: by slot, kernels whose operands are all in `out`, ready to be repeated.
+        views: by slot, views of what is in `out`: the same in every request.
+        bound: by slot, kernels whose operands are all in these, ready to be repeated.
     """
 
     def __init__(self, layout: Layout | None, buffer_of: Mapping[int, int]) -> None:
         self.layout = layout
         self.out: dict[int, Tensor] = {}
+        self.views: dict[int, Tensor] = {}
         self.bound: dict[int, Callable[[], None]] = {}
         if layout is None:
             return
@@ -144,7 +146,13 @@ class Activations:
         """Whether the values of all these slots are at the same place in every request, and a
         kernel reads them without a copy: as maps, or as contiguous tokens."""
         in_place = Tensor.is_contiguous if tokens else _is_map
-        return all(slot in self.out and in_place(self.out[slot]) for slot in slots)
+        fixed = (self.fixed(slot) for slot in slots)
+        return all(value is not None and in_place(value) for value in fixed)
+
+    def fixed(self, slot: int) -> Tensor | None:
+        """A value that is at the same place in every request."""
+        found = self.out.get(slot)
+        return self.views.get(slot) if found is None else found
 
 
 def _num_bytes(placed: Placed) -> int:

@@ -21,7 +21,9 @@ from disco.program import Op, Program, Ref, WeightRef, evaluate_dim, map_leaves
 DEADLINE_S = 30.0
 
 _PREPARE: dict[str, Callable[[Op, Preparation], Step]] = {
+    "aten.adaptive_avg_pool2d.default": kernels.prepare_global_avg_pool2d,
     "aten.max_pool2d.default": kernels.prepare_max_pool2d,
+    "aten.mean.dim": kernels.prepare_global_avg_pool2d,
     "disco.assemble": exchange.prepare_assemble,
     "disco.conv2d": kernels.prepare_conv2d,
     "disco.empty": exchange.prepare_empty,

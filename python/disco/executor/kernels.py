@@ -135,6 +135,37 @@ def prepare_max_pool2d(op: Op, prepare: Preparation) -> Step:
     return Step(op.name, run, target, writes_out=True)
 
 
+def prepare_global_avg_pool2d(op: Op, prepare: Preparation) -> Step:
+    """Means over whole maps: `adaptive_avg_pool2d` to one pixel, `mean` over height and width."""
+    x, wanted, *rest = op.args
+    keeps = bool(rest[0]) if rest else bool(op.kwargs.get("keepdim", False))
+    if op.kind == "aten.mean.dim":
+        dims = wanted if isinstance(wanted, tuple) else (wanted,)
+        whole = keeps and {d % 4 for d in dims if isinstance(d, int)} == {2, 3}
+    else:
+        whole = wanted in (1, (1,), (1, 1))
+    info = prepare.values.get(x.name) if isinstance(x, Ref) else None
+    served = info is not None and len(info.shape) == 4 and info.dtype in ("float32", "bfloat16")
+    if not (whole and served) or op.kwargs.get("dtype") is not None:
+        return prepare_pure(op, prepare)
+    pool = dk.GlobalAvgPool2d(prepare.backend)
+    slot, target = prepare.slot_of(x, op), prepare.slot(op.name)
+
+    def run(values: Values) -> Tensor:
+        kept = values[REQUEST_SLOT].activations
+        bound = kept.bound.get(target)
+        if bound is not None:
+            bound()
+            return kept.out[target]
+        out = kept.out.get(target)
+        if out is not None and kept.holds((slot,), tokens=False):
+            kept.bound[target] = pool.bind(values[slot], out)
+            return out
+        return pool(values[slot], out)
+
+    return Step(op.name, run, target, writes_out=True)
+
+
 def _both(value: Any) -> tuple[int, int]:
     """torch's sizes: one number, or one or two in a tuple."""
     pair = value if isinstance(value, tuple) else (value,)

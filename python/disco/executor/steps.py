@@ -51,6 +51,7 @@ class Preparation:
         winograd: for 3 x 3 convolutions, as in `disco_kernels.ConvSpec`, where it fits.
         pool: holds the packed weights.
         slots: value -> slot.
+        sizes: the values that sizes of tensors and arithmetic on them have given so far.
     """
 
     weights: Mapping[str, Tensor]
@@ -59,6 +60,11 @@ class Preparation:
     winograd: str = "off"
     pool: Pool = field(default_factory=Pool)
     slots: dict[str, int] = field(default_factory=dict)
+    sizes: set[str] = field(default_factory=set)
+
+    def sized(self, args: Any) -> bool:
+        """Whether all values among the arguments are sizes, so that shapes decide them."""
+        return all(leaf.name in self.sizes for leaf in leaves(args) if isinstance(leaf, Ref))
 
     def slot(self, name: str) -> int:
         """The slot of a value."""
@@ -95,6 +101,22 @@ class Preparation:
         return None if arg is None else self.weight(arg, op)
 
 
+# Ops of one tensor whose result is a view of it wherever that can be.
+_VIEWS = frozenset(
+    {
+        "aten._unsafe_view.default",
+        "aten.flatten.using_ints",
+        "aten.permute.default",
+        "aten.reshape.default",
+        "aten.squeeze.dim",
+        "aten.squeeze.dims",
+        "aten.transpose.int",
+        "aten.unsqueeze.default",
+        "aten.view.default",
+    }
+)
+
+
 def prepare_pure(op: Op, prepare: Preparation) -> Step:
     """Any op with a pure function: constants are bound now, values looked up by slot."""
     function = pure_function(op.kind)
@@ -102,6 +124,13 @@ def prepare_pure(op: Op, prepare: Preparation) -> Step:
     args = tuple(_bind(arg, op, prepare) for arg in op.args)
     kwargs = {key: _bind(value, op, prepare) for key, value in op.kwargs.items()}
     simple = all(not _is_fetch(a) for a in (*args[1:], *kwargs.values()))
+    if op.kind == "aten.sym_size.int" or (
+        op.kind.startswith("operator.") and prepare.sized(op.args)
+    ):
+        prepare.sizes.add(op.name)
+    if op.kind in _VIEWS and isinstance(op.args[0], Ref) and prepare.sized(op.args[1:]):
+        assert isinstance(args[0], _Slot)
+        return Step(op.name, _view(function, args, kwargs, args[0].number, out), out)
     if args and isinstance(args[0], _Slot) and simple:
         # The common case, one value and constants: relu(x), max_pool2d(x, 3, 2, 1).
         x, rest = args[0].number, args[1:]
@@ -114,6 +143,37 @@ def prepare_pure(op: Op, prepare: Preparation) -> Step:
         ),
         out,
     )
+
+
+def _view(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    source: int,
+    out: int,
+) -> Run:
+    """A view of memory that stays is made once for requests of the same shapes."""
+
+    def run(values: Values) -> Any:
+        kept = values[REQUEST_SLOT].activations
+        known = kept.views.get(out)
+        if known is not None:
+            return known
+        found = function(
+            *[_fetch(arg, values) for arg in args],
+            **{key: _fetch(value, values) for key, value in kwargs.items()},
+        )
+        held = kept.fixed(source)
+        # A reshape may have had to copy.
+        if held is not None and _storage(found) == _storage(held):
+            kept.views[out] = found
+        return found
+
+    return run
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
 
 
 @dataclass(frozen=True, slots=True)

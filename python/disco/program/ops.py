@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from disco.errors import InputError
 from disco.program import fused
@@ -138,6 +139,8 @@ def pure_function(kind: str) -> Function:
 def _aten_function(kind: str) -> Function:
     if kind in _RESHAPED:
         kind = "aten.reshape.default"
+    if kind == "aten.sym_size.int":
+        return Tensor.size  # without the dispatcher, which knows no more
     _, name, overload = kind.split(".")
     function: Function = getattr(getattr(torch.ops.aten, name), overload)
     return function
