@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/conv2d.h"
+#include "cpu/depthwise.h"
 #include "cpu/fma_peak.h"
 #include "cpu/gather_pack.h"
 #include "cpu/global_avg_pool2d.h"
@@ -114,6 +115,16 @@ disco::Conv2dCall make_call(const std::vector<SourceArgs>& sources,
   call.wire = static_cast<disco::WireType>(wire);
   call.message_images = message_images;
   return call;
+}
+
+disco::DepthwiseConv2d make_depthwise(const std::array<int64_t, 8>& geometry,
+                                      const std::array<int64_t, 3>& groups, int32_t activation,
+                                      int32_t dtype) {
+  const auto& [kh, kw, sh, sw, ph, pw, dh, dw] = geometry;
+  return disco::DepthwiseConv2d({kh, kw, sh, sw, ph, pw, dh, dw, disco::Algorithm::kDirect,
+                                 static_cast<disco::DataType>(dtype)},
+                                {groups[0], groups[1], groups[2]},
+                                static_cast<disco::Activation>(activation));
 }
 
 disco::WeightShape weight_shape(int64_t out_channels, const std::vector<int64_t>& segment_channels,
@@ -231,11 +242,27 @@ PYBIND11_MODULE(_C, m) {
            py::arg("packed_bytes"), py::arg("bias"), py::arg("residual"), py::arg("out"),
            py::arg("out_channels"), py::arg("accumulate"), py::arg("num_threads"),
            py::arg("messages") = std::vector<Address>(), py::arg("wire") = 0,
-           py::arg("message_images") = 0);
+           py::arg("message_images") = 0)
+      .def_readwrite("num_threads", &disco::Conv2dCall::num_threads);
 
   py::class_<disco::BoundConv2d>(m, "BoundConv2d")
       .def(py::init<const disco::Conv2d&, disco::Conv2dCall>(), py::keep_alive<1, 2>())
       .def("run", &disco::BoundConv2d::run, py::call_guard<py::gil_scoped_release>());
+
+  m.def("narrow_groups", [](int64_t out_channels, int32_t dtype) {
+    return disco::narrow_groups(out_channels, static_cast<disco::DataType>(dtype));
+  });
+
+  py::class_<disco::DepthwiseConv2d>(m, "DepthwiseConv2d")
+      .def(py::init(&make_depthwise), py::arg("geometry"), py::arg("groups_in_out"),
+           py::arg("activation"), py::arg("dtype") = 0)
+      .def("packed_bytes", &disco::DepthwiseConv2d::packed_bytes)
+      .def("pack",
+           [](const disco::DepthwiseConv2d& conv2d, Address weight, Address packed) {
+             py::gil_scoped_release release;
+             conv2d.pack(pointer<const float>(weight), pointer<void>(packed));
+           })
+      .def("run", &disco::DepthwiseConv2d::run, py::call_guard<py::gil_scoped_release>());
 
   m.def("max_pool2d", &max_pool2d);
   m.def("global_avg_pool2d", &global_avg_pool2d);

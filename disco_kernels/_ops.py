@@ -23,7 +23,17 @@ from disco_kernels.core import (
     index_tensor,
     tokens_as_image,
 )
-from disco_kernels.spec import WINOGRAD, Channels, Conv2dDescriptor, ConvSpec, Node, Pair, Segment
+from disco_kernels.spec import (
+    WINOGRAD,
+    Channels,
+    Conv2dDescriptor,
+    ConvSpec,
+    GroupedDescriptor,
+    Node,
+    Pair,
+    Segment,
+    grouped_descriptor,
+)
 from disco_kernels.wire import check_wire_dtype, message_numel
 
 NAMESPACE = "disco_kernels"
@@ -46,6 +56,9 @@ SCHEMAS = (
     "gather_linear(Tensor x, Tensor channel_index, int[] in_splits, int[] out_splits, "
     "Tensor? out_index, Tensor packed_weight, Tensor? bias, Tensor? residual, "
     "str activation, str backend) -> Tensor",
+    "prepack_grouped(Tensor weight, int groups, str backend) -> Tensor",
+    "grouped_conv2d(Tensor x, Tensor packed_weight, Tensor? bias, Tensor? residual, "
+    f"int out_channels, int groups, {_GEOMETRY}, str activation, str backend) -> Tensor",
     "gather_pack_(Tensor x, Tensor channel_index, int[] splits, Tensor(a!) out, str backend) -> ()",
 )
 
@@ -423,6 +436,62 @@ def _gather_linear_fake(
     return x.new_empty((*x.shape[:-1], sum(out_splits)))
 
 
+def _prepack_grouped(weight: Tensor, groups: int, backend: str) -> Tensor:
+    return _backend(backend, weight).prepack_grouped(weight, _grouped_weight(weight, groups))
+
+
+def _prepack_grouped_fake(weight: Tensor, groups: int, backend: str) -> Tensor:
+    numel = registry.get(backend).grouped_numel(_grouped_weight(weight, groups), weight.dtype)
+    return weight.new_empty((numel,))
+
+
+def _grouped_weight(weight: Tensor, groups: int) -> GroupedDescriptor:
+    if weight.dim() != 4:
+        raise ValueError(f"weight must be [O, I / groups, kh, kw], given {list(weight.shape)}")
+    outputs, inputs, *kernel_size = weight.shape
+    return grouped_descriptor(ConvSpec(_as_pair(kernel_size)), groups, groups * inputs, outputs)
+
+
+def _grouped_conv2d(
+    x: Tensor,
+    packed_weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_channels: int,
+    groups: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+    backend: str,
+) -> Tensor:
+    _refuse_gradients("grouped_conv2d", x, packed_weight, bias, residual)
+    image = channels_last(x, "x")
+    spec = _conv_spec(kernel_size, stride, padding, dilation, activation, "off")
+    descriptor = grouped_descriptor(spec, groups, image.shape[1], out_channels)
+    prepared = _backend(backend, packed_weight).prepare_grouped(descriptor, packed_weight.dtype)
+    return execute(prepared, descriptor, [image], packed_weight, bias, residual)
+
+
+def _grouped_conv2d_fake(
+    x: Tensor,
+    packed_weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_channels: int,
+    groups: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+    backend: str,
+) -> Tensor:
+    size = _fake_size(x, kernel_size, stride, padding, dilation)
+    return empty_output(x, out_channels, *size, dtype=x.dtype)
+
+
 def _gather_pack(
     x: Tensor, channel_index: Tensor, splits: Sequence[int], out: Tensor, backend: str
 ) -> None:
@@ -460,6 +529,8 @@ for _name, _implementation, _fake in (
     ("partial_linear", _partial_linear, _partial_linear_fake),
     ("gather_conv2d", _gather_conv2d, _gather_conv2d_fake),
     ("gather_linear", _gather_linear, _gather_linear_fake),
+    ("prepack_grouped", _prepack_grouped, _prepack_grouped_fake),
+    ("grouped_conv2d", _grouped_conv2d, _grouped_conv2d_fake),
     ("gather_pack_", _gather_pack, _mutates_only),
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")

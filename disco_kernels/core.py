@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from disco_kernels.registry import Outgoing, PreparedConv2d
-from disco_kernels.spec import Channels, Conv2dDescriptor
+from disco_kernels.spec import Channels, Conv2dDescriptor, GroupedDescriptor
 from disco_kernels.wire import NARROW_DTYPES
 
 # Up to here kernels take any channel stride (kFewChannels in csrc/cpu/conv2d.h).
@@ -100,7 +100,7 @@ def empty_output(
 
 def execute(
     prepared: PreparedConv2d,
-    descriptor: Conv2dDescriptor,
+    descriptor: Conv2dDescriptor | GroupedDescriptor,
     sources: Sequence[Tensor],
     packed_weight: Tensor,
     bias: Tensor | None,

@@ -251,6 +251,67 @@ def gather_linear(
     )
 
 
+def prepack_grouped(weight: Tensor, groups: int, *, backend: str) -> Tensor:
+    """Lay the weight of a grouped convolution out for a backend, once.
+
+    Args:
+        weight: ``[O, I / groups, kh, kw]``, as ``nn.Conv2d`` has it.
+        groups: divides I and O; I for a depthwise convolution.
+        backend: ``"reference"`` or ``"cpu"``.
+
+    Returns:
+        A 1-D tensor whose layout is the backend's own.
+    """
+    return torch.ops.disco_kernels.prepack_grouped(weight, groups, backend)
+
+
+def grouped_conv2d(
+    x: Tensor,
+    packed_weight: Tensor,
+    *,
+    out_channels: int,
+    groups: int,
+    kernel_size: _IntOrPair,
+    stride: _IntOrPair = 1,
+    padding: _IntOrPair = 0,
+    dilation: _IntOrPair = 1,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    backend: str,
+) -> Tensor:
+    """A grouped convolution, depthwise included: group g reads the g-th run of input channels.
+
+    Args:
+        x: ``[B, I, H, W]``; a channel stride of 1 avoids a copy.
+        packed_weight: from `prepack_grouped` with the same groups, for the same backend.
+        out_channels: O, which a packed weight does not tell.
+        groups: divides I and O.
+        bias, residual, activation, backend and the geometry: as for `partial_conv2d`.
+
+    Returns:
+        ``[B, O, OH, OW]`` in channels-last memory.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+        RuntimeError: a tensor requires a gradient while gradients are recorded.
+    """
+    return torch.ops.disco_kernels.grouped_conv2d(
+        x,
+        packed_weight,
+        bias,
+        residual,
+        out_channels,
+        groups,
+        pair(kernel_size, "kernel_size"),
+        pair(stride, "stride"),
+        pair(padding, "padding"),
+        pair(dilation, "dilation"),
+        activation,
+        backend,
+    )
+
+
 def gather_pack_(
     x: Tensor,
     channel_index: Tensor,

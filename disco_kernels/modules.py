@@ -28,19 +28,25 @@ _BUFFERS = ("_disco_packed", "_disco_inputs", "_disco_outputs")
 class SwapState:
     """What a swapped module remembers. Immutable, so threads and copies may share it."""
 
-    out_ownership: Ownership
-    in_ownership: Ownership
-    tolerance: float
     requested_backend: str | None
     backend: str
     layout: str
+
+
+@dataclass(frozen=True)
+class NodesState(SwapState):
+    """Of a module that runs as virtual nodes."""
+
+    out_ownership: Ownership
+    in_ownership: Ownership
+    tolerance: float
     pattern: LayerPattern
     in_splits: tuple[int, ...]
     out_splits: tuple[int, ...]
 
 
 class SwappedMixin:
-    """State and life cycle that both swapped classes share; see `disco_kernels.swap_`."""
+    """State and life cycle that the swapped classes share; see `disco_kernels.swap_`."""
 
     weight: Tensor
     training: bool
@@ -54,63 +60,25 @@ class SwappedMixin:
     _disco_hook: RemovableHandle | None
     _disco_watched: bool
     _disco_packed: Tensor
-    _disco_inputs: Tensor
-    _disco_outputs: Tensor | None
 
     def repack(self) -> None:
-        """Read the selected channels off the live weights and pack these again.
+        """Pack the live weights again, whatever channels they select by now.
 
         Runs by itself after ``.to()``, ``load_state_dict`` and ``.eval()``; call it after changing
         weights in place in eval mode.
         """
-        old = self._disco
         self._stale()
-        if self.weight.is_meta:  # no data to pack; torch's formulas still give shapes
-            return
-        self._attach(old.out_ownership, old.in_ownership, old.tolerance, old.requested_backend)
+        if not self.weight.is_meta:  # else no data to pack; torch's formulas still give shapes
+            self._attach_again()
 
-    def _attach(
-        self,
-        out_ownership: Ownership,
-        in_ownership: Ownership,
-        tolerance: float,
-        requested_backend: str | None,
-    ) -> None:
-        weight = self.weight.detach()
-        backend = registry.resolve(requested_backend, weight.device, weight.dtype)
-        selected = find_selected(weight, out_ownership, in_ownership, tolerance)
-        pattern = LayerPattern(out_ownership, in_ownership, selected)
-        inputs = [pattern.input_channels(rank) for rank in range(pattern.world_size)]
-        outputs = [channel for owned in out_ownership.channels for channel in owned]
-        packed = torch.cat(
-            [
-                functional.prepack(weight[list(owned)][:, list(read)], [len(read)], backend=backend)
-                for owned, read in zip(out_ownership.channels, inputs, strict=True)
-            ]
-        )
-        flat = [channel for read in inputs for channel in read]
+    def _attach_again(self) -> None:
+        raise NotImplementedError
+
+    def _keep(self, state: SwapState, buffers: dict[str, Tensor | None]) -> None:
+        """Take this state and these buffers, made of the live weight."""
         # Reached through nn.Module's own attribute handling, hence the cast of self.
         module: Any = self
-        buffers = {
-            "_disco_packed": packed,
-            "_disco_inputs": torch.tensor(flat, dtype=torch.int32, device="cpu"),
-            "_disco_outputs": (
-                None
-                if out_ownership.is_contiguous
-                else torch.tensor(outputs, dtype=torch.int32, device="cpu")
-            ),
-        }
-        module._disco = SwapState(
-            out_ownership,
-            in_ownership,
-            tolerance,
-            requested_backend,
-            backend,
-            registry.get(backend).layout,
-            pattern,
-            tuple(len(read) for read in inputs),
-            out_ownership.counts,
-        )
+        module._disco = state
         for name, value in buffers.items():
             module.register_buffer(name, value, persistent=False)
         self._watch(module._parameters.get("weight"))
@@ -179,14 +147,6 @@ class SwappedMixin:
         state["_disco_hook"] = None  # belongs to the Parameter of this module, not of a copy
         return state
 
-    def extra_repr(self) -> str:
-        kept: str = super().extra_repr()  # type: ignore[misc]
-        state = self._disco
-        return (
-            f"{kept}, nodes={state.pattern.world_size}, density={state.pattern.density:.3f}, "
-            f"backend={state.backend}"
-        )
-
     # -- forward
 
     def _records_gradient(self, x: Tensor) -> bool:
@@ -215,12 +175,74 @@ class SwappedMixin:
             self._disco_source = None
 
 
-class SwappedConv2d(SwappedMixin, nn.Conv2d):
+class NodesMixin(SwappedMixin):
+    """A layer with a pattern, run as virtual nodes."""
+
+    _disco: NodesState
+    _disco_inputs: Tensor
+    _disco_outputs: Tensor | None
+
+    def _attach(
+        self,
+        out_ownership: Ownership,
+        in_ownership: Ownership,
+        tolerance: float,
+        requested_backend: str | None,
+    ) -> None:
+        weight = self.weight.detach()
+        backend = registry.resolve(requested_backend, weight.device, weight.dtype)
+        selected = find_selected(weight, out_ownership, in_ownership, tolerance)
+        pattern = LayerPattern(out_ownership, in_ownership, selected)
+        inputs = [pattern.input_channels(rank) for rank in range(pattern.world_size)]
+        outputs = [channel for owned in out_ownership.channels for channel in owned]
+        packed = torch.cat(
+            [
+                functional.prepack(weight[list(owned)][:, list(read)], [len(read)], backend=backend)
+                for owned, read in zip(out_ownership.channels, inputs, strict=True)
+            ]
+        )
+        flat = [channel for read in inputs for channel in read]
+        buffers: dict[str, Tensor | None] = {
+            "_disco_packed": packed,
+            "_disco_inputs": torch.tensor(flat, dtype=torch.int32, device="cpu"),
+            "_disco_outputs": (
+                None
+                if out_ownership.is_contiguous
+                else torch.tensor(outputs, dtype=torch.int32, device="cpu")
+            ),
+        }
+        state = NodesState(
+            requested_backend,
+            backend,
+            registry.get(backend).layout,
+            out_ownership,
+            in_ownership,
+            tolerance,
+            pattern,
+            tuple(len(read) for read in inputs),
+            out_ownership.counts,
+        )
+        self._keep(state, buffers)
+
+    def _attach_again(self) -> None:
+        old = self._disco
+        self._attach(old.out_ownership, old.in_ownership, old.tolerance, old.requested_backend)
+
+    def extra_repr(self) -> str:
+        kept: str = super().extra_repr()  # type: ignore[misc]
+        state = self._disco
+        return (
+            f"{kept}, nodes={state.pattern.world_size}, density={state.pattern.density:.3f}, "
+            f"backend={state.backend}"
+        )
+
+
+class SwappedConv2d(NodesMixin, nn.Conv2d):
     """An ``nn.Conv2d`` computed as N virtual nodes by one fused kernel call."""
 
     def forward(self, input: Tensor) -> Tensor:
         if self._uses_torch(input):
-            return F.conv2d(input, self.weight, self.bias, self.stride, self.padding, self.dilation)
+            return _torch_conv2d(input, self)
         if self._records_gradient(input):
             return _Conv2dWithGradient.apply(input, self.weight, self.bias, self)
         return self._fused(input)
@@ -248,7 +270,50 @@ class SwappedConv2d(SwappedMixin, nn.Conv2d):
         return y.squeeze(0) if x.dim() == 3 else y
 
 
-class SwappedLinear(SwappedMixin, nn.Linear):
+class SwappedGroupedConv2d(SwappedMixin, nn.Conv2d):
+    """A grouped ``nn.Conv2d`` computed by one call of the grouped kernel."""
+
+    def _attach(self, requested_backend: str | None) -> None:
+        weight = self.weight.detach()
+        backend = registry.resolve(requested_backend, weight.device, weight.dtype)
+        packed = functional.prepack_grouped(weight, self.groups, backend=backend)
+        state = SwapState(requested_backend, backend, registry.get(backend).layout)
+        self._keep(state, {"_disco_packed": packed})
+
+    def _attach_again(self) -> None:
+        self._attach(self._disco.requested_backend)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, backend={self._disco.backend}"
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self._uses_torch(input):
+            return _torch_conv2d(input, self)
+        if self._records_gradient(input):
+            return _Conv2dWithGradient.apply(input, self.weight, self.bias, self)
+        return self._fused(input)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        batched = x.unsqueeze(0) if x.dim() == 3 else x
+        _check_channels(batched, 1, self.in_channels)
+        y = torch.ops.disco_kernels.grouped_conv2d(
+            batched,
+            self._disco_packed,
+            self.bias,
+            None,
+            self.out_channels,
+            self.groups,
+            self.kernel_size,
+            self.stride,
+            conv_padding(self),
+            self.dilation,
+            "none",
+            self._disco.backend,
+        )
+        return y.squeeze(0) if x.dim() == 3 else y
+
+
+class SwappedLinear(NodesMixin, nn.Linear):
     """An ``nn.Linear`` computed as N virtual nodes by one fused kernel call."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -273,6 +338,18 @@ class SwappedLinear(SwappedMixin, nn.Linear):
             "none",
             state.backend,
         )
+
+
+def _torch_conv2d(x: Tensor, module: nn.Conv2d) -> Tensor:
+    return F.conv2d(
+        x,
+        module.weight,
+        module.bias,
+        module.stride,
+        module.padding,
+        module.dilation,
+        module.groups,
+    )
 
 
 def _check_channels(x: Tensor, dim: int, wanted: int) -> None:
@@ -302,7 +379,11 @@ class _Conv2dWithGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, module: SwappedConv2d
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        module: SwappedConv2d | SwappedGroupedConv2d,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.module = module
@@ -312,7 +393,7 @@ class _Conv2dWithGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         x, weight = ctx.saved_tensors
-        module: SwappedConv2d = ctx.module
+        module: SwappedConv2d | SwappedGroupedConv2d = ctx.module
         grad = grad_outputs[0]
         unbatched = x.dim() == 3
         if unbatched:
@@ -330,7 +411,7 @@ class _Conv2dWithGradient(torch.autograd.Function):
             module.dilation,
             False,
             [0, 0],
-            1,
+            module.groups,
             needed,
         )
         if unbatched and grad_x is not None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from disco_kernels.spec import Conv2dDescriptor, ConvSpec
+from disco_kernels.spec import Conv2dDescriptor, ConvSpec, GroupedDescriptor
 
 BACKEND_VARIABLE = "DISCO_KERNELS_BACKEND"
 
@@ -135,6 +135,28 @@ class Backend(ABC):
     ) -> PreparedConv2d:
         """``dtype`` is that of the weights, and of every tensor of the calls; ``pack`` has per
         message that a call may write beside its output the channels of it (int32)."""
+
+    # A grouped convolution is a set of virtual nodes. A backend that has better overrides these.
+
+    def groups_as_nodes(self, descriptor: GroupedDescriptor, dtype: torch.dtype) -> bool:
+        """Whether the groups run as virtual nodes."""
+        return True
+
+    def grouped_numel(self, descriptor: GroupedDescriptor, dtype: torch.dtype) -> int:
+        """Elements of a grouped convolution's packed weight, which is of the weight's dtype."""
+        (kh, kw), inputs = descriptor.spec.kernel_size, descriptor.in_per_group
+        outputs, winograd = descriptor.out_per_group, descriptor.spec.winograd
+        return descriptor.groups * self.packed_numel(outputs, (inputs,), kh * kw, dtype, winograd)
+
+    def prepack_grouped(self, weight: Tensor, descriptor: GroupedDescriptor) -> Tensor:
+        """``[O, I / groups, kh, kw]`` -> ``[grouped_numel]``."""
+        counts, winograd = (descriptor.in_per_group,), descriptor.spec.winograd
+        groups = weight.detach().split(descriptor.out_per_group)
+        return torch.cat([self.prepack(group, counts, winograd) for group in groups])
+
+    def prepare_grouped(self, descriptor: GroupedDescriptor, dtype: torch.dtype) -> PreparedConv2d:
+        """``dtype`` is that of the weights, and of every tensor of the calls."""
+        return self.prepare(descriptor.as_nodes(), dtype)
 
     @abstractmethod
     def max_pool2d_(self, x: Tensor, window: ConvSpec, out: Tensor) -> None:

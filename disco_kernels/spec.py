@@ -170,3 +170,52 @@ class Conv2dDescriptor:
                 last = run.first + run.count if run.index is None else 0
                 needed[segment.source] = max(needed.get(segment.source, 0), last)
         return tuple(needed.get(source, 0) for source in range(max(needed, default=-1) + 1))
+
+
+@dataclass(frozen=True)
+class GroupedDescriptor:
+    """A grouped convolution: group g reads the g-th run of input channels and writes the g-th run
+    of output channels. Depthwise is the case of one channel in a run."""
+
+    spec: ConvSpec
+    groups: int
+    in_per_group: int
+    out_per_group: int
+
+    def __post_init__(self) -> None:
+        if min(self.groups, self.in_per_group, self.out_per_group) < 1:
+            raise ValueError(
+                f"a grouped convolution needs at least one group, with one input and one output "
+                f"channel; given {self.groups} groups of {self.in_per_group} inputs and "
+                f"{self.out_per_group} outputs"
+            )
+
+    @property
+    def out_channels(self) -> int:
+        return self.groups * self.out_per_group
+
+    @property
+    def channels_needed(self) -> tuple[int]:
+        """As `Conv2dDescriptor.channels_needed`; there is one source."""
+        return (self.groups * self.in_per_group,)
+
+    def as_nodes(self) -> Conv2dDescriptor:
+        """The same with a virtual node for each group."""
+        inputs, outputs = self.in_per_group, self.out_per_group
+        nodes = tuple(
+            Node((Segment(0, Channels(inputs, g * inputs)),), Channels(outputs, g * outputs))
+            for g in range(self.groups)
+        )
+        return Conv2dDescriptor(self.spec, nodes)
+
+
+def grouped_descriptor(
+    spec: ConvSpec, groups: int, in_channels: int, out_channels: int
+) -> GroupedDescriptor:
+    """Raises ValueError unless ``groups`` divides the channels."""
+    if groups < 1 or in_channels % groups or out_channels % groups:
+        raise ValueError(
+            f"groups must divide the {in_channels} input and {out_channels} output channels, "
+            f"given {groups}"
+        )
+    return GroupedDescriptor(spec, groups, in_channels // groups, out_channels // groups)

@@ -36,20 +36,13 @@ void run_and_pack(ConvPlan& plan, const FusedPack* pack) {
 Conv2d::Conv2d(const Conv2dGeometry& geometry, std::vector<Node> nodes, Activation activation,
                const std::vector<std::vector<int32_t>>& messages)
     : geometry_(geometry), nodes_(std::move(nodes)), activation_(activation) {
-  if (geometry.kernel_h < 1 || geometry.kernel_w < 1 || geometry.stride_h < 1 ||
-      geometry.stride_w < 1 || geometry.dilation_h < 1 || geometry.dilation_w < 1 ||
-      geometry.padding_h < 0 || geometry.padding_w < 0) {
-    refuse("kernel, stride and dilation must be at least 1 and padding at least 0");
-  }
+  check_window(geometry);
   if (geometry.algorithm != Algorithm::kDirect &&
       (geometry.kernel_h != 3 || geometry.kernel_w != 3 || geometry.stride_h != 1 ||
        geometry.stride_w != 1 || geometry.dilation_h != 1 || geometry.dilation_w != 1)) {
     refuse("Winograd is for kernels of 3 x 3 with stride and dilation 1");
   }
-  if (activation < 0 || activation >= kNumActivations) {
-    refuse("activation " + std::to_string(activation) + " is not one of the " +
-           std::to_string(kNumActivations) + " of this build");
-  }
+  check_activation(activation);
   if (!messages.empty())
     pack_ = std::make_shared<const FusedPack>(nodes_, geometry.dtype, messages);
 }

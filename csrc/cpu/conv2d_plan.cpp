@@ -25,6 +25,34 @@ int64_t guided(int64_t left, int64_t threads, int64_t fewest, int64_t most) {
 
 }  // namespace
 
+void check_window(const Conv2dGeometry& geometry) {
+  if (geometry.kernel_h < 1 || geometry.kernel_w < 1 || geometry.stride_h < 1 ||
+      geometry.stride_w < 1 || geometry.dilation_h < 1 || geometry.dilation_w < 1 ||
+      geometry.padding_h < 0 || geometry.padding_w < 0) {
+    refuse("kernel, stride and dilation must be at least 1 and padding at least 0");
+  }
+}
+
+void check_activation(Activation activation) {
+  if (activation < 0 || activation >= kNumActivations) {
+    refuse("activation " + std::to_string(activation) + " is not one of the " +
+           std::to_string(kNumActivations) + " of this build");
+  }
+}
+
+OutputSize output_size(const Conv2dGeometry& geometry, int64_t in_h, int64_t in_w) {
+  const int64_t span_h = geometry.dilation_h * (geometry.kernel_h - 1) + 1;
+  const int64_t span_w = geometry.dilation_w * (geometry.kernel_w - 1) + 1;
+  const int64_t room_h = in_h + 2 * geometry.padding_h - span_h;
+  const int64_t room_w = in_w + 2 * geometry.padding_w - span_w;
+  if (room_h < 0 || room_w < 0) {
+    refuse("an input of " + std::to_string(in_h) + " x " + std::to_string(in_w) +
+           " is smaller than the kernel's window of " + std::to_string(span_h) + " x " +
+           std::to_string(span_w) + " less the padding");
+  }
+  return {room_h / geometry.stride_h + 1, room_w / geometry.stride_w + 1};
+}
+
 ConvPlan::ConvPlan(const Conv2dGeometry& geometry, const std::vector<Node>& nodes,
                    Activation activation, const Conv2dCall& call)
     : isa(active_isa()),
@@ -32,17 +60,9 @@ ConvPlan::ConvPlan(const Conv2dGeometry& geometry, const std::vector<Node>& node
       activation(activation),
       call(call),
       element_bytes(geometry.element_bytes()) {
-  const int64_t span_h = geometry.dilation_h * (geometry.kernel_h - 1) + 1;
-  const int64_t span_w = geometry.dilation_w * (geometry.kernel_w - 1) + 1;
-  const int64_t room_h = call.in_h + 2 * geometry.padding_h - span_h;
-  const int64_t room_w = call.in_w + 2 * geometry.padding_w - span_w;
-  if (room_h < 0 || room_w < 0) {
-    refuse("an input of " + std::to_string(call.in_h) + " x " + std::to_string(call.in_w) +
-           " is smaller than the kernel's window of " + std::to_string(span_h) + " x " +
-           std::to_string(span_w) + " less the padding");
-  }
-  out_h = room_h / geometry.stride_h + 1;
-  out_w = room_w / geometry.stride_w + 1;
+  const OutputSize size = output_size(geometry, call.in_h, call.in_w);
+  out_h = size.h;
+  out_w = size.w;
   num_pixels = call.batch * out_h * out_w;
   num_tiles = (num_pixels + isa.max_pixels - 1) / isa.max_pixels;
   plan_maps();

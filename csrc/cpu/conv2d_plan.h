@@ -26,6 +26,16 @@ struct Map {
   }
 };
 
+struct OutputSize {
+  int64_t h, w;
+};
+
+// Throw std::invalid_argument: for a kernel, stride, dilation, padding or activation that cannot
+// be, and for a window that does not fit into the padded input.
+void check_window(const Conv2dGeometry& geometry);
+void check_activation(Activation activation);
+OutputSize output_size(const Conv2dGeometry& geometry, int64_t in_h, int64_t in_w);
+
 // Everything about one node that does not depend on the pixel.
 struct NodePlan {
   const Node* node;

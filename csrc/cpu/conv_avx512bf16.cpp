@@ -28,6 +28,7 @@ void store_bf16_n(uint16_t* x, Vector v, int64_t n) {
 }  // namespace disco
 
 #include "conv_microkernel_body.h"
+#include "depthwise_microkernel.h"
 #include "gather_words_avx512.h"
 #include "pool_body.h"
 #include "winograd_body.h"
@@ -44,7 +45,9 @@ const IsaKernels& avx512bf16_kernels() {
                                        &kWinograd4,
                                        {&largest_pixel<Float32>, &largest_pixel<BFloat16>},
                                        {&mean_pixel<Float32>, &mean_pixel<BFloat16>},
-                                       &gather_words};
+                                       &gather_words,
+                                       &avx512_lane_kernels,
+                                       true};
   return table;
 }
 

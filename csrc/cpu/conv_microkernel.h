@@ -120,6 +120,8 @@ struct WinogradKernels {
   void (*output[2])(const WinogradOutput&);
 };
 
+struct LaneKernels;
+
 struct IsaKernels {
   const char* name;
   int32_t vector_length;  // float32 lanes
@@ -132,6 +134,8 @@ struct IsaKernels {
   void (*largest_pixel[2])(const PixelList&);  // by data type
   void (*mean_pixel[2])(const PixelMap&);
   void (*gather_words)(const WordGather&);  // nullptr: no faster than word by word
+  const LaneKernels& (*lane_kernels)();     // of grouped convolutions
+  bool pair_products = false;               // of bfloat16, by an instruction of their own
 };
 
 const IsaKernels& scalar_kernels();

@@ -35,11 +35,12 @@ Vector zero() { return vdupq_n_f32(0.0f); }
 // then a scalar load with an index, and no register is filled with copies.
 Vector broadcast(const float* x) { return vdupq_n_f32(*x); }
 Vector load(const float* x) { return vld1q_f32(x); }
-// NEON has no masked load or store; n is 1, 2 or 3.
+// NEON has no masked load or store; n is 1 to 4.
 Vector load_n(const float* x, int64_t n) {
   Vector v = vld1q_lane_f32(x, zero(), 0);
   if (n > 1) v = vld1q_lane_f32(x + 1, v, 1);
   if (n > 2) v = vld1q_lane_f32(x + 2, v, 2);
+  if (n > 3) v = vld1q_lane_f32(x + 3, v, 3);
   return v;
 }
 void store(float* x, Vector v) { vst1q_f32(x, v); }
@@ -47,6 +48,7 @@ void store_n(float* x, Vector v, int64_t n) {
   vst1q_lane_f32(x, v, 0);
   if (n > 1) vst1q_lane_f32(x + 1, v, 1);
   if (n > 2) vst1q_lane_f32(x + 2, v, 2);
+  if (n > 3) vst1q_lane_f32(x + 3, v, 3);
 }
 Vector add(Vector a, Vector b) { return vaddq_f32(a, b); }
 Vector subtract(Vector a, Vector b) { return vsubq_f32(a, b); }
@@ -86,9 +88,11 @@ Vector multiply_add_pairs(Pairs a, Pairs b, Vector c) {
 
 Vector load_bf16(const uint16_t* x) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(x), 16)); }
 Vector load_bf16_n(const uint16_t* x, int64_t n) {
-  uint16_t some[kVectorLength] = {};
-  for (int64_t i = 0; i < n; ++i) some[i] = x[i];
-  return load_bf16(some);
+  uint16x4_t v = vld1_lane_u16(x, vdup_n_u16(0), 0);
+  if (n > 1) v = vld1_lane_u16(x + 1, v, 1);
+  if (n > 2) v = vld1_lane_u16(x + 2, v, 2);
+  if (n > 3) v = vld1_lane_u16(x + 3, v, 3);
+  return vreinterpretq_f32_u32(vshll_n_u16(v, 16));
 }
 // To the nearest, ties to even; a NaN stays one.
 void store_bf16(uint16_t* x, Vector v) {
@@ -104,10 +108,26 @@ void store_bf16_n(uint16_t* x, Vector v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] = some[i];
 }
 
+// 14 accumulators, up to 7 weights and an input of 32 registers.
+constexpr int kLanePixels = 14;
+constexpr int kLaneWindows = 6;
+constexpr bool kFreeMasks = false;
+
+using Lanes = uint8x16_t;  // places of bytes
+
+Lanes load_lanes(const int32_t* lanes) {
+  const uint32x4_t places = vreinterpretq_u32_s32(vld1q_s32(lanes));
+  return vreinterpretq_u8_u32(vmlaq_n_u32(vdupq_n_u32(0x03020100u), places, 0x04040404u));
+}
+Vector permute(Vector v, Lanes lanes) {
+  return vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(v), lanes));
+}
+
 }  // namespace
 }  // namespace disco
 
 #include "conv_microkernel_body.h"
+#include "depthwise_body.h"
 #include "pool_body.h"
 #include "winograd_body.h"
 
@@ -123,7 +143,8 @@ const IsaKernels& neon_kernels() {
                                        &kWinograd4,
                                        {&largest_pixel<Float32>, &largest_pixel<BFloat16>},
                                        {&mean_pixel<Float32>, &mean_pixel<BFloat16>},
-                                       nullptr};
+                                       nullptr,
+                                       &lane_kernels};
   return table;
 }
 

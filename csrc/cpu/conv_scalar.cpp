@@ -155,10 +155,26 @@ void store_bf16_n(uint16_t* x, const Vector& v, int64_t n) {
 }
 void store_bf16(uint16_t* x, const Vector& v) { store_bf16_n(x, v, kVectorLength); }
 
+constexpr int kLanePixels = 4;
+// The larger ones are not worth their code: their weights would not stay in registers.
+constexpr int kLaneWindows = 3;
+constexpr bool kFreeMasks = false;
+
+struct Lanes {
+  int32_t lane[kVectorLength];
+};
+
+Lanes load_lanes(const int32_t* lanes) { return {{lanes[0], lanes[1], lanes[2], lanes[3]}}; }
+Vector permute(const Vector& v, const Lanes& lanes) {
+  return {
+      {v.lane[lanes.lane[0]], v.lane[lanes.lane[1]], v.lane[lanes.lane[2]], v.lane[lanes.lane[3]]}};
+}
+
 }  // namespace
 }  // namespace disco
 
 #include "conv_microkernel_body.h"
+#include "depthwise_body.h"
 #include "pool_body.h"
 #include "winograd_body.h"
 
@@ -174,7 +190,8 @@ const IsaKernels& scalar_kernels() {
                                        &kWinograd4,
                                        {&largest_pixel<Float32>, &largest_pixel<BFloat16>},
                                        {&mean_pixel<Float32>, &mean_pixel<BFloat16>},
-                                       nullptr};
+                                       nullptr,
+                                       &lane_kernels};
   return table;
 }
 

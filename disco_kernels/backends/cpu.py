@@ -18,7 +18,13 @@ from disco_kernels.registry import (
     PreparedGatherPack,
     register,
 )
-from disco_kernels.spec import ACTIVATIONS, Channels, Conv2dDescriptor, ConvSpec
+from disco_kernels.spec import (
+    ACTIVATIONS,
+    Channels,
+    Conv2dDescriptor,
+    ConvSpec,
+    GroupedDescriptor,
+)
 from disco_kernels.wire import WIRE_DTYPES
 
 # The numbers of csrc/cpu/conv2d.h's Algorithm.
@@ -174,6 +180,41 @@ class _CpuConv2d(PreparedConv2d):
         )
 
 
+class _CpuDepthwise(_CpuConv2d):
+    """Called like its base class; its core is that of narrow groups."""
+
+    def __init__(self, extension: Any, descriptor: GroupedDescriptor, dtype: torch.dtype) -> None:
+        spec = descriptor.spec
+        self.extension = extension
+        self.out_channels = descriptor.out_channels
+        self.conv2d = extension.DepthwiseConv2d(
+            (*spec.kernel_size, *spec.stride, *spec.padding, *spec.dilation),
+            (descriptor.groups, descriptor.in_per_group, descriptor.out_per_group),
+            ACTIVATIONS.index(spec.activation),
+            _DTYPES[dtype],
+        )
+
+    def bind(
+        self,
+        sources: Sequence[Tensor],
+        packed_weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        out: Tensor,
+        outgoing: Outgoing | None = None,
+    ) -> Callable[[], None]:
+        bias = _in_float32(bias)
+        call = self._call(sources, packed_weight, bias, residual, out, False, None, outgoing)
+        run = self.conv2d.run
+        alive = (self, tuple(sources), packed_weight, bias, residual, out, outgoing)
+
+        def bound(alive: tuple[Any, ...] = alive) -> None:
+            call.num_threads = torch.get_num_threads()
+            run(call)
+
+        return bound
+
+
 def _list_args(lists: Sequence[Tensor]) -> list[tuple[int, int]]:
     return [(channels.data_ptr(), channels.numel()) for channels in lists]
 
@@ -277,6 +318,31 @@ class CpuBackend(Backend):
         pack: Sequence[Tensor] = (),
     ) -> PreparedConv2d:
         return _CpuConv2d(self.extension, descriptor, dtype, pack)
+
+    def groups_as_nodes(self, descriptor: GroupedDescriptor, dtype: torch.dtype) -> bool:
+        narrow = self.extension.narrow_groups(descriptor.out_per_group, _DTYPES[dtype])
+        return not narrow or descriptor.spec.winograd != "off"
+
+    def grouped_numel(self, descriptor: GroupedDescriptor, dtype: torch.dtype) -> int:
+        if self.groups_as_nodes(descriptor, dtype):
+            return super().grouped_numel(descriptor, dtype)
+        conv2d = _CpuDepthwise(self.extension, descriptor, dtype).conv2d
+        return int(conv2d.packed_bytes()) // dtype.itemsize
+
+    def prepack_grouped(self, weight: Tensor, descriptor: GroupedDescriptor) -> Tensor:
+        if self.groups_as_nodes(descriptor, weight.dtype):
+            return super().prepack_grouped(weight, descriptor)
+        source = weight.detach().resolve_neg().float().contiguous()
+        numel = self.grouped_numel(descriptor, weight.dtype)
+        packed = torch.empty(numel, dtype=weight.dtype, device="cpu")
+        conv2d = _CpuDepthwise(self.extension, descriptor, weight.dtype).conv2d
+        conv2d.pack(source.data_ptr(), packed.data_ptr())
+        return packed
+
+    def prepare_grouped(self, descriptor: GroupedDescriptor, dtype: torch.dtype) -> PreparedConv2d:
+        if self.groups_as_nodes(descriptor, dtype):
+            return super().prepare_grouped(descriptor, dtype)
+        return _CpuDepthwise(self.extension, descriptor, dtype)
 
     def max_pool2d_(self, x: Tensor, window: ConvSpec, out: Tensor) -> None:
         source, target = x.stride(), out.stride()

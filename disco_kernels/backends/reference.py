@@ -5,6 +5,7 @@ Any device, any floating dtype. A packed weight is the weight itself, flattened.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -19,7 +20,13 @@ from disco_kernels.registry import (
     PreparedGatherPack,
     register,
 )
-from disco_kernels.spec import ACTIVATIONS, Channels, Conv2dDescriptor, ConvSpec
+from disco_kernels.spec import (
+    ACTIVATIONS,
+    Channels,
+    Conv2dDescriptor,
+    ConvSpec,
+    GroupedDescriptor,
+)
 from disco_kernels.wire import widened, write_int8
 
 _ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
@@ -91,7 +98,7 @@ class _ReferenceConv2d(PreparedConv2d):
             if shape[0] == 0:
                 continue
             parts = [_take(sources[s.source], s.channels) for s in node.segments]
-            y = _conv2d(torch.cat(parts, dim=1), weight, self.descriptor, out)
+            y = _conv2d(torch.cat(parts, dim=1), weight, spec, out)
             target = node.out_channels.index
             rows = (
                 torch.arange(
@@ -114,15 +121,49 @@ class _ReferenceConv2d(PreparedConv2d):
             self.pack.run(image.permute(0, 3, 1, 2), outgoing.messages)
 
 
-def _conv2d(x: Tensor, weight: Tensor, descriptor: Conv2dDescriptor, out: Tensor) -> Tensor:
+class _ReferenceGrouped(PreparedConv2d):
+    def __init__(self, descriptor: GroupedDescriptor) -> None:
+        self.descriptor = descriptor
+
+    @torch.no_grad()
+    def run(
+        self,
+        sources: Sequence[Tensor],
+        packed_weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        out: Tensor,
+        accumulate: bool,
+        scales: Sequence[Tensor | None] | None = None,
+        outgoing: Outgoing | None = None,
+    ) -> None:
+        assert outgoing is None, "grouped convolutions are prepared without messages"
+        given, spec = self.descriptor, self.descriptor.spec
+        shape = (given.out_channels, given.in_per_group, *spec.kernel_size)
+        wanted = math.prod(shape)
+        if packed_weight.numel() != wanted:
+            raise ValueError(
+                f"the packed weights hold {packed_weight.numel()} values, this layer has {wanted}: "
+                "pack them again for this backend (prepack_grouped, or repack() of the module)"
+            )
+        y = _conv2d(sources[0], packed_weight.reshape(shape), spec, out, given.groups)
+        if accumulate:
+            y = y + out
+        elif bias is not None:
+            y = y + bias[:, None, None]
+        if residual is not None:
+            y = y + residual
+        out.copy_(_ACTIVATION[spec.activation](y))
+
+
+def _conv2d(x: Tensor, weight: Tensor, spec: ConvSpec, out: Tensor, groups: int = 1) -> Tensor:
     if x.shape[1] == 0:  # torch refuses a convolution over no channels; the sum is empty
         return out.new_zeros((out.shape[0], weight.shape[0], *out.shape[2:]))
     if x.shape[1] == 1:
         # torch 2.13 on the CPU computes wrong values for one channel in channels-last strides where
         # the output is one pixel wide; clone gives such a tensor its canonical strides.
         x = x.clone(memory_format=torch.contiguous_format)
-    spec = descriptor.spec
-    return F.conv2d(x, weight, None, spec.stride, spec.padding, spec.dilation)
+    return F.conv2d(x, weight, None, spec.stride, spec.padding, spec.dilation, groups)
 
 
 def _refuse_winograd(winograd: str) -> None:
@@ -177,6 +218,19 @@ class ReferenceBackend(Backend):
     ) -> PreparedConv2d:
         _refuse_winograd(descriptor.spec.winograd)
         return _ReferenceConv2d(descriptor, pack)
+
+    def groups_as_nodes(self, descriptor: GroupedDescriptor, dtype: torch.dtype) -> bool:
+        return False
+
+    def grouped_numel(self, descriptor: GroupedDescriptor, dtype: torch.dtype) -> int:
+        kernel = math.prod(descriptor.spec.kernel_size)
+        return descriptor.out_channels * descriptor.in_per_group * kernel
+
+    def prepack_grouped(self, weight: Tensor, descriptor: GroupedDescriptor) -> Tensor:
+        return self.prepack(weight, (descriptor.in_per_group,), descriptor.spec.winograd)
+
+    def prepare_grouped(self, descriptor: GroupedDescriptor, dtype: torch.dtype) -> PreparedConv2d:
+        return _ReferenceGrouped(descriptor)
 
     @torch.no_grad()
     def max_pool2d_(self, x: Tensor, window: ConvSpec, out: Tensor) -> None:

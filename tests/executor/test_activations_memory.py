@@ -101,7 +101,18 @@ class Grower:
 
     def grow(self) -> None:
         x = self.pick()
-        kinds = ("conv", "conv3", "residual", "add", "relu", "pool", "view", "slice", "permute")
+        kinds = (
+            "conv",
+            "conv3",
+            "residual",
+            "grouped",
+            "add",
+            "relu",
+            "pool",
+            "view",
+            "slice",
+            "permute",
+        )
         more = ("split", "linear", "tokens", "cat", "expand", "flat")
         kind = self.draw(st.sampled_from((*kinds, *more)))
         self.maps.append(getattr(self, kind)(x).name)
@@ -117,6 +128,12 @@ class Grower:
         return self.case.conv(
             self.name(), x, C, C, kernel=(3, 3), padding=(1, 1), residual=other, activation="relu"
         )
+
+    def grouped(self, x: str) -> Ref:
+        groups = self.draw(st.sampled_from((2, C)))
+        other = Ref(self.pick()) if self.draw(st.booleans()) else None
+        window = {"kernel": (3, 3), "padding": (1, 1), "activation": "relu"}
+        return self.case.conv(self.name(), x, C, C, groups=groups, residual=other, **window)
 
     def add(self, x: str) -> Ref:
         return self.op("aten.add.Tensor", Ref(x), Ref(self.pick()))

@@ -59,8 +59,10 @@ class Pages:
         copy.copy_(values)
         return copy
 
-    def image(self, batch: int, channels: int, h: int, w: int) -> Tensor:
-        return self.guarded(torch.randn(batch, h, w, channels)).permute(0, 3, 1, 2)
+    def image(
+        self, batch: int, channels: int, h: int, w: int, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        return self.guarded(torch.randn(batch, h, w, channels).to(dtype)).permute(0, 3, 1, 2)
 
     def close(self) -> None:
         for start, size in self._mapped:
@@ -122,6 +124,21 @@ def _convolution(pages: Pages, outputs: int, inputs: int, kernel: int, stride: i
         backend="cpu",
     )
     oracle.check(z, oracle.conv2d(x, dense, spec, bias, residual), "gather_conv2d")
+
+
+def _grouped(pages: Pages, groups: int, inputs: int, outputs: int, kernel: int, w: int) -> None:
+    """In both data types, with the input where rows are copied and where they are not."""
+    spec = dk.ConvSpec((3, kernel), (1, 2), (1, kernel // 2), activation="hardswish")
+    size = spec.output_size(5, w)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = pages.image(2, groups * inputs, 5, w, dtype)
+        weight = pages.guarded(torch.randn(groups * outputs, inputs, 3, kernel).to(dtype))
+        bias = pages.guarded(torch.randn(groups * outputs).to(dtype))
+        residual = pages.image(2, groups * outputs, *size, dtype)
+        out = pages.image(2, groups * outputs, *size, dtype)
+        dk.GroupedConv2d(weight, groups, spec, bias=bias, backend="cpu")(x, residual, out)
+        expected = oracle.conv2d(x, weight, spec, bias, residual, groups=groups)
+        oracle.check(out, oracle.rounded(expected, dtype), "GroupedConv2d")
 
 
 def _packing(pages: Pages, channels: int) -> None:
@@ -214,6 +231,21 @@ def sweep() -> int:
             _convolution(pages, outputs, inputs, kernel, stride, w)
             pages.close()
             calls += 3
+    per_group = ((1, 1), (1, 2), (4, 4), (5, 7), (17, 20), (3, 70))
+    grouped = itertools.product((1, 3, 15, 16, 17, 33), per_group, (1, 3, 5, 7), (1, 9, 31))
+    for number, (groups, (inputs, outputs), kernel, w) in enumerate(grouped):
+        if groups * outputs > 300:
+            continue
+        pages = Pages(at_end=number % 2 == 0)
+        _grouped(pages, groups, inputs, outputs, kernel, w)
+        pages.close()
+        calls += 2
+    for groups, inputs in ((512, 1), (128, 4)):
+        for at_end in (True, False):
+            pages = Pages(at_end)
+            _grouped(pages, groups, inputs, inputs, 3, 9)
+            pages.close()
+            calls += 2
     for channels, at_end in itertools.product((1, 2, 7, 16, 33), (True, False)):
         pages = Pages(at_end)
         _packing(pages, channels)

@@ -53,18 +53,21 @@ def conv2d(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     before: Tensor | None = None,
+    groups: int = 1,
 ) -> Expected:
     """``act(conv(x, weight) + bias + residual + before)`` of ``[B, K, H, W]``, ``[O, K, kh, kw]``.
 
-    K may be 0: the sum is then empty. The bound is that of the algorithm in ``spec.winograd``.
+    K may be 0: the sum is then empty. With groups ``x`` is ``[B, groups * K, H, W]``. The bound is
+    that of the algorithm in ``spec.winograd``.
     """
     x, weight = x.double(), weight.double()
-    value = _sums(x, weight, spec)
+    value = _sums(x, weight, spec, groups)
     winograd = spec.winograd in ("f2", "f4")
     if winograd:
-        scale = winograd_model.scale(x, weight, spec)
+        parts = zip(x.chunk(groups, 1), weight.chunk(groups), strict=True)
+        scale = torch.cat([winograd_model.scale(part, w, spec) for part, w in parts], 1)
     else:
-        scale = _sums(x.abs(), weight.abs(), spec)
+        scale = _sums(x.abs(), weight.abs(), spec, groups)
     if bias is not None:
         value = value + bias.double()[:, None, None]
         scale = scale + bias.double().abs()[:, None, None]
@@ -165,11 +168,11 @@ def check(actual: Tensor, expected: Expected, what: object = "") -> None:
         )
 
 
-def _sums(x: Tensor, weight: Tensor, spec: ConvSpec) -> Tensor:
+def _sums(x: Tensor, weight: Tensor, spec: ConvSpec, groups: int) -> Tensor:
     size = spec.output_size(x.shape[2], x.shape[3])
     if 0 in (x.shape[0], x.shape[1]):
         return torch.zeros((x.shape[0], weight.shape[0], *size), dtype=torch.float64)
-    return F.conv2d(x, weight, None, spec.stride, spec.padding, spec.dilation)
+    return F.conv2d(x, weight, None, spec.stride, spec.padding, spec.dilation, groups)
 
 
 def _count(x: Tensor) -> int:

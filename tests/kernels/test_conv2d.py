@@ -564,7 +564,7 @@ def test_nothing_outside_of_the_buffers_is_touched_cpu() -> None:
     """Every user buffer against pages that may not be touched, in a process of its own."""
     done = python("-m", "tests.kernels.guard", environment={"DISCO_KERNELS_ISA": STATUS.isa or ""})
     assert done.returncode == 0, f"exit status {done.returncode} (-11: touched)\n{done.stderr}"
-    assert done.stdout.split() == ["guarded", "1378"]
+    assert done.stdout.split() == ["guarded", "2082"]
 
 
 def test_the_oracle_would_notice() -> None:

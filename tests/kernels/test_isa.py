@@ -32,6 +32,7 @@ KERNEL_TESTS = (
     "test_gather_pack.py",
     "test_narrow_segments.py",
     "test_wire.py",
+    "test_depthwise.py",
     "test_fused_pack.py",
     "test_global_avg_pool2d.py",
 )
@@ -156,8 +157,9 @@ def test_wide_registers_only_in_the_instruction_sets_files() -> None:
     if "disco::" not in listing:
         pytest.skip(f"{STATUS.path} is stripped: no function has a name")
     allowed = (
-        r"convolve_tile<|winograd_(in|out)put<|activate_in_place|largest_pixel<|mean_of_\w+<|"
-        r"mean_pixel<|gather_words|fma_rounds|message_simd::|avx2_kernels|avx512_kernels|avx512bf16_kernels"
+        r"convolve_tile<|convolve_lanes<|winograd_(in|out)put<|activate_in_place|largest_pixel<|"
+        r"mean_of_\w+<|mean_pixel<|gather_words|fma_rounds|message_simd::|avx512_lane_kernels|"
+        r"avx2_kernels|avx512_kernels|avx512bf16_kernels"
     )
     function, wide, leaks = "", 0, []
     for line in listing.splitlines():

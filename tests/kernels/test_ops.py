@@ -233,11 +233,29 @@ def samples(backend: str) -> list[Sample]:
         ("gather_pack_", (image("w", 2, 5, 3, 2), inputs, [4, 0, 3], torch.empty(84), backend)),
         ("gather_pack_", (image("c", 1, 5, 3, 2), i32(4), [1], torch.empty(6), backend)),
         *narrow_samples(backend),
+        *grouped_samples(backend),
     ]
     for activation in dk.ACTIVATIONS[2:]:
         arguments = (tokens, [None, None], packed_matrix, None, None, 7, activation, backend)
         found.append(("partial_linear", arguments))
     return found + (winograd_samples() if backend == "cpu" else [])
+
+
+def grouped_samples(backend: str) -> list[Sample]:
+    """Depthwise, and groups of several channels (of so many that they run as nodes)."""
+    found: list[Sample] = []
+    for layout, groups, inputs, outputs in (("w", 5, 1, 1), ("c", 3, 2, 4), ("v", 2, 1, 50)):
+        weight = torch.randn(groups * outputs, inputs, 3, 2)
+        packed = dk.prepack_grouped(weight, groups, backend=backend)
+        x = image(layout, 2, groups * inputs, 7, 5)
+        bias, residual = torch.randn(len(weight)), image("w", 2, len(weight), 4, 6)
+        layer = (len(weight), groups, [3, 2], [2, 1], [1, 1], [1, 1])
+        found += [
+            ("prepack_grouped", (weight, groups, backend)),
+            ("grouped_conv2d", (x, packed, bias, residual, *layer, "silu", backend)),
+            ("grouped_conv2d", (x, packed, None, None, *layer, "none", backend)),
+        ]
+    return found
 
 
 def winograd_samples() -> list[Sample]:
@@ -274,7 +292,7 @@ def winograd_samples() -> list[Sample]:
     return found
 
 
-NUM_SAMPLES = {"reference": 32, "cpu": 42}
+NUM_SAMPLES = {"reference": 41, "cpu": 51}
 
 
 def test_every_operator_has_samples() -> None:
@@ -320,7 +338,7 @@ def test_fakes_have_the_real_shapes_and_strides(backend: str) -> None:
 def test_gradients_are_refused(backend: str) -> None:
     covered = 0
     for name, arguments in samples(backend):
-        if name == "prepack":  # packs the values of a Parameter, too
+        if name.startswith("prepack"):  # packs the values of a Parameter, too
             continue
         for place in range(len(arguments)):
             changed = list(arguments)

@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 
 import disco_kernels as dk
 from disco_kernels.backends.cpu import extension_status
-from disco_kernels.modules import SwappedConv2d, SwappedLinear
+from disco_kernels.modules import SwappedConv2d, SwappedMixin
 from tests.kernels.models import (
     DEPTHWISE,
     SWAPPABLE,
@@ -23,6 +23,7 @@ from tests.kernels.models import (
     linear,
     small,
     sparsify,
+    swappable,
 )
 
 needs_extension = pytest.mark.skipif(
@@ -32,6 +33,7 @@ both_backends = pytest.mark.parametrize(
     "backend",
     [pytest.param("cpu", marks=needs_extension), "reference"],
 )
+STAYS_ON_THE_REFERENCE = "grouped: the reference backend would do what torch does"
 
 
 @both_backends
@@ -46,20 +48,22 @@ def test_swap_and_back_is_bit_identical(backend: str) -> None:
     buffers = [name for name, _ in model.named_buffers()]
 
     report = dk.swap_(model, nodes=2, backend=backend)
-    assert tuple(row.name for row in report.swapped) == SWAPPABLE
+    names = swappable(backend)
+    assert tuple(row.name for row in report.swapped) == names
     assert {name: id(p) for name, p in model.named_parameters()} == parameters
     assert {name: id(m) for name, m in model.named_modules()} == modules
     assert list(model.state_dict()) == list(state)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-    for name in SWAPPABLE:
+    for name in names:
         layer = model.get_submodule(name)
-        assert isinstance(layer, SwappedConv2d | SwappedLinear)
+        assert isinstance(layer, SwappedMixin)
         assert isinstance(layer, types[name]) and dk.backend_of(layer) == backend
-    assert dk.backend_of(model.get_submodule(DEPTHWISE)) == "torch"
+    if DEPTHWISE not in names:
+        assert dk.backend_of(model.get_submodule(DEPTHWISE)) == "torch"
     after = inference(model, x)
     assert close(after, before) and not torch.equal(after, before + 1)
 
-    assert dk.unswap_(model) == len(SWAPPABLE)
+    assert dk.unswap_(model) == len(names)
     assert torch.equal(inference(model, x), before)
     assert list(model.state_dict()) == list(state)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
@@ -174,7 +178,7 @@ def test_report_has_a_row_and_a_reason_for_every_layer() -> None:
     wanted = {
         "swapped": None,
         "dense": "no remote block has a zero column: a dense layer stays in torch",
-        "grouped": "groups=2: grouped convolutions take no channels of other nodes",
+        "grouped": STAYS_ON_THE_REFERENCE if extension_status().error else None,
         "mirrored": "padding_mode='reflect': only zeros",
         "even": 'padding="same" of an even window (2, 2) is asymmetric',
         "own": "Own is a class of its own",
@@ -190,14 +194,16 @@ def test_report_has_a_row_and_a_reason_for_every_layer() -> None:
         "attention.out_proj": "NonDynamicallyQuantizableLinear is a class of its own",
     }
     assert reasons == wanted
-    assert len(report.swapped) == 1 and len(report.skipped) == len(wanted) - 1
+    taken = [name for name, reason in wanted.items() if reason is None]
+    assert [row.name for row in report.swapped] == taken
+    assert len(report.skipped) == len(wanted) - len(taken)
     text = str(report)
     for row in report.rows:
         line = next(line for line in text.splitlines() if line.startswith(row.name + " "))
         assert (row.skipped or "cpu") in line or extension_status().error
-    assert f"1 of {len(wanted)} layers swapped for 2 nodes" in text
+    assert f"{len(taken)} of {len(wanted)} layers swapped for 2 nodes" in text
     assert "contiguous equal shares" in report.notes[0] and report.notes[0] in text
-    (row,) = report.swapped
+    row = report.swapped[0]
     assert (row.kind, row.shape, row.density) == ("conv2d", (8, 8, 3, 3), 0.25)
     assert {row.name: row.density for row in report.rows}["dense"] == 1.0
 
@@ -207,7 +213,7 @@ def test_one_node_swaps_nothing() -> None:
     report = dk.swap_(model, 1)
     reasons = {row.name: row.skipped for row in report.rows}
     assert {reasons[name] for name in SWAPPABLE} == {"one node: there is no remote block"}
-    assert all(not isinstance(m, SwappedConv2d | SwappedLinear) for m in model.modules())
+    assert all(not isinstance(m, SwappedMixin) for m in model.modules())
 
 
 def test_bad_arguments_change_nothing() -> None:
@@ -281,6 +287,45 @@ def test_swapping_twice() -> None:
     assert {row.backend for row in again} == {row.backend for row in first.swapped}
     assert close(inference(model, x), before)
     assert dk.unswap_(model) == len(SWAPPABLE)
+
+
+@needs_extension
+def test_grouped_layers_follow_the_others() -> None:
+    """They have nothing to skip: alone, or where the reference would run them, they stay."""
+
+    def model() -> nn.Sequential:
+        layers = conv(), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 12, 1, groups=2, bias=False)
+        return nn.Sequential(*layers).eval()
+
+    x = torch.randn(2, 8, 9, 7)
+    together, plain = model(), model()
+    before = inference(together, x)
+    report = dk.swap_(together, 2)
+    assert [(row.name, row.density is None) for row in report.swapped] == [
+        ("0", False),
+        ("1", True),
+        ("2", True),
+    ]
+    assert isinstance(together[1], nn.Conv2d) and "backend=cpu" in repr(together[1])
+    assert close(inference(together, x), before)
+    assert close(inference(together[1], x[0]), inference(together[1], x)[0])
+    with pytest.raises(ValueError, match=r"takes 8 channels, given \[2, 4, 9, 7\]"):
+        inference(together[1], x[:, :4])
+    plain[0] = nn.Conv2d(8, 8, 3)
+    rows = dk.swap_(plain, 2).rows
+    assert [row.skipped for row in rows[1:]] == [
+        "grouped: it is swapped with other layers of the model, and there are none to swap"
+    ] * 2
+    # Nothing is asked of a backend that could refuse: the kernels have no float64.
+    assert not dk.swap_(plain.double(), 2, backend="cpu").swapped
+    rows = dk.swap_(model(), 2, backend="reference").rows
+    assert [row.skipped for row in rows] == [None, *[STAYS_ON_THE_REFERENCE] * 2]
+    rows = dk.swap_(model(), 1).rows
+    assert {row.skipped for row in rows} == {"one node: there is no remote block"}
+    first = model()
+    dk.swap_(first, 2, filter=lambda name, _: name == "0")
+    assert [row.name for row in dk.swap_(first, 2).swapped] == ["1", "2"]
+    assert dk.unswap_(first) == 3 and type(first[1]) is nn.Conv2d
 
 
 def test_swapped_context() -> None:

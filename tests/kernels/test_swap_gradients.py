@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import disco_kernels as dk
 from disco_kernels.backends.cpu import extension_status
-from tests.kernels.models import SWAPPABLE, close, conv, images, inference, linear, small
+from tests.kernels.models import SWAPPABLE, close, conv, images, inference, linear, small, swappable
 from tests.kernels.test_swap_life import uses_kernel
 
 needs_extension = pytest.mark.skipif(
@@ -75,7 +75,7 @@ def test_gradients_and_steps_equal_the_unswapped_models(
     swapped, plain = pair(backend)
     steps_agree(swapped, plain, swapped, modes)
     swapped.eval()
-    assert uses_kernel(swapped) == list(SWAPPABLE)
+    assert uses_kernel(swapped) == list(swappable(backend))
     plain.eval()
     assert close(inference(swapped, images()), inference(plain, images()), 1e6)
 
@@ -87,7 +87,7 @@ def test_evaluation_in_grad_mode_runs_the_kernel(backend: str) -> None:
     x = images()
     for _ in range(3):
         assert close(swapped(x), plain(x)) and swapped(x).requires_grad
-        assert uses_kernel(swapped) == list(SWAPPABLE)
+        assert uses_kernel(swapped) == list(swappable(backend))
 
 
 def test_any_gradient_that_reaches_the_weights_is_noticed() -> None:

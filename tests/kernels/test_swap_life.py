@@ -16,7 +16,17 @@ import disco_kernels as dk
 from disco_kernels import registry
 from disco_kernels.backends.cpu import extension_status
 from disco_kernels.modules import SwappedConv2d, SwappedMixin
-from tests.kernels.models import SWAPPABLE, close, conv, images, inference, linear, small, sparsify
+from tests.kernels.models import (
+    SWAPPABLE,
+    close,
+    conv,
+    images,
+    inference,
+    linear,
+    small,
+    sparsify,
+    swappable,
+)
 
 needs_extension = pytest.mark.skipif(
     extension_status().error is not None, reason=f"no extension: {extension_status().error}"
@@ -63,23 +73,23 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 @both_backends
 @pytest.mark.parametrize("how", COPIES)
 def test_copies_are_swapped_and_independent(backend: str, how: str) -> None:
-    model, x = small(), images()
+    model, x, names = small(), images(), swappable(backend)
     dk.swap_(model, 2, backend=backend)
     swapped = inference(model, x)
     twin = COPIES[how](model)
     assert torch.equal(inference(twin, x), swapped)
-    assert uses_kernel(twin) == list(SWAPPABLE)
+    assert uses_kernel(twin) == list(names)
     assert list(twin.state_dict()) == list(model.state_dict())
     # Weights of the copy change, and its gradients: the original must not notice.
     twin(x).sum().backward()
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.zero_()
-    assert dk.repack_(twin) == len(SWAPPABLE)
+    assert dk.repack_(twin) == len(names)
     assert torch.count_nonzero(inference(twin, x)) == 0
-    assert uses_kernel(model) == list(SWAPPABLE)
+    assert uses_kernel(model) == list(names)
     assert torch.equal(inference(model, x), swapped)
-    assert dk.unswap_(twin) == len(SWAPPABLE) and isinstance(model.stem, SwappedConv2d)
+    assert dk.unswap_(twin) == len(names) and isinstance(model.stem, SwappedConv2d)
 
 
 def test_a_copy_in_training_is_right_in_evaluation() -> None:

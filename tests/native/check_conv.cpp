@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <optional>
 
 #include "check.h"
 #include "guarded.h"
@@ -55,6 +56,19 @@ Guarded<Element> guarded(const std::vector<float>& values, Edge edge, bool froze
   return frozen ? Guarded<Element>::frozen(encoded, edge) : Guarded<Element>(encoded, edge);
 }
 
+// Those of the groups, whose weights are the nodes' one after the other.
+std::vector<char> packed_groups(const disco::DepthwiseConv2d& conv2d, const ConvData& data,
+                                Edge edge) {
+  std::vector<float> all;
+  for (const std::vector<float>& weights : data.weights) {
+    all.insert(all.end(), weights.begin(), weights.end());
+  }
+  const Guarded<float> weight = Guarded<float>::frozen(all, edge);
+  const Guarded<char> packed(static_cast<size_t>(conv2d.packed_bytes()), edge);
+  conv2d.pack(weight.data(), packed.data());
+  return packed.values();
+}
+
 // What the output's buffer holds after one call.
 template <typename Element>
 std::vector<float> run(const ConvCase& conv, const ConvData& data, Edge edge, int32_t num_threads) {
@@ -68,7 +82,10 @@ std::vector<float> run(const ConvCase& conv, const ConvData& data, Edge edge, in
   call.batch = conv.batch;
   call.in_h = conv.in_h;
   call.in_w = conv.in_w;
-  const Guarded<char> packed = Guarded<char>::frozen(packed_weights(conv, data, edge), edge);
+  std::optional<disco::DepthwiseConv2d> grouped;
+  if (conv.groups.count > 0) grouped.emplace(conv.geometry, conv.groups, conv.activation);
+  const Guarded<char> packed = Guarded<char>::frozen(
+      grouped ? packed_groups(*grouped, data, edge) : packed_weights(conv, data, edge), edge);
   call.packed = packed.data();
   call.packed_bytes = static_cast<int64_t>(packed.size());
   const Guarded<float> bias = Guarded<float>::frozen(data.bias, edge);
@@ -88,7 +105,11 @@ std::vector<float> run(const ConvCase& conv, const ConvData& data, Edge edge, in
   call.accumulate = conv.accumulate;
   call.num_threads = num_threads;
 
-  disco::Conv2d(conv.geometry, conv.nodes, conv.activation).run(call);
+  if (grouped) {
+    grouped->run(call);
+  } else {
+    disco::Conv2d(conv.geometry, conv.nodes, conv.activation).run(call);
+  }
   return decode(out.values());
 }
 

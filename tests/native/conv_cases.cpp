@@ -15,14 +15,7 @@ namespace {
 constexpr int64_t kMostOutChannels = 130;
 static_assert(kMostOutChannels >= 2 * kMostTileChannels, "a second panel is wanted");
 
-const disco::Activation kActivations[] = {disco::kActivationNone, disco::kActivationRelu};
-
-// Of one dimension, paddings beyond the kernel's reach included.
-struct Window {
-  int64_t kernel, stride, padding, dilation;
-
-  int64_t span() const { return dilation * (kernel - 1) + 1; }
-};
+// Paddings beyond the kernel's reach included.
 const Window kWindows[] = {
     {1, 1, 0, 1}, {1, 2, 0, 1}, {1, 1, 1, 1}, {2, 1, 0, 1}, {2, 2, 1, 2},
     {3, 1, 1, 1}, {3, 2, 1, 1}, {3, 1, 0, 1}, {3, 1, 2, 2}, {3, 1, 5, 1},
@@ -158,7 +151,7 @@ Axes layer_axes() {
   axes[kSourceLayout] = std::size(kLayouts);
   axes[kOwnership] = kNumOwnerships;
   axes[kResidual] = 1 + std::size(kRowLayouts);
-  axes[kActivation] = std::size(kActivations);
+  axes[kActivation] = std::size(kOracleActivations);
   axes[kOutLayout] = std::size(kRowLayouts);
   axes[kKernel] = std::size(kKernels);
   return axes;
@@ -200,7 +193,7 @@ ConvCase layer_case(uint32_t number, const Choice& chosen) {
   conv.accumulate = chosen[kAccumulate] == 1;
   conv.residual = chosen[kResidual] > 0;
   if (conv.residual) conv.residual_layout = kRowLayouts[chosen[kResidual] - 1];
-  conv.activation = kActivations[chosen[kActivation]];
+  conv.activation = kOracleActivations[chosen[kActivation]];
   conv.special = chosen[kSpecial] == 1;
   conv.seed = number;
   return conv;
@@ -311,11 +304,16 @@ std::string describe(const ConvCase& conv) {
     text << ", Winograd of " << static_cast<int>(g.algorithm);
   }
   if (g.dtype == disco::kBFloat16) text << ", bfloat16";
+  if (conv.groups.count > 0) {
+    text << ", " << conv.groups.count << " groups of " << conv.groups.in_channels << " -> "
+         << conv.groups.out_channels;
+  }
   text << "; sources";
   for (const SourceCase& source : conv.sources) {
     text << ' ' << source.channels << ' ' << kLayoutNames[static_cast<size_t>(source.layout)];
   }
   for (const disco::Node& node : conv.nodes) {
+    if (conv.groups.count > 0) break;
     text << "; node of";
     for (const disco::Segment& segment : node.segments) text << ' ' << segment.channels.size();
     text << " -> " << node.out_channels.size();

@@ -63,7 +63,8 @@ void check_the_comparison() {
 std::string run_all(const std::string& only, Report& report) {
   say(report.current, "the choice of the instruction set");
   const disco::IsaKernels& isa = disco::active_isa();
-  if (isa.max_pixels > kMostTilePixels || isa.max_vectors * isa.vector_length > kMostTileChannels) {
+  if (isa.max_pixels > kMostTilePixels || isa.max_vectors * isa.vector_length > kMostTileChannels ||
+      isa.lane_kernels().max_pixels > kMostTilePixels || isa.vector_length > kMostLanes) {
     throw CheckFailed("its tiles are larger than tile_cases() goes: extend them");
   }
   say(report.current, "the comparison itself");
@@ -71,8 +72,10 @@ std::string run_all(const std::string& only, Report& report) {
   Tally tally;
   std::string covered;
   int64_t found = 0;
-  const std::pair<const char*, CaseList (*)()> lists[] = {
-      {"tiles", tile_cases}, {"layers", layer_cases}, {"large layers", large_cases}};
+  const std::pair<const char*, CaseList (*)()> lists[] = {{"tiles", tile_cases},
+                                                          {"layers", layer_cases},
+                                                          {"large layers", large_cases},
+                                                          {"grouped layers", grouped_cases}};
   for (const auto& [title, cases_of] : lists) {
     const CaseList list = cases_of();
     for (const ConvCase& conv : list.cases) {

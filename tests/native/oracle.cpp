@@ -5,10 +5,11 @@
 //
 //   |computed - exact|  <=  gamma * (sum |w| |x|  +  |bias|  +  |residual|  +  |before|)
 //
-// ReLU enlarges no difference. A kernel may take a weight below FLT_MIN for zero, and a product may
-// underflow: together at most FLT_MIN * n * (max |x| + 1). The inputs are exact in double
-// precision, whose own error is 2^-29 of the bound. An activation with a slope above 1 or an
-// approximation of its own needs its own factor or term here.
+// ReLU enlarges no difference, nor does ReLU6; Hardswish has a slope of up to 1.5 and takes 3
+// roundings of its own, each below a unit in the last place. A kernel may take a weight below
+// FLT_MIN for zero, and a product may underflow: together at most FLT_MIN * n * (max |x| + 1). The
+// inputs are exact in double precision, whose own error is 2^-29 of the bound. An activation with a
+// slope above 1 or an approximation of its own needs its own factor or term here.
 //
 // Winograd sums A' [(G g G') * (B' d B)] A, each term with at most K + 28 roundings, and with the
 // sum of |A'| [|G g G'| * (|B'| |d| |B|)] |A| in place of the other;
@@ -82,6 +83,10 @@ double activated(disco::Activation activation, double x) {
       return x;
     case disco::kActivationRelu:
       return x < 0 ? 0 : x;  // NaN stays, as in torch
+    case disco::kActivationRelu6:
+      return x < 0 ? 0 : x > 6 ? 6 : x;
+    case disco::kActivationHardswish:
+      return x * (x + 3 < 0 ? 0 : x + 3 > 6 ? 6 : x + 3) / 6;
     default:
       break;
   }
@@ -231,6 +236,9 @@ Expected expected_of(const ConvCase& conv, const ConvData& data, size_t number) 
             sum += winograd[place * outputs + o];
           }
           double bound = gamma * sum + underflow;
+          if (conv.activation == disco::kActivationHardswish) {
+            bound = 1.5 * bound + 3 * 2 * kUnitRoundoff * std::fabs(result);
+          }
           if (conv.geometry.dtype == disco::kBFloat16) {
             bound += 0x1p-8 * (std::fabs(result) + bound) + static_cast<double>(FLT_MIN);
           }

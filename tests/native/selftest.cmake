@@ -9,6 +9,7 @@ add_executable(
   tests/native/conv_cases.cpp
   tests/native/conv_selftest.cpp
   tests/native/covering.cpp
+  tests/native/grouped_cases.cpp
   tests/native/guarded.cpp
   tests/native/oracle.cpp
   ${DISCO_CPU_SOURCES})

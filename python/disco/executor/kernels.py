@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import disco_kernels as dk
 from disco.errors import InputError
 from disco.executor.steps import REQUEST_SLOT, Preparation, Run, Step, Values, prepare_pure
-from disco.program import Op, Ref, pure_function
+from disco.program import Op, Ref
 
 
 def prepare_conv2d(op: Op, prepare: Preparation) -> Step:
-    """A whole convolution: the kernel over one segment; with groups, torch."""
+    """A whole convolution: the kernel over one segment; with groups, the grouped kernel."""
     x, weight, bias, residual = op.args
     if op.kwargs["groups"] != 1:
         return _prepare_grouped(op, prepare)
@@ -173,17 +172,21 @@ def _both(value: Any) -> tuple[int, int]:
 
 
 def _prepare_grouped(op: Op, prepare: Preparation) -> Step:
-    """torch's convolution, its weight laid out for channels-last inputs once."""
-    x, residual = prepare.slot_of(op.args[0], op), prepare.optional_slot(op.args[3], op)
-    weight = prepare.weight(op.args[1], op).contiguous(memory_format=torch.channels_last)
-    bias = prepare.optional_weight(op.args[2], op)
-    function, attributes = pure_function(op.kind), dict(op.kwargs)
-
-    def run(values: Values) -> Tensor:
-        added = None if residual is None else values[residual]
-        return function(values[x], weight, bias, added, **attributes)
-
-    return Step(op.name, run, prepare.slot(op.name), progress=True, backend="torch")
+    """Groups read nothing of each other: the same kernel for all of them and for a rank's own."""
+    x, weight, bias, residual = op.args
+    kernel, groups = prepare.weight(weight, op), op.kwargs["groups"]
+    if not isinstance(groups, int):
+        raise InputError(f"op {op.name!r} ({op.kind}): groups must be a number, given {groups!r}")
+    convolution = dk.GroupedConv2d(
+        kernel,
+        groups,
+        _spec(op, kernel, prepare),
+        bias=prepare.optional_weight(bias, op),
+        image_size=prepare.image_size(x),
+        backend=prepare.backend,
+        pool=prepare.pool,
+    )
+    return _over_input(op, prepare, convolution, x, residual)
 
 
 def _over_segments(op: Op, prepare: Preparation, kernel: Any, segments: Any, residual: Any) -> Step:
