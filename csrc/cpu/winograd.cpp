@@ -46,24 +46,25 @@ class Winograd {
     plan_rows();
     zero_bias_.assign(static_cast<size_t>(plan.panel_width()), 0.0f);
     const int64_t tile_bytes = points_ * row_ * static_cast<int64_t>(sizeof(float));
-    const int64_t most = std::max<int64_t>(
-        plan.isa.max_pixels, num_threads_ * kChunkBytes / std::max<int64_t>(1, tile_bytes));
-    num_chunks_ = divide_up(num_tiles_, most);
-    chunk_ = num_chunks_ > 0 ? divide_up(num_tiles_, num_chunks_) : 0;
-    ranges_ = ranges_of(chunk_);
+    const int64_t most = std::max<int64_t>(divide_up(plan.isa.max_pixels, num_threads_),
+                                           kChunkBytes / std::max<int64_t>(1, tile_bytes));
+    const int64_t share = divide_up(num_tiles_, num_threads_);
+    num_chunks_ = divide_up(share, most);
+    piece_ = num_chunks_ > 0 ? divide_up(share, num_chunks_) : 0;
+    own_ranges_ = ranges_of(piece_);
   }
 
   void execute() {
     if (num_tiles_ == 0) return;
     transformed_ = static_cast<float*>(
-        arena(ArenaSlot::kShared, points_ * chunk_ * row_ * static_cast<int64_t>(sizeof(float))));
+        arena(ArenaSlot::kShared, points_ * slots() * row_ * static_cast<int64_t>(sizeof(float))));
     const int64_t product_bytes =
-        points_ * chunk_ * plan_.panel_width() * static_cast<int64_t>(sizeof(float));
+        points_ * piece_ * plan_.panel_width() * static_cast<int64_t>(sizeof(float));
     std::exception_ptr error;
     // A thread multiplies the tiles that it has transformed: panel after panel, for each its
     // ranges.
     const int64_t panels = static_cast<int64_t>(panels_.size());
-    const int64_t own = ranges_ / num_threads_;
+    const int64_t own = own_ranges_;
     std::vector<int64_t> first_range, first_item;
     for (int64_t t = 0; t <= num_threads_; ++t) {
       first_range.push_back(own * t);
@@ -87,18 +88,15 @@ class Winograd {
       }
 #pragma omp barrier
       for (int64_t c = 0; c < num_chunks_ && !error; ++c) {
-        const int64_t begin = num_tiles_ * c / num_chunks_;
-        const int64_t count = num_tiles_ * (c + 1) / num_chunks_ - begin;
-        const auto edge = [=](int64_t range) { return count * range / ranges_; };
         transforms[static_cast<size_t>(c)].work([&](int64_t r, int64_t) {
-          for (int64_t t = edge(r); t < edge(r + 1); ++t) transform_input(begin + t, t, count);
+          const Range range = range_of(c, r);
+          for (int64_t t = 0; t < range.num; ++t) transform_input(range.tile + t, range.slot + t);
         });
 #pragma omp barrier
         multiplications[static_cast<size_t>(c)].work([&](int64_t i, int64_t) {
           const Panel& panel = panels_[static_cast<size_t>(i / own % panels)];
-          const int64_t r = i / (own * panels) * own + i % own;
-          const int64_t num = edge(r + 1) - edge(r);
-          if (num > 0) run_panel(panel, begin, edge(r), num, count, products);
+          const Range range = range_of(c, i / (own * panels) * own + i % own);
+          if (range.num > 0) run_panel(panel, range, products);
         });
 #pragma omp barrier
       }
@@ -148,15 +146,35 @@ class Winograd {
     row_ = (divide_up(row_, line) | 1) * line;
   }
 
-  int64_t ranges_of(int64_t count) const {
+  // Of one thread's piece.
+  int64_t ranges_of(int64_t piece) const {
     if (num_threads_ == 1) return 1;
     const int64_t panels = std::max<int64_t>(1, static_cast<int64_t>(panels_.size()));
-    const int64_t groups = divide_up(count, plan_.isa.max_pixels * num_threads_);
-    return num_threads_ *
-           std::max<int64_t>(1, std::min(groups, divide_up(kItemsPerThread, panels)));
+    const int64_t groups = divide_up(piece, plan_.isa.max_pixels);
+    return std::max<int64_t>(1, std::min(groups, divide_up(kItemsPerThread, panels)));
   }
 
-  void transform_input(int64_t tile, int64_t slot, int64_t count) const {
+  // Tiles that lie side by side, and the slots that they have in a chunk.
+  struct Range {
+    int64_t tile, slot, num;
+  };
+
+  // A thread has the same part of the map in every chunk and every layer, and every chunk a piece
+  // of each part.
+  Range range_of(int64_t chunk, int64_t range) const {
+    const int64_t thread = range / own_ranges_, r = range % own_ranges_;
+    const int64_t first = num_tiles_ * thread / num_threads_;
+    const int64_t share = num_tiles_ * (thread + 1) / num_threads_ - first;
+    const int64_t begin = share * chunk / num_chunks_;
+    const int64_t piece = share * (chunk + 1) / num_chunks_ - begin;
+    const int64_t from = piece * r / own_ranges_, to = piece * (r + 1) / own_ranges_;
+    return {first + begin + from, thread * piece_ + from, to - from};
+  }
+
+  // Tiles of a chunk that have room.
+  int64_t slots() const { return num_threads_ * piece_; }
+
+  void transform_input(int64_t tile, int64_t slot) const {
     const int64_t n = tile / (tiles_h_ * tiles_w_);
     const int64_t h = tile / tiles_w_ % tiles_h_ * m_ - plan_.geometry.padding_h;
     const int64_t w = tile % tiles_w_ * m_ - plan_.geometry.padding_w;
@@ -172,13 +190,12 @@ class Winograd {
       }
       kernels_.input[plan_.geometry.dtype](
           {pixels, sources_[s].groups.data(), static_cast<int64_t>(sources_[s].groups.size()),
-           source.channels, transformed_ + slot * row_ + sources_[s].first, count * row_});
+           source.channels, transformed_ + slot * row_ + sources_[s].first, slots() * row_});
     }
   }
 
-  // Tiles [from, from + num) of a chunk of `count` that begins at tile `begin`.
-  void run_panel(const Panel& item, int64_t begin, int64_t from, int64_t num, int64_t count,
-                 float* products) const {
+  void run_panel(const Panel& item, const Range& range, float* products) const {
+    const int64_t num = range.num;
     const NodePlan& plan = plan_.nodes[static_cast<size_t>(item.node)];
     const std::vector<int32_t>& offsets = offsets_[static_cast<size_t>(item.node)];
     const int64_t k = static_cast<int64_t>(offsets.size());
@@ -192,7 +209,7 @@ class Winograd {
     const int64_t row_bytes = width * static_cast<int64_t>(sizeof(float));
     for (int64_t p = 0; p < points_; ++p) {
       const char* weights = panel + p * k * row_bytes;
-      const float* pixels_of = transformed_ + (p * count + from) * row_;
+      const float* pixels_of = transformed_ + (p * slots() + range.slot) * row_;
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t t0 = num * g / groups, mr = num * (g + 1) / groups - t0;
         const char* pixels[kMostPixels];
@@ -217,9 +234,9 @@ class Winograd {
       }
     }
     for (int64_t t = 0; t < num; ++t) {
-      transform_output(plan, begin + from + t, first, valid, width, products + t * points_ * width);
+      transform_output(plan, range.tile + t, first, valid, width, products + t * points_ * width);
     }
-    if (plan_.messages != nullptr) pack(item, begin + from, begin + from + num);
+    if (plan_.messages != nullptr) pack(item, range.tile, range.tile + num);
   }
 
   // Tiles [begin, end) of a panel are complete: m_ rows of pixels for those side by side.
@@ -293,13 +310,14 @@ class Winograd {
   const int64_t m_, edge_, points_, tiles_h_, tiles_w_, num_tiles_;
   const int num_threads_;
   int64_t row_ = 0;  // floats of one tile's transformed channels at one point
-  int64_t num_chunks_ = 0, chunk_ = 0;
-  int64_t ranges_ = 1;  // of a chunk's tiles, as many for every thread
+  int64_t num_chunks_ = 0;
+  int64_t piece_ = 0;       // most tiles of a chunk that are one thread's
+  int64_t own_ranges_ = 1;  // that these are divided into
   std::vector<SourceGroups> sources_;
   std::vector<std::vector<int32_t>> offsets_;  // per node [K]
   std::vector<Panel> panels_;
   std::vector<float> zero_bias_;
-  float* transformed_ = nullptr;  // [point][tile of the chunk][row]
+  float* transformed_ = nullptr;  // [point][slot][row]
 };
 
 }  // namespace

@@ -20,6 +20,8 @@ from disco.runtime.launched import Launched
 # A turn: untimed passes that bring an engine's weights back into the caches, then timed ones.
 _WARMUP = 2
 _REPEATS = 3
+# Pools spin for some milliseconds after their work, on cores that the next engine needs.
+_PAUSE_S = 0.05
 
 Self = TypeVar("Self", bound="Engines")
 
@@ -86,6 +88,7 @@ class Engines:
             rounds=rounds,
             repeats=_REPEATS,
             warmup=_WARMUP,
+            pause_s=_PAUSE_S,
             progress=progress,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -39,6 +40,7 @@ def interleave(
     rounds: int,
     repeats: int,
     warmup: int,
+    pause_s: float = 0.0,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Timing]:
     """Let the engines take turns.
@@ -47,12 +49,14 @@ def interleave(
         engines: by name a function from (warmup, repeats) to `repeats` latencies in ms.
         rounds: turns that each engine gets.
         repeats, warmup: timed and untimed passes of a turn. The untimed ones bring an engine's
-            weights back into the caches and let the last engine's thread pool go to sleep.
+            weights back into the caches.
+        pause_s: before every turn, so that the last engine's threads stop spinning and sleep.
         progress: called with the number of finished rounds.
     """
     samples: dict[str, list[float]] = {name: [] for name in engines}
     for done in range(rounds):
         for name, measure in engines.items():
+            time.sleep(pause_s)
             samples[name] += measure(warmup, repeats)
         progress(done + 1)
     return {name: Timing(tuple(values)) for name, values in samples.items()}
