@@ -21,13 +21,15 @@ _FEWEST_CHANNELS = 16
 # it costs: F(4x4) needs maps of many tiles, and on the smallest maps nothing pays. What counts is a
 # whole pass, whose weights come from memory: hot and alone, F(4x4) is also the fastest at 14 x 14
 # and F(2x2) at 7 x 7. ResNet-50 for two nodes at density 0.2, batch 1, with those choices takes
-# 20.5 ms on one thread and packs 91 MB; with these 19.2 ms and 63 MB (on two threads 10.6 and 10.5
-# ms, in batches of 8 79 and 82). Without F(2x2) at 14 x 14 it takes 4% longer.
+# 19.2 ms on one thread and packs 91 MB; with these 18.6 ms and 63 MB (on two threads 10.5 and 10.0
+# ms, in batches of 8 77 and 75).
 #
-# In bfloat16 direct convolution is twice as fast and Winograd, which multiplies in float32, is not.
+# In bfloat16 direct convolution is twice as fast. So is F(2x2), which multiplies in bfloat16, but
+# not F(4x4), which does so in float32: 5.87 ms on two threads with these, 6.14 without F(2x2) and
+# 6.27 with it at 7 x 7 as well (one thread 10.97, 11.69, 10.92; batches of 8 44.8, 47.9, 44.5).
 _BY_PIXELS = {
     torch.float32: ((784, "f4"), (196, "f2")),
-    torch.bfloat16: ((3136, "f4"),),
+    torch.bfloat16: ((3136, "f4"), (196, "f2")),
 }
 
 

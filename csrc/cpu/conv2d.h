@@ -19,6 +19,12 @@ namespace disco {
 // How the sums are made. Winograd is for 3 x 3 kernels with stride and dilation 1.
 enum class Algorithm : int32_t { kDirect = 0, kWinograd2 = 2, kWinograd4 = 4 };
 
+// What is multiplied, given the data type of activations and weights. In F(4x4) the transforms
+// grow too much for the 8 bits of bfloat16.
+constexpr DataType product_type(Algorithm algorithm, DataType dtype) {
+  return algorithm == Algorithm::kWinograd4 ? kFloat32 : dtype;
+}
+
 struct Conv2dGeometry {
   int64_t kernel_h, kernel_w;
   int64_t stride_h, stride_w;
@@ -92,8 +98,7 @@ struct WeightShape {
   DataType dtype;
 
   int64_t in_channels() const;
-  // Winograd multiplies in float32 whatever the data type is.
-  bool in_pairs() const { return dtype == kBFloat16 && algorithm == Algorithm::kDirect; }
+  bool in_pairs() const { return product_type(algorithm, dtype) == kBFloat16; }
   // Rows of a panel that a segment has at every tap: a bfloat16 row takes two channels.
   int64_t rows(int64_t channels) const { return in_pairs() ? (channels + 1) / 2 : channels; }
   int64_t rows() const;

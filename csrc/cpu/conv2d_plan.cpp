@@ -173,12 +173,12 @@ void ConvPlan::plan_segments(const Node& node, NodePlan& plan) const {
                std::to_string(source.channels));
       }
     }
-    plan.offsets.push_back({});
-    if (geometry.algorithm != Algorithm::kDirect) continue;
-    const bool pairs = geometry.dtype == kBFloat16;
+    const bool pairs = product_type(geometry.algorithm, geometry.dtype) == kBFloat16;
     if (pairs && !in_pairs(segment)) {
       refuse("bfloat16 channels must be listed in neighbouring pairs");
     }
+    plan.offsets.push_back({});
+    if (geometry.algorithm != Algorithm::kDirect) continue;
     const int64_t rows = pairs ? count / 2 : count;
     std::vector<int32_t>& offsets = plan.offsets.back();
     offsets.reserve(static_cast<size_t>(rows * geometry.taps()));

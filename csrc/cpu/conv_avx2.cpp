@@ -128,6 +128,7 @@ const IsaKernels& avx2_kernels() {
                                        kMaxVectors,
                                        kMaxPixels,
                                        {kFloat32Kernels, kBFloat16Kernels},
+                                       kBFloat16SumKernels,
                                        &kWinograd2,
                                        &kWinograd4,
                                        {&largest_pixel<Float32>, &largest_pixel<BFloat16>},

@@ -41,6 +41,7 @@ const IsaKernels& avx512bf16_kernels() {
                                        kMaxVectors,
                                        kMaxPixels,
                                        {kFloat32Kernels, kBFloat16Kernels},
+                                       kBFloat16SumKernels,
                                        &kWinograd2,
                                        &kWinograd4,
                                        {&largest_pixel<Float32>, &largest_pixel<BFloat16>},

@@ -60,8 +60,8 @@ struct WinogradInput {
   const int32_t* groups;      // [num_groups] first channels, vector_length of them each
   int64_t num_groups;
   int64_t channels;    // that a pixel has; beyond them nothing is read
-  float* out;          // [point][out_stride], whole vectors are written
-  int64_t out_stride;  // floats between points
+  char* out;           // [point], whole vectors are written, in the data type of the products
+  int64_t out_stride;  // bytes between points
 };
 
 // One tile of M x M pixels, transformed back, and the epilogue.
@@ -115,7 +115,7 @@ struct PixelMap {
 
 struct WinogradKernels {
   int32_t m;
-  // By data type of the activations.
+  // By data type of the activations; product_type() of conv2d.h says what `input` writes.
   void (*input[2])(const WinogradInput&);
   void (*output[2])(const WinogradOutput&);
 };
@@ -129,6 +129,7 @@ struct IsaKernels {
   int32_t max_pixels;     // rows of the largest tile
   // [max_pixels][max_vectors], index (mr - 1) * max_vectors + nv - 1, by data type.
   const MicroKernel* kernels[2];
+  const MicroKernel* pair_sums;  // bfloat16 that is multiplied and not rounded: float32 tiles
   const WinogradKernels* winograd2;
   const WinogradKernels* winograd4;
   void (*largest_pixel[2])(const PixelList&);  // by data type

@@ -56,6 +56,16 @@ struct BFloat16 {
   static void write_n(uint16_t* x, Vector v, int64_t n) { store_bf16_n(x, v, n); }
 };
 
+// Bfloat16 operands, and float32 rows.
+struct BFloat16Sums : Float32 {
+  using Operand = Pairs;
+  static Operand spread(const char* x) { return BFloat16::spread(x); }
+  static Operand weights(const char* w) { return BFloat16::weights(w); }
+  static Vector accumulate(Operand x, Operand w, Vector sum) {
+    return BFloat16::accumulate(x, w, sum);
+  }
+};
+
 // acc[p][v] += rows[p], never reading past `num_channels` of a row.
 template <typename Type, int MR, int NV, typename Row>
 inline void add_rows(Vector (&acc)[MR][NV], Row* const* rows, int64_t first_channel,
@@ -201,6 +211,7 @@ constexpr const MicroKernel* kernel_table(std::integer_sequence<int, I...>) {
 constexpr std::make_integer_sequence<int, kMaxPixels * kMaxVectors> kTiles{};
 constexpr const MicroKernel* kFloat32Kernels = kernel_table<Float32>(kTiles);
 constexpr const MicroKernel* kBFloat16Kernels = kernel_table<BFloat16>(kTiles);
+constexpr const MicroKernel* kBFloat16SumKernels = kernel_table<BFloat16Sums>(kTiles);
 
 }  // namespace
 }  // namespace disco

@@ -139,6 +139,7 @@ const IsaKernels& neon_kernels() {
                                        kMaxVectors,
                                        kMaxPixels,
                                        {kFloat32Kernels, kBFloat16Kernels},
+                                       kBFloat16SumKernels,
                                        &kWinograd2,
                                        &kWinograd4,
                                        {&largest_pixel<Float32>, &largest_pixel<BFloat16>},

@@ -89,6 +89,25 @@ void pack_channel(const WeightShape& shape, const float* row, int64_t width, Ele
   }
 }
 
+// Likewise for Winograd: every group at all points, `point` elements apart.
+template <typename Element, int kGroup>
+void pack_points(const WeightShape& shape, const WinogradRow* rows, const float* row, int64_t width,
+                 int64_t point, Element* to) {
+  const int64_t edge = static_cast<int64_t>(shape.algorithm) + 2;
+  for (const int64_t channels : shape.segment_channels) {
+    for (int64_t c = 0; c < channels; ++c) {
+      double points[36];
+      winograd_weight(rows, edge, row + c * shape.taps, points);
+      for (int64_t p = 0; p < edge * edge; ++p) {
+        write(without_denormals(points[p]),
+              to + p * point + c / kGroup * width * kGroup + c % kGroup);
+      }
+    }
+    to += (channels + kGroup - 1) / kGroup * width * kGroup;
+    row += channels * shape.taps;
+  }
+}
+
 }  // namespace
 
 int64_t WeightShape::in_channels() const {
@@ -131,9 +150,8 @@ void pack_weights(const IsaKernels& isa, const float* weight, const WeightShape&
   const PackedHeader header = packed_header(isa, shape);
   std::memcpy(packed, &header, sizeof(header));
 
-  const int64_t m = static_cast<int64_t>(shape.algorithm), edge = m + 2;
   WinogradRow rows[6];
-  if (!direct) winograd_rows(m, rows);
+  if (!direct) winograd_rows(static_cast<int64_t>(shape.algorithm), rows);
   const int64_t widest = isa.max_vectors * isa.vector_length;
   const int64_t in_channels = shape.in_channels();
   char* panel = static_cast<char*>(packed) + kHeaderBytes;
@@ -143,19 +161,17 @@ void pack_weights(const IsaKernels& isa, const float* weight, const WeightShape&
     const int64_t width = (valid + isa.vector_length - 1) / isa.vector_length * isa.vector_length;
     for (int64_t o = 0; o < valid; ++o) {
       const float* row = weight + (first + o) * in_channels * shape.taps;
-      if (!direct) {
-        float* to = reinterpret_cast<float*>(panel) + o;
-        for (int64_t c = 0; c < in_channels; ++c) {
-          double points[36];
-          winograd_weight(rows, edge, row + c * shape.taps, points);
-          for (int64_t p = 0; p < edge * edge; ++p) {
-            to[(p * in_channels + c) * width] = without_denormals(points[p]);
-          }
-        }
-      } else if (shape.dtype == kFloat32) {
-        pack_channel<float, 1>(shape, row, width, reinterpret_cast<float*>(panel) + o);
+      float* single = reinterpret_cast<float*>(panel) + o;
+      uint16_t* pair = reinterpret_cast<uint16_t*>(panel) + 2 * o;
+      const int64_t words = width * shape.rows();
+      if (direct && shape.in_pairs()) {
+        pack_channel<uint16_t, 2>(shape, row, width, pair);
+      } else if (direct) {
+        pack_channel<float, 1>(shape, row, width, single);
+      } else if (shape.in_pairs()) {
+        pack_points<uint16_t, 2>(shape, rows, row, width, 2 * words, pair);
       } else {
-        pack_channel<uint16_t, 2>(shape, row, width, reinterpret_cast<uint16_t*>(panel) + 2 * o);
+        pack_points<float, 1>(shape, rows, row, width, words, single);
       }
     }
     panel += 4 * width * shape.rows() * shape.points();

@@ -14,6 +14,10 @@ constexpr int64_t kAloneBytes = 8 * 1024;
 
 int64_t even(int64_t n) { return (n + 1) / 2 * 2; }
 
+bool multiplies_pairs(const Conv2dGeometry& geometry) {
+  return product_type(geometry.algorithm, geometry.dtype) == kBFloat16;
+}
+
 // With three channels a tap is over after three steps, and an image comes in planes: a copy with
 // the padding around it costs less than the borders and another layout would.
 bool pads(const Conv2dGeometry& geometry, const Conv2dCall& call) {
@@ -30,7 +34,7 @@ bool pads(const Conv2dGeometry& geometry, const Conv2dCall& call) {
 bool StagedCall::needed(const Conv2dGeometry& geometry, const std::vector<Node>& nodes,
                         const Conv2dCall& call) {
   if (pads(geometry, call)) return true;
-  if (geometry.dtype == kFloat32 || geometry.algorithm != Algorithm::kDirect) return false;
+  if (!multiplies_pairs(geometry)) return false;
   for (const Node& node : nodes) {
     for (const Segment& segment : node.segments) {
       if (!in_pairs(segment)) return true;
@@ -58,7 +62,7 @@ StagedCall::StagedCall(const Conv2dGeometry& geometry, const std::vector<Node>& 
     }
   }
   if (pads(geometry, call)) pad_sources();
-  if (geometry.dtype == kBFloat16 && geometry.algorithm == Algorithm::kDirect) gather_segments();
+  if (multiplies_pairs(geometry)) gather_segments();
   memory_ = static_cast<char*>(arena(ArenaSlot::kStaging, bytes_));
   for (const Padded& padded : padded_) call_.sources[padded.source].data = memory_ + padded.begin;
   for (const Gathered& g : gathered_) call_.sources[g.source].data = memory_ + g.begin;
@@ -78,10 +82,7 @@ void StagedCall::pad_sources() {
   call_.in_w += 2 * padding_w;
   for (size_t s = 0; s < call_.sources.size(); ++s) {
     SourceView& source = call_.sources[s];
-    const int64_t channels =
-        geometry_.dtype == kBFloat16 && geometry_.algorithm == Algorithm::kDirect
-            ? even(source.channels)
-            : source.channels;
+    const int64_t channels = multiplies_pairs(geometry_) ? even(source.channels) : source.channels;
     const int64_t row = call_.in_w * channels;
     const int64_t begin = reserve(call_.batch * call_.in_h * row * geometry_.element_bytes());
     padded_.push_back({source, s, in_h, in_w, padding_h, padding_w, begin});

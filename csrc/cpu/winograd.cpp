@@ -39,13 +39,15 @@ class Winograd {
         m_(kernels_.m),
         edge_(m_ + 2),
         points_(edge_ * edge_),
+        pairs_(product_type(plan.geometry.algorithm, plan.geometry.dtype) == kBFloat16),
+        element_bytes_(pairs_ ? 2 : 4),
         tiles_h_(divide_up(plan.out_h, m_)),
         tiles_w_(divide_up(plan.out_w, m_)),
         num_tiles_(plan.call.batch * tiles_h_ * tiles_w_),
         num_threads_(std::max(1, plan.call.num_threads)) {
     plan_rows();
     zero_bias_.assign(static_cast<size_t>(plan.panel_width()), 0.0f);
-    const int64_t tile_bytes = points_ * row_ * static_cast<int64_t>(sizeof(float));
+    const int64_t tile_bytes = slot_bytes_;
     const int64_t most = std::max<int64_t>(divide_up(plan.isa.max_pixels, num_threads_),
                                            kChunkBytes / std::max<int64_t>(1, tile_bytes));
     const int64_t share = divide_up(num_tiles_, num_threads_);
@@ -56,8 +58,8 @@ class Winograd {
 
   void execute() {
     if (num_tiles_ == 0) return;
-    transformed_ = static_cast<float*>(
-        arena(ArenaSlot::kShared, points_ * slots() * row_ * static_cast<int64_t>(sizeof(float))));
+    transformed_ =
+        static_cast<char*>(arena(ArenaSlot::kShared, num_threads_ * piece_ * slot_bytes_));
     const int64_t product_bytes =
         points_ * piece_ * plan_.panel_width() * static_cast<int64_t>(sizeof(float));
     std::exception_ptr error;
@@ -113,20 +115,21 @@ class Winograd {
   // Where every source's channels lie in a row, and every node's offsets into it.
   void plan_rows() {
     const int64_t lanes = plan_.isa.vector_length;
-    row_ = 0;
+    int64_t row = 0;  // elements
     for (const SourceView& source : plan_.call.sources) {
-      sources_.push_back({row_, {}});
-      row_ += divide_up(source.channels, lanes) * lanes;
+      sources_.push_back({row, {}});
+      row += divide_up(source.channels, lanes) * lanes;
     }
-    std::vector<char> used(static_cast<size_t>(row_ / lanes), 0);
+    std::vector<char> used(static_cast<size_t>(row / lanes), 0);
     for (size_t n = 0; n < plan_.nodes.size(); ++n) {
       std::vector<int32_t> offsets;
       for (const Segment& segment : plan_.nodes[n].node->segments) {
         const int64_t first = sources_[static_cast<size_t>(segment.source)].first;
         for (const int32_t channel : segment.channels) {
-          offsets.push_back(
-              static_cast<int32_t>((first + channel) * static_cast<int64_t>(sizeof(float))));
           used[static_cast<size_t>((first + channel) / lanes)] = 1;
+        }
+        for (size_t c = 0; c < segment.channels.size(); c += pairs_ ? 2 : 1) {
+          offsets.push_back(static_cast<int32_t>((first + segment.channels[c]) * element_bytes_));
         }
       }
       offsets_.push_back(std::move(offsets));
@@ -141,9 +144,9 @@ class Winograd {
         }
       }
     }
-    // An odd number of cache lines: rows a multiple of 4 KB apart would share few cache sets.
-    const int64_t line = kCacheLineBytes / static_cast<int64_t>(sizeof(float));
-    row_ = (divide_up(row_, line) | 1) * line;
+    row_bytes_ = divide_up(row * element_bytes_, kCacheLineBytes) * kCacheLineBytes;
+    // An odd number of cache lines: tiles a multiple of 4 KB apart would share few cache sets.
+    slot_bytes_ = (points_ * row_bytes_ / kCacheLineBytes | 1) * kCacheLineBytes;
   }
 
   // Of one thread's piece.
@@ -171,26 +174,27 @@ class Winograd {
     return {first + begin + from, thread * piece_ + from, to - from};
   }
 
-  // Tiles of a chunk that have room.
-  int64_t slots() const { return num_threads_ * piece_; }
-
   void transform_input(int64_t tile, int64_t slot) const {
     const int64_t n = tile / (tiles_h_ * tiles_w_);
     const int64_t h = tile / tiles_w_ % tiles_h_ * m_ - plan_.geometry.padding_h;
     const int64_t w = tile % tiles_w_ * m_ - plan_.geometry.padding_w;
+    // The part of the tile that is on the map.
+    const int64_t top = std::max<int64_t>(0, -h), bottom = std::min(edge_, plan_.call.in_h - h);
+    const int64_t left = std::max<int64_t>(0, -w), right = std::min(edge_, plan_.call.in_w - w);
     const char* pixels[36];
+    std::fill_n(pixels, points_, plan_.zeros.data());
     for (size_t s = 0; s < sources_.size(); ++s) {
       const Map<const char>& source = plan_.sources[s];
-      for (int64_t i = 0; i < edge_; ++i) {
-        for (int64_t j = 0; j < edge_; ++j) {
-          const int64_t ih = h + i, iw = w + j;
-          const bool inside = ih >= 0 && ih < plan_.call.in_h && iw >= 0 && iw < plan_.call.in_w;
-          pixels[i * edge_ + j] = inside ? source.at(n, ih, iw) : plan_.zeros.data();
+      for (int64_t i = top; i < bottom; ++i) {
+        const char* pixel = source.at(n, h + i, w + left);
+        for (int64_t j = left; j < right; ++j, pixel += source.stride_w) {
+          pixels[i * edge_ + j] = pixel;
         }
       }
       kernels_.input[plan_.geometry.dtype](
           {pixels, sources_[s].groups.data(), static_cast<int64_t>(sources_[s].groups.size()),
-           source.channels, transformed_ + slot * row_ + sources_[s].first, slots() * row_});
+           source.channels, transformed_ + slot * slot_bytes_ + sources_[s].first * element_bytes_,
+           row_bytes_});
     }
   }
 
@@ -207,16 +211,18 @@ class Winograd {
     const char* panel = plan.panels + item.panel * plan_.panel_row_bytes() * plan.rows;
     const int64_t groups = divide_up(num, plan_.isa.max_pixels);
     const int64_t row_bytes = width * static_cast<int64_t>(sizeof(float));
+    const MicroKernel* kernels = pairs_ ? plan_.isa.pair_sums : plan_.isa.kernels[kFloat32];
     for (int64_t p = 0; p < points_; ++p) {
       const char* weights = panel + p * k * row_bytes;
-      const float* pixels_of = transformed_ + (p * slots() + range.slot) * row_;
+      const char* pixel = transformed_ + range.slot * slot_bytes_ + p * row_bytes_;
+      float* product = products + p * width;
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t t0 = num * g / groups, mr = num * (g + 1) / groups - t0;
         const char* pixels[kMostPixels];
         char* rows[kMostPixels];
-        for (int64_t t = 0; t < mr; ++t) {
-          pixels[t] = reinterpret_cast<const char*>(pixels_of + (t0 + t) * row_);
-          rows[t] = reinterpret_cast<char*>(products + ((t0 + t) * points_ + p) * width);
+        for (int64_t t = 0; t < mr; ++t, pixel += slot_bytes_, product += points_ * width) {
+          pixels[t] = pixel;
+          rows[t] = reinterpret_cast<char*>(product);
         }
         const Pass pass = {pixels, offsets.data(), k, 0};
         Tile tile = {};
@@ -230,7 +236,7 @@ class Winograd {
         const int64_t step = divide_up(row_bytes, groups);
         tile.prefetch = weights + (p + 1 < points_ ? k * row_bytes : 0) + g * step * k;
         tile.prefetch_step = step;
-        plan_.isa.kernels[kFloat32][(mr - 1) * plan_.isa.max_vectors + vectors - 1](tile);
+        kernels[(mr - 1) * plan_.isa.max_vectors + vectors - 1](tile);
       }
     }
     for (int64_t t = 0; t < num; ++t) {
@@ -307,9 +313,13 @@ class Winograd {
 
   const ConvPlan& plan_;
   const WinogradKernels& kernels_;
-  const int64_t m_, edge_, points_, tiles_h_, tiles_w_, num_tiles_;
+  const int64_t m_, edge_, points_;
+  const bool pairs_;  // of bfloat16 are multiplied
+  const int64_t element_bytes_;
+  const int64_t tiles_h_, tiles_w_, num_tiles_;
   const int num_threads_;
-  int64_t row_ = 0;  // floats of one tile's transformed channels at one point
+  int64_t row_bytes_ = 0;   // of one tile's transformed channels at one point
+  int64_t slot_bytes_ = 0;  // and at all points
   int64_t num_chunks_ = 0;
   int64_t piece_ = 0;       // most tiles of a chunk that are one thread's
   int64_t own_ranges_ = 1;  // that these are divided into
@@ -317,7 +327,7 @@ class Winograd {
   std::vector<std::vector<int32_t>> offsets_;  // per node [K]
   std::vector<Panel> panels_;
   std::vector<float> zero_bias_;
-  float* transformed_ = nullptr;  // [point][slot][row]
+  char* transformed_ = nullptr;  // [slot][point][row]
 };
 
 }  // namespace

@@ -7,8 +7,8 @@
 // 5/8, -5/8, 3/2, -3/2 and infinity: the usual 1 and 2 lose four times as many digits (measured
 // against float64, K = 64, largest error over largest value: 1.6e-6 against 6.3e-6; direct
 // convolution 5.7e-7), and these numbers and their products are exact in binary. weight(g) is
-// computed in float64 when the weights are packed (pack.cpp). Bfloat16 activations are transformed
-// and multiplied in float32: in 8 bits the transforms would lose too much.
+// computed in float64 when the weights are packed (pack.cpp). Bfloat16 is transformed in float32
+// and, in F(2x2), multiplied in bfloat16: every transformed value is rounded once.
 
 #include "winograd_points.h"
 
@@ -66,7 +66,8 @@ inline void winograd_output_line(Vector* m, int step) {
   }
 }
 
-template <typename Type, int M>
+// Type of the pixels, and of what they are multiplied as.
+template <typename Type, typename Product, int M>
 void winograd_input(const WinogradInput& call) {
   using Element = typename Type::Element;
   constexpr int N = M + 2;
@@ -87,12 +88,15 @@ void winograd_input(const WinogradInput& call) {
     }
 #pragma GCC unroll 6
     for (int j = 0; j < N; ++j) winograd_input_line<M>(d + j, N);
-    float* out = call.out + first;
+    char* out = call.out + first * static_cast<int64_t>(sizeof(typename Product::Element));
 #pragma GCC unroll 6
     for (int i = 0; i < N; ++i) {
       winograd_input_line<M>(d + i * N, 1);
 #pragma GCC unroll 6
-      for (int j = 0; j < N; ++j) store(out + (i * N + j) * call.out_stride, d[i * N + j]);
+      for (int j = 0; j < N; ++j) {
+        char* point = out + (i * N + j) * call.out_stride;
+        Product::write(reinterpret_cast<typename Product::Element*>(point), d[i * N + j]);
+      }
     }
   }
 }
@@ -114,6 +118,7 @@ void winograd_output(const WinogradOutput& call) {
     const Vector bias = load(call.bias + c);
     alignas(64) float sums[M * M * kVectorLength];
     const bool whole = left >= kVectorLength;
+    const bool relu = call.activation == kActivationRelu;
 #pragma GCC unroll 4
     for (int i = 0; i < M; ++i) {
       winograd_output_line<M>(m + i * N, 1);
@@ -129,10 +134,10 @@ void winograd_output(const WinogradOutput& call) {
             y = add(y, whole ? Type::read(residual) : Type::read_n(residual, left));
           }
         }
-        store(sums + (i * M + j) * kVectorLength, y);
+        store(sums + (i * M + j) * kVectorLength, relu ? activate(y, kActivationRelu) : y);
       }
     }
-    activate_in_place(sums, M * M * kVectorLength, call.activation);
+    if (!relu) activate_in_place(sums, M * M * kVectorLength, call.activation);
 #pragma GCC unroll 4
     for (int i = 0; i < M * M; ++i) {
       if (call.out[i] == nullptr) continue;
@@ -149,11 +154,11 @@ void winograd_output(const WinogradOutput& call) {
 
 constexpr WinogradKernels kWinograd2 = {
     2,
-    {&winograd_input<Float32, 2>, &winograd_input<BFloat16, 2>},
+    {&winograd_input<Float32, Float32, 2>, &winograd_input<BFloat16, BFloat16, 2>},
     {&winograd_output<Float32, 2>, &winograd_output<BFloat16, 2>}};
 constexpr WinogradKernels kWinograd4 = {
     4,
-    {&winograd_input<Float32, 4>, &winograd_input<BFloat16, 4>},
+    {&winograd_input<Float32, Float32, 4>, &winograd_input<BFloat16, Float32, 4>},
     {&winograd_output<Float32, 4>, &winograd_output<BFloat16, 4>}};
 
 }  // namespace

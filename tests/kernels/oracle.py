@@ -17,6 +17,7 @@ float64's own error is 2**-29 of the bound.
 
 Winograd sums other products: `winograd_model` derives what takes the place of the sum and of m.
 Bfloat16 products are exact in float32 and so bounded alike; `rounded` adds the result's rounding.
+Where Winograd multiplies in bfloat16, `winograd_model` says what its operands' rounding adds.
 
 The shape lists at the end serve the benchmarks too.
 """
@@ -60,12 +61,15 @@ def conv2d(
     K may be 0: the sum is then empty. With groups ``x`` is ``[B, groups * K, H, W]``. The bound is
     that of the algorithm in ``spec.winograd``.
     """
+    dtype = x.dtype
     x, weight = x.double(), weight.double()
     value = _sums(x, weight, spec, groups)
     winograd = spec.winograd in ("f2", "f4")
+    operands = torch.zeros(())
     if winograd:
         parts = zip(x.chunk(groups, 1), weight.chunk(groups), strict=True)
         scale = torch.cat([winograd_model.scale(part, w, spec) for part, w in parts], 1)
+        operands = winograd_model.operand_rounding(spec.winograd, dtype) * scale
     else:
         scale = _sums(x.abs(), weight.abs(), spec, groups)
     if bias is not None:
@@ -84,6 +88,7 @@ def conv2d(
     if winograd:
         underflow *= winograd_model.GROWTH
     bound = roundings / (1 - roundings) * scale + underflow
+    bound = bound + 1.01 * operands  # whose products are summed with the same roundings
     return Expected(
         activations.exact(value, spec.activation),
         activations.bound(value, bound, spec.activation),

@@ -205,13 +205,16 @@ CaseList tile_cases() {
   CaseList list = {};
   for (int64_t outputs = 1; outputs <= kMostOutChannels; ++outputs) {
     for (int64_t pixels = 1; pixels <= kMostTilePixels; ++pixels) {
-      for (const int kind : {0, 1, 2}) {
-        const bool full = kind > 0;
+      for (const int kind : {0, 1, 2, 3}) {
+        const bool full = kind > 0, winograd = kind == 3;
         const uint32_t number = static_cast<uint32_t>(list.cases.size());
         Random random(number);
-        ConvCase conv = plain_case("tile " + std::to_string(number), {1, 1, 0, 1}, 1, pixels, 1);
+        const std::string name = "tile " + std::to_string(number);
+        ConvCase conv = winograd ? plain_case(name, {3, 1, 1, 1}, 2, 2 * pixels, 1)
+                                 : plain_case(name, {1, 1, 0, 1}, 1, pixels, 1);
         conv.seed = number;
-        conv.geometry.dtype = kind == 2 ? disco::kBFloat16 : disco::kFloat32;
+        conv.geometry.dtype = kind >= 2 ? disco::kBFloat16 : disco::kFloat32;
+        if (winograd) conv.geometry.algorithm = disco::Algorithm::kWinograd2;
         add_segments(conv, "wi", 5, Layout::kWhole, random);
         add_outputs(conv, kRuns, outputs, random);
         conv.bias = conv.accumulate = conv.residual = full;

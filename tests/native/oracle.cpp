@@ -15,7 +15,8 @@
 // sum of |A'| [|G g G'| * (|B'| |d| |B|)] |A| in place of the other;
 // tests/kernels/winograd_model.py derives it. Here |d| is at most 1, so |B'| |d| |B| is at most the
 // row sums of |B'|. Bfloat16 products are exact in float32; the result is then rounded, by 2^-8 of
-// it at most, and may become zero where it is below FLT_MIN.
+// it at most, and may become zero where it is below FLT_MIN. Where Winograd multiplies in bfloat16,
+// both factors of a product are rounded once more, by 2^-8 each.
 
 #include "oracle.h"
 
@@ -195,6 +196,9 @@ Expected expected_of(const ConvCase& conv, const ConvData& data, size_t number) 
   }
   const double roundings = (direct ? terms + 4 : channels + 28) * kUnitRoundoff;
   const double gamma = roundings / (1 - roundings);
+  const bool pairs = !direct && disco::product_type(conv.geometry.algorithm, conv.geometry.dtype) ==
+                                    disco::kBFloat16;
+  const double operands = pairs ? (1 + 0x1p-8) * (1 + 0x1p-8) - 1 : 0;
   const double underflow =
       static_cast<double>(FLT_MIN) * terms * (kMostInput + 1) * (direct ? 1 : 1e5);
   Expected expected;
@@ -230,12 +234,13 @@ Expected expected_of(const ConvCase& conv, const ConvData& data, size_t number) 
         }
         for (size_t o = 0; o < outputs; ++o) {
           const double result = activated(conv.activation, value[o]);
-          double sum = scale[o];
+          double sum = scale[o], products = 0;
           if (!direct) {
             const size_t place = static_cast<size_t>(oh) % m * m + static_cast<size_t>(ow) % m;
-            sum += winograd[place * outputs + o];
+            products = winograd[place * outputs + o];
+            sum += products;
           }
-          double bound = gamma * sum + underflow;
+          double bound = gamma * sum + (1 + gamma) * operands * products + underflow;
           if (conv.activation == disco::kActivationHardswish) {
             bound = 1.5 * bound + 3 * 2 * kUnitRoundoff * std::fabs(result);
           }
