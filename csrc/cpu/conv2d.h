@@ -135,7 +135,7 @@ class Conv2d {
 
  private:
   friend class BoundConv2d;
-  void run_wide(const Conv2dCall& call) const;
+  void run_wide(Conv2dCall call) const;
 
   Conv2dGeometry geometry_;
   std::vector<Node> nodes_;

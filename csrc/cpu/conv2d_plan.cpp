@@ -147,9 +147,26 @@ void ConvPlan::plan_nodes(const std::vector<Node>& given) {
         plan.bias[static_cast<size_t>(o)] = call.bias[channel];
       }
     }
+    if (geometry.algorithm == Algorithm::kDirect) plan_panels(plan);
     nodes.push_back(std::move(plan));
   }
   if (left != 0) refuse("the packed weights are longer than this layer's nodes need");
+}
+
+void ConvPlan::plan_panels(NodePlan& plan) const {
+  const int64_t outputs = static_cast<int64_t>(plan.node->out_channels.size());
+  for (int64_t panel = 0; panel < plan.num_panels; ++panel) {
+    const int64_t first = panel * panel_width();
+    Tile tile = {};
+    tile.panel = plan.panels + panel * panel_row_bytes() * plan.rows;
+    tile.bias = plan.bias.data() + first;
+    tile.first_channel = plan.first_out + first;
+    tile.num_channels = std::min(panel_width(), outputs - first);
+    tile.accumulate = call.accumulate;
+    tile.activation = activation;
+    const int64_t vectors = (tile.num_channels + isa.vector_length - 1) / isa.vector_length;
+    plan.panel_plans.push_back({tile, isa.kernels[geometry.dtype] + vectors - 1});
+  }
 }
 
 void ConvPlan::plan_segments(const Node& node, NodePlan& plan) const {

@@ -36,6 +36,12 @@ void check_window(const Conv2dGeometry& geometry);
 void check_activation(Activation activation);
 OutputSize output_size(const Conv2dGeometry& geometry, int64_t in_h, int64_t in_w);
 
+// One panel of a node's weights.
+struct PanelPlan {
+  Tile tile;                   // what all tiles of it share; the rest is not set
+  const MicroKernel* kernels;  // of its width; those of a height are isa.max_vectors apart
+};
+
 // Everything about one node that does not depend on the pixel.
 struct NodePlan {
   const Node* node;
@@ -46,6 +52,7 @@ struct NodePlan {
   std::vector<int64_t> first_row;             // per segment
   std::vector<float> bias;                    // padded to whole panels
   int64_t num_panels;
+  std::vector<PanelPlan> panel_plans;  // not for Winograd
   int64_t first_out;  // the out channels are first_out, first_out + 1, ... unless scattered
   bool scattered;
 };
@@ -100,6 +107,7 @@ struct ConvPlan {
   void plan_maps();
   void plan_nodes(const std::vector<Node>& given);
   void plan_segments(const Node& node, NodePlan& plan) const;
+  void plan_panels(NodePlan& plan) const;
   void plan_items();
 };
 

@@ -38,8 +38,8 @@ struct TilePlan {
   int64_t num_pixels;
   int64_t num_passes;
   Pass* passes;
-  char** out;
-  const char** residual;
+  char** residual;  // nullptr if there is none
+  char** out;       // behind the residual's
 };
 
 // Where a tile's prefetches start and how far apart the rows' are.
@@ -48,17 +48,53 @@ struct Prefetch {
   int64_t step_bytes;
 };
 
+// Of an output pixel. Carried from tile to tile: divisions would cost as much as the rest.
+struct Position {
+  int64_t n, h, w;
+};
+
+// What of a node a pass multiplies: one tap of a segment, or all of them.
+struct PassTaps {
+  int32_t segment;
+  int32_t tap;  // kAllTaps inside the map
+};
+constexpr int32_t kAllTaps = -1;
+
+// Tiles of one size that are set up and not done yet.
+class TileQueue {
+ public:
+  // Where to set up a tile that this kernel is for.
+  Tile& push(MicroKernel kernel) {
+    if (kernel != kernel_ || num_tiles_ == kTiles) flush();
+    kernel_ = kernel;
+    return tiles_[num_tiles_++];
+  }
+  void flush() {
+    if (num_tiles_ > 0) kernel_(tiles_, num_tiles_);
+    num_tiles_ = 0;
+  }
+
+ private:
+  static constexpr int64_t kTiles = 8;
+  MicroKernel kernel_ = nullptr;
+  int64_t num_tiles_ = 0;
+  Tile tiles_[kTiles];
+};
+
 // Memory for the tiles of one item; the pointer tables of borders dominate. They hold for the next
-// item, too, if it only takes other panels.
+// item, too, if it only takes other panels, and but for the passes' rows if it only takes another
+// node that reads the same sources.
 struct Scratch {
   int32_t node = -1;
-  int64_t first_tile = -1, num_tiles = 0;  // that are planned
+  int64_t first_tile = -1, num_tiles = 0;
   std::unique_ptr<TilePlan[]> tiles;
   std::unique_ptr<Pass[]> passes;
+  std::unique_ptr<PassTaps[]> taps;  // of every pass
+  int64_t num_passes = 0;
   std::unique_ptr<const char*[]> pixels;
-  std::unique_ptr<char*[]> out;
-  std::unique_ptr<const char*[]> residual;
+  std::unique_ptr<char*[]> rows;
   std::vector<char> scattered;  // [mr][panel width] for the output, then the same for the residual
+  TileQueue queue;
 };
 
 class Runner {
@@ -92,9 +128,9 @@ class Runner {
     // Uninitialised on purpose: interior tiles use a small part of it.
     scratch.tiles.reset(new TilePlan[tiles]);
     scratch.passes.reset(new Pass[passes]);
+    scratch.taps.reset(new PassTaps[passes]);
     scratch.pixels.reset(new const char*[passes * mr]);
-    scratch.out.reset(new char*[tiles * mr]);
-    scratch.residual.reset(new const char*[tiles * mr]);
+    scratch.rows.reset(new char*[2 * tiles * mr]);
     scratch.scattered.resize(2 * mr *
                              static_cast<size_t>(plan_.panel_width() * plan_.element_bytes));
     return scratch;
@@ -109,35 +145,37 @@ class Runner {
                                   plan_.tile_edge(item.first_tile + num_tiles), plan_.out_h,
                                   plan_.out_w);
     }
-    if (item.node != scratch.node || item.first_tile != scratch.first_tile ||
-        num_tiles != scratch.num_tiles) {
-      plan_tiles(item, scratch);
-    }
+    take_tiles(item, scratch);
     const int64_t end = item.first_panel + item.num_panels;
     const int64_t row_bytes = plan_.panel_row_bytes();
     if (num_tiles > kFewTiles && item.num_panels * plan.rows * row_bytes <= kNearWeightBytes) {
       // All panels stay near, so a tile's inputs are read and its outputs written in one go. Only
-      // the first tile finds the weights far away; the others fetch the inputs of the next one.
-      int64_t packed = plan_.tile_edge(item.first_tile);
+      // the first tile finds the weights far away; the others fetch the inputs of the next one, a
+      // part with each panel. The parts are those of the largest tile: few panels of few rows leave
+      // no time for divisions.
+      const int64_t channels = plan_.sources.empty() ? 0 : plan_.sources[0].channels;
+      const int64_t largest = plan_.isa.max_pixels * channels * plan_.element_bytes;
+      const int64_t part = divide_up(largest, item.num_panels);
+      const int64_t step =
+          std::max(kCacheLineBytes, divide_up(part, std::max<int64_t>(1, plan.rows)));
+      const int64_t pixel_bytes = item.num_panels * plan_.panel_width() * plan_.element_bytes;
+      const int64_t first = plan_.tile_edge(item.first_tile);
+      int64_t packed = first, done = first;
       for (int64_t t = 0; t < num_tiles; ++t) {
         const TilePlan& tile = scratch.tiles[static_cast<size_t>(t)];
         const Span ahead =
             t + 1 < num_tiles ? span_of(scratch.tiles[static_cast<size_t>(t + 1)]) : Span{};
-        const int64_t part = divide_up(ahead.bytes, item.num_panels);
-        for (int64_t p = item.first_panel; p < end; ++p) {
+        int64_t begin = 0;
+        for (int64_t p = item.first_panel; p < end; ++p, begin += part) {
           if (t == 0 && p + 1 < end) {
             run_tile(plan, p, tile, {panel_of(plan, p + 1), row_bytes}, scratch);
           } else {
-            const int64_t begin = std::min(ahead.bytes, (p - item.first_panel) * part);
-            const int64_t bytes = std::min(part, ahead.bytes - begin);
-            const int64_t rows = std::max<int64_t>(1, plan.rows);
-            const int64_t lines = std::max<int64_t>(kCacheLineBytes, divide_up(bytes, rows));
-            run_tile(plan, p, tile, {ahead.from + begin, bytes > 0 ? lines : 0}, scratch);
+            run_tile(plan, p, tile, {ahead.from + begin, begin < ahead.bytes ? step : 0}, scratch);
           }
         }
-        const int64_t done = plan_.tile_edge(item.first_tile + t + 1);
-        const int64_t pixel_bytes = item.num_panels * plan_.panel_width() * plan_.element_bytes;
+        done += tile.num_pixels;
         if (t + 1 == num_tiles || (done - packed) * pixel_bytes >= kPackBytes) {
+          scratch.queue.flush();
           pack(item, packed, done);
           packed = done;
         }
@@ -156,6 +194,7 @@ class Runner {
         run_tile(plan, p, scratch.tiles[static_cast<size_t>(t)], {from, step}, scratch);
       }
     }
+    scratch.queue.flush();
     pack(item, plan_.tile_edge(item.first_tile), plan_.tile_edge(item.first_tile + num_tiles));
   }
 
@@ -165,12 +204,30 @@ class Runner {
     plan_.messages->write(item.node, item.first_panel, item.num_panels, begin, end);
   }
 
+  // Makes the scratch that of the item's tiles, with what it already knows of them.
+  void take_tiles(const Item& item, Scratch& scratch) const {
+    const NodePlan& plan = node_of(item);
+    const bool same_tiles =
+        item.first_tile == scratch.first_tile && item.num_tiles == scratch.num_tiles;
+    if (same_tiles && item.node == scratch.node) return;
+    if (same_tiles && reads_alike(plan, plan_.nodes[static_cast<size_t>(scratch.node)])) {
+      scratch.node = item.node;
+      for (int64_t i = 0; i < scratch.num_passes; ++i) {
+        Pass& pass = scratch.passes[static_cast<size_t>(i)];
+        pass = pass_of(plan, scratch.taps[static_cast<size_t>(i)], pass.pixels);
+      }
+      return;
+    }
+    plan_tiles(item, scratch);
+  }
+
   void plan_tiles(const Item& item, Scratch& scratch) const {
     const NodePlan& plan = node_of(item);
+    const bool adds = plan_.call.residual != nullptr;
     scratch.node = item.node;
     scratch.first_tile = item.first_tile;
     scratch.num_tiles = item.num_tiles;
-    Pass* pass = scratch.passes.get();
+    scratch.num_passes = 0;
     const char** pixels = scratch.pixels.get();
     int64_t begin = plan_.tile_edge(item.first_tile);
     Position at = {begin / (plan_.out_h * plan_.out_w), begin / plan_.out_w % plan_.out_h,
@@ -178,11 +235,32 @@ class Runner {
     for (int64_t t = 0; t < item.num_tiles; ++t) {
       const int64_t end = plan_.tile_edge(item.first_tile + t + 1);
       TilePlan& tile = scratch.tiles[static_cast<size_t>(t)];
-      tile.out = scratch.out.get() + t * plan_.isa.max_pixels;
-      tile.residual = scratch.residual.get() + t * plan_.isa.max_pixels;
-      plan_tile(plan, at, end - begin, tile, pass, pixels);
+      char** rows = scratch.rows.get() + 2 * t * plan_.isa.max_pixels;
+      tile.residual = adds ? rows : nullptr;
+      tile.out = rows + (adds ? end - begin : 0);
+      plan_tile(plan, at, end - begin, tile, scratch, pixels);
       begin = end;
     }
+  }
+
+  // Whether pixel pointers of one node's tiles are those of the other's.
+  static bool reads_alike(const NodePlan& a, const NodePlan& b) {
+    if (a.offsets.size() != b.offsets.size()) return false;
+    for (size_t s = 0; s < a.offsets.size(); ++s) {
+      if (a.node->segments[s].source != b.node->segments[s].source) return false;
+      if ((a.tap_rows[s] == 0) != (b.tap_rows[s] == 0)) return false;
+    }
+    return true;
+  }
+
+  Pass pass_of(const NodePlan& plan, const PassTaps& taps, const char* const* pixels) const {
+    const size_t s = static_cast<size_t>(taps.segment);
+    const int64_t rows = plan.tap_rows[s];
+    const int32_t* offsets = plan.offsets[s].data();
+    if (taps.tap == kAllTaps) {
+      return {pixels, offsets, offsets + rows * plan_.geometry.taps(), plan.first_row[s]};
+    }
+    return {pixels, offsets, offsets + rows, plan.first_row[s] + taps.tap * rows};
   }
 
   // The memory that a tile reads, where that is one piece: a 1 x 1 window over neighbours.
@@ -213,14 +291,13 @@ class Runner {
     int64_t first, count;
   };
 
-  // Of an output pixel. Carried from tile to tile: divisions would cost as much as the rest.
-  struct Position {
-    int64_t n, h, w;
-  };
-
-  // Fills `tile` and advances `at`, `pass` and `pixels` past what it used.
-  void plan_tile(const NodePlan& plan, Position& at, int64_t count, TilePlan& tile, Pass*& pass,
-                 const char**& pixels) const {
+  // Fills `tile`, adds its passes to the scratch's, and advances `at` and `pixels` past what it
+  // used.
+  void plan_tile(const NodePlan& plan, Position& at, int64_t count, TilePlan& tile,
+                 Scratch& scratch, const char**& pixels) const {
+    Pass* const first_pass = scratch.passes.get() + scratch.num_passes;
+    Pass* pass = first_pass;
+    PassTaps* taps = scratch.taps.get() + scratch.num_passes;
     const Conv2dGeometry& geometry = plan_.geometry;
     const Conv2dCall& call = plan_.call;
     Run runs[kMostPixels];
@@ -238,7 +315,7 @@ class Runner {
       char* out = plan_.out.at(at.n, at.h, at.w);
       for (int64_t k = 0; k < side_by_side; ++k) tile.out[p + k] = out + k * plan_.out.stride_w;
       if (call.residual != nullptr) {
-        const char* residual = plan_.residual.at(at.n, at.h, at.w);
+        char* residual = const_cast<char*>(plan_.residual.at(at.n, at.h, at.w));
         for (int64_t k = 0; k < side_by_side; ++k) {
           tile.residual[p + k] = residual + k * plan_.residual.stride_w;
         }
@@ -254,12 +331,11 @@ class Runner {
       }
     }
     tile.num_pixels = count;
-    tile.passes = pass;
+    tile.passes = first_pass;
     for (size_t s = 0; s < plan.offsets.size(); ++s) {
       const Segment& segment = plan.node->segments[s];
       const Map<const char>& source = plan_.sources[static_cast<size_t>(segment.source)];
-      const int64_t rows = plan.tap_rows[s];
-      if (rows == 0) continue;
+      if (plan.tap_rows[s] == 0) continue;
       const int64_t step = geometry.stride_w * source.stride_w;
       if (inside) {
         for (int r = 0; r < num_runs; ++r) {
@@ -267,15 +343,16 @@ class Runner {
           const char* data = source.at(run.image, run.y, run.x);
           for (int64_t k = 0; k < run.count; ++k) pixels[run.first + k] = data + k * step;
         }
-        *pass++ = {pixels, plan.offsets[s].data(), rows * geometry.taps(), plan.first_row[s]};
+        *taps = {static_cast<int32_t>(s), kAllTaps};
+        *pass++ = pass_of(plan, *taps++, pixels);
         pixels += count;
         continue;
       }
       // At a border every tap has its own pointers; taps that lie outside read zeros, and a tap
       // that is outside for the whole tile is left out.
-      int64_t row = plan.first_row[s];
+      int32_t tap = 0;
       for (int64_t r = 0; r < geometry.kernel_h; ++r) {
-        for (int64_t c = 0; c < geometry.kernel_w; ++c, row += rows) {
+        for (int64_t c = 0; c < geometry.kernel_w; ++c, ++tap) {
           bool any = false;
           for (int i = 0; i < num_runs; ++i) {
             const Run& run = runs[i];
@@ -291,46 +368,38 @@ class Runner {
             }
           }
           if (!any) continue;
-          *pass++ = {pixels, plan.offsets[s].data(), rows, row};
+          *taps = {static_cast<int32_t>(s), tap};
+          *pass++ = pass_of(plan, *taps++, pixels);
           pixels += count;
         }
       }
     }
-    tile.num_passes = pass - tile.passes;
+    tile.num_passes = pass - first_pass;
+    scratch.num_passes += tile.num_passes;
   }
 
+  // At once, or when the queue is flushed.
   void run_tile(const NodePlan& plan, int64_t panel, const TilePlan& planned,
                 const Prefetch& prefetch, Scratch& scratch) const {
-    const int64_t outputs = static_cast<int64_t>(plan.node->out_channels.size());
-    const int64_t first = panel * plan_.panel_width();
-    const int64_t valid = std::min(plan_.panel_width(), outputs - first);
-    const int64_t vectors = (valid + plan_.isa.vector_length - 1) / plan_.isa.vector_length;
-    Tile tile;
+    const PanelPlan& shared = plan.panel_plans[static_cast<size_t>(panel)];
+    const MicroKernel kernel = shared.kernels[(planned.num_pixels - 1) * plan_.isa.max_vectors];
+    Tile& tile = scratch.queue.push(kernel);
+    tile = shared.tile;
     tile.passes = planned.passes;
     tile.num_passes = planned.num_passes;
-    tile.panel = panel_of(plan, panel);
-    tile.bias = plan.bias.data() + first;
     tile.out = planned.out;
-    tile.residual = plan_.call.residual != nullptr ? planned.residual : nullptr;
-    tile.first_channel = plan.first_out + first;
-    tile.num_channels = valid;
+    tile.residual = planned.residual;
+    tile.touched = planned.residual != nullptr ? planned.residual : planned.out;
+    tile.last_touched = planned.out + planned.num_pixels - 1;
     tile.prefetch = prefetch.from;
     tile.prefetch_step = prefetch.step_bytes;
-    tile.accumulate = plan_.call.accumulate;
-    tile.activation = plan_.activation;
-    const MicroKernel kernel =
-        plan_.isa.kernels[plan_.geometry.dtype]
-                         [(planned.num_pixels - 1) * plan_.isa.max_vectors + vectors - 1];
-    if (plan.scattered) {
-      run_scattered(plan.node->out_channels.data() + first, kernel, tile, planned, scratch);
-    } else {
-      kernel(tile);
-    }
+    if (plan.scattered) run_scattered(plan, panel, tile, planned, scratch);
   }
 
   // Output channels that are no run: the tile works on a dense copy of its outputs.
-  void run_scattered(const int32_t* channels, MicroKernel kernel, Tile tile,
-                     const TilePlan& planned, Scratch& scratch) const {
+  void run_scattered(const NodePlan& plan, int64_t panel, Tile& tile, const TilePlan& planned,
+                     Scratch& scratch) const {
+    const int32_t* channels = plan.node->out_channels.data() + panel * plan_.panel_width();
     const size_t bytes = static_cast<size_t>(plan_.element_bytes);
     const int64_t width = plan_.panel_width() * plan_.element_bytes;
     char* out[kMostPixels];
@@ -347,11 +416,14 @@ class Runner {
       }
     }
     tile.out = out;
+    tile.touched = out;
+    tile.last_touched = out;
     if (tile.residual != nullptr) tile.residual = residual;
     tile.first_channel = 0;
-    kernel(tile);
+    const int64_t num_channels = tile.num_channels;
+    scratch.queue.flush();
     for (int64_t p = 0; p < planned.num_pixels; ++p) {
-      for (int64_t o = 0; o < tile.num_channels; ++o) {
+      for (int64_t o = 0; o < num_channels; ++o) {
         std::memcpy(planned.out[p] + channels[o] * plan_.element_bytes,
                     out[p] + o * plan_.element_bytes, bytes);
       }

@@ -224,19 +224,21 @@ class Winograd {
           pixels[t] = pixel;
           rows[t] = reinterpret_cast<char*>(product);
         }
-        const Pass pass = {pixels, offsets.data(), k, 0};
+        const Pass pass = {pixels, offsets.data(), offsets.data() + k, 0};
         Tile tile = {};
         tile.passes = &pass;
         tile.num_passes = k > 0 ? 1 : 0;
         tile.panel = weights;
         tile.bias = zero_bias_.data();
         tile.out = rows;
+        tile.touched = rows;
+        tile.last_touched = rows + mr - 1;
         tile.num_channels = width;
         // The next point's weights, a part of every row with each group.
         const int64_t step = divide_up(row_bytes, groups);
         tile.prefetch = weights + (p + 1 < points_ ? k * row_bytes : 0) + g * step * k;
         tile.prefetch_step = step;
-        kernels[(mr - 1) * plan_.isa.max_vectors + vectors - 1](tile);
+        kernels[(mr - 1) * plan_.isa.max_vectors + vectors - 1](&tile, 1);
       }
     }
     for (int64_t t = 0; t < num; ++t) {

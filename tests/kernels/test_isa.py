@@ -157,7 +157,7 @@ def test_wide_registers_only_in_the_instruction_sets_files() -> None:
     if "disco::" not in listing:
         pytest.skip(f"{STATUS.path} is stripped: no function has a name")
     allowed = (
-        r"convolve_tile<|convolve_lanes<|winograd_(in|out)put<|activate_in_place|largest_pixel<|"
+        r"convolve_tiles<|convolve_lanes<|winograd_(in|out)put<|activate_in_place|largest_pixel<|"
         r"mean_of_\w+<|mean_pixel<|gather_words|fma_rounds|message_simd::|avx512_lane_kernels|"
         r"avx2_kernels|avx512_kernels|avx512bf16_kernels"
     )

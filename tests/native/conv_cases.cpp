@@ -251,7 +251,8 @@ CaseList large_cases() {
     Kernel kernel;
   };
   // More input than one block; more weights than stay near; both with nodes that write scattered
-  // channels; few channels with much padding; more Winograd tiles than are transformed at a time.
+  // channels; few channels with much padding; more Winograd tiles than are transformed at a time;
+  // pixels 4096 bytes apart, which AVX-512 does not read where they are.
   const Kernel single = kKernels[0], half = kKernels[1];
   const Large larges[] = {
       {"w", 704, 5, 15, {1, 1, 0, 1}, 1, kRuns, Layout::kWhole, single},
@@ -266,6 +267,11 @@ CaseList large_cases() {
       {"wi", 330, 70, 31, {3, 1, 1, 1}, 2, kShuffled, Layout::kSlice, kKernels[2]},
       {"w", 330, 5, 41, {3, 1, 1, 1}, 1, kRuns, Layout::kCrop, kKernels[3]},
       {"wi", 330, 37, 41, {3, 1, 0, 1}, 1, kSomeUnowned, Layout::kWhole, kKernels[5]},
+      {"w", 1024, 37, 9, {1, 1, 0, 1}, 2, kRuns, Layout::kWhole, single},
+      {"wir", 512, 70, 9, {1, 2, 0, 1}, 2, kShuffled, Layout::kWhole, single},
+      {"wi", 512, 33, 7, {3, 2, 1, 1}, 2, kRuns, Layout::kCrop, single},
+      {"wi", 2048, 20, 5, {1, 1, 0, 1}, 2, kRuns, Layout::kWhole, half},
+      {"wr", 1024, 35, 7, {1, 2, 0, 1}, 1, kSomeUnowned, Layout::kCrop, half},
   };
   CaseList list = {};
   for (const Large& large : larges) {
