@@ -37,6 +37,7 @@ from disco_kernels.pattern import (
     contradiction,
     find_selected,
 )
+from disco_kernels.prepacking import Packing
 from disco_kernels.registry import BackendUnavailable
 from disco_kernels.spec import ACTIVATIONS, WINOGRAD, ConvSpec
 from disco_kernels.swap import (
@@ -64,6 +65,7 @@ __all__ = [
     "LayerPattern",
     "MaxPool2d",
     "Ownership",
+    "Packing",
     "PartialConv2d",
     "PartialLinear",
     "Pattern",

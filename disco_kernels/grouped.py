@@ -5,16 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
 from disco_kernels import registry
 from disco_kernels.core import channels_last, execute
-from disco_kernels.memory import Pool
-from disco_kernels.registry import Backend
+from disco_kernels.prepacking import Alternative, PackedKernel, Packing, saved_by
+from disco_kernels.registry import PreparedConv2d
 from disco_kernels.spec import ConvSpec, GroupedDescriptor, Pair, grouped_descriptor
-from disco_kernels.winograd import resolve_winograd
+from disco_kernels.winograd import alternatives_of
 
 # Winograd for groups that also have the kernel of narrow groups. AVX-512, one thread, 3x3, us by
 # that kernel and by the choice on nodes: groups of 26 on 14x14 98 and 81, of 48 507 and 383; of 17
@@ -22,7 +21,7 @@ from disco_kernels.winograd import resolve_winograd
 _FEWEST_PER_GROUP = 17
 
 
-class GroupedConv2d:
+class GroupedConv2d(PackedKernel):
     """A convolution whose group g reads the g-th run of input channels and nothing else.
 
     Depthwise is ``groups`` equal to the input channels. No channel crosses a group, so a rank that
@@ -35,7 +34,7 @@ class GroupedConv2d:
         bias: ``[O]`` or None.
         image_size: (height, width) of the inputs to expect, as for `PartialConv2d`.
         backend: a name, or None for the automatic choice.
-        pool: where to keep the packed weight, or None for memory of its own.
+        packing: packs the weights together with those of other kernels, or None to pack now.
 
     Raises:
         ValueError: shapes that do not fit each other.
@@ -51,7 +50,7 @@ class GroupedConv2d:
         bias: Tensor | None = None,
         image_size: Pair | None = None,
         backend: str | None = None,
-        pool: Pool | None = None,
+        packing: Packing | None = None,
     ) -> None:
         if weight.dim() != 4 or tuple(weight.shape[2:]) != spec.kernel_size:
             height, width = spec.kernel_size
@@ -67,19 +66,51 @@ class GroupedConv2d:
                 f"{list(bias.shape)} {bias.dtype}"
             )
         self.backend = registry.resolve(backend, weight.device, weight.dtype)
-        chosen = registry.get(self.backend)
-        self.descriptor = _resolve(descriptor, image_size, chosen, weight)
-        packed = chosen.prepack_grouped(weight, self.descriptor)
-        if pool is not None and packed.device.type == "cpu":
-            packed = pool.empty(packed.numel(), packed.dtype).copy_(packed)
-        self.packed_weight = packed
+        self.descriptor = descriptor
+        self.dtype = weight.dtype
+        self.image_size = image_size
+        self._weight: Tensor | None = weight
         self.bias = None if bias is None else bias.detach().clone()
-        self._prepared = chosen.prepare_grouped(self.descriptor, packed.dtype)
+        self._pack_in(packing)
 
     @property
-    def packed_bytes(self) -> int:
-        """Bytes of the packed weights, the kernel's own header included."""
-        return self.packed_weight.numel() * self.packed_weight.element_size()
+    def winograd(self) -> str:
+        return self.descriptor.spec.winograd
+
+    def _alternatives(self) -> list[Alternative]:
+        descriptor, backend = self.descriptor, registry.get(self.backend)
+        outputs, inputs = descriptor.out_per_group, descriptor.in_per_group
+        allowed = alternatives_of(
+            descriptor.spec, outputs, inputs, self.image_size, self.backend, self.dtype
+        )
+        wide = min(outputs, inputs) >= _FEWEST_PER_GROUP
+        if descriptor.spec.winograd == "auto" and not wide:
+            # Most groups as narrow as this have a kernel of their own.
+            nodes = backend.groups_as_nodes(self._descriptor_with("off"), self.dtype)
+            allowed = allowed if nodes else ("off",)
+        pairs = descriptor.groups * outputs * inputs
+        size = descriptor.spec.output_size(*self.image_size) if self.image_size else (0, 0)
+        return [
+            Alternative(
+                winograd,
+                backend.grouped_numel(self._descriptor_with(winograd), self.dtype)
+                * self.dtype.itemsize,
+                saved_by(winograd, pairs, size[0] * size[1]),
+            )
+            for winograd in allowed
+        ]
+
+    def _descriptor_with(self, winograd: str) -> GroupedDescriptor:
+        return replace(self.descriptor, spec=replace(self.descriptor.spec, winograd=winograd))
+
+    def _pack(self, winograd: str) -> Tensor:
+        assert self._weight is not None
+        weight, self._weight = self._weight, None
+        self.descriptor = self._descriptor_with(winograd)
+        return registry.get(self.backend).prepack_grouped(weight, self.descriptor)
+
+    def _prepare(self) -> PreparedConv2d:
+        return registry.get(self.backend).prepare_grouped(self.descriptor, self.dtype)
 
     @property
     def out_channels(self) -> int:
@@ -117,30 +148,3 @@ class GroupedConv2d:
             )
         added = None if residual is None else channels_last(residual, "residual")
         return self._prepared.bind([image], self.packed_weight, self.bias, added, out)
-
-    # The backend's part holds addresses, so copies and pickles make their own.
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        del state["_prepared"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        chosen = registry.get(self.backend)
-        self._prepared = chosen.prepare_grouped(self.descriptor, self.packed_weight.dtype)
-
-
-def _resolve(
-    descriptor: GroupedDescriptor, image_size: Pair | None, backend: Backend, weight: Tensor
-) -> GroupedDescriptor:
-    """With Winograd "auto" replaced by a choice for groups of this width."""
-    outputs, inputs = descriptor.out_per_group, descriptor.in_per_group
-    resolved = resolve_winograd(
-        descriptor.spec, outputs, inputs, image_size, backend.name, weight.dtype
-    )
-    if descriptor.spec.winograd == "auto" and resolved.winograd != "off":
-        direct = replace(descriptor, spec=replace(resolved, winograd="off"))
-        wide = min(outputs, inputs) >= _FEWEST_PER_GROUP
-        if not wide and not backend.groups_as_nodes(direct, weight.dtype):
-            return direct
-    return replace(descriptor, spec=resolved)

@@ -6,8 +6,9 @@ want `disco_kernels.swap_`, users of tensors the operators in `disco_kernels.fun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,29 +24,32 @@ from disco_kernels.core import (
     index_tensor,
     tokens_as_image,
 )
-from disco_kernels.memory import Pool
 from disco_kernels.packing import GatherPack
 from disco_kernels.pattern import LayerPattern, Ownership, Selected, check_ownership
-from disco_kernels.registry import Outgoing
+from disco_kernels.prepacking import Alternative, PackedKernel, Packing, saved_by
+from disco_kernels.registry import Outgoing, PreparedConv2d
 from disco_kernels.spec import Channels, Conv2dDescriptor, ConvSpec, Node, Pair, Segment
-from disco_kernels.winograd import resolve_winograd
+from disco_kernels.winograd import alternatives_of
 from disco_kernels.wire import num_images
 
+# Per node its weights ``[O, K, kh, kw]``, made as they are asked for.
+NodeWeights = Callable[[], Iterable[Tensor]]
 
-class _PreparedKernel:
+
+class _PreparedKernel(PackedKernel):
     """A descriptor, its packed weights and bias, bound to one backend."""
 
     def __init__(
         self,
         descriptor: Conv2dDescriptor,
-        node_weights: Sequence[Tensor],
+        node_weights: NodeWeights,
+        like: Tensor,
         bias: Tensor | None,
         backend: str | None,
         image_size: Pair | None = None,
-        pool: Pool | None = None,
+        packing: Packing | None = None,
         pack: GatherPack | None = None,
     ) -> None:
-        like = node_weights[0]
         if pack is not None and pack.channels_needed > descriptor.out_channels:
             raise ValueError(
                 f"pack lists channel {pack.channels_needed - 1}; the kernel computes "
@@ -53,34 +57,61 @@ class _PreparedKernel:
             )
         self.pack = pack
         self.backend = registry.resolve(backend, like.device, like.dtype)
-        # One algorithm for the whole layer, chosen by its largest node.
-        spec = resolve_winograd(
-            descriptor.spec,
-            max(node.out_channels.count for node in descriptor.nodes),
-            max(node.num_in_channels for node in descriptor.nodes),
-            image_size,
-            self.backend,
-            like.dtype,
-        )
-        descriptor = Conv2dDescriptor(spec, descriptor.nodes)
         self.descriptor = descriptor
-        chosen = registry.get(self.backend)
-        packed = torch.cat(
-            [
-                chosen.prepack(weight, node.segment_channels, descriptor.spec.winograd)
-                for node, weight in zip(descriptor.nodes, node_weights, strict=True)
-            ]
-        )
-        if pool is not None and packed.device.type == "cpu":
-            packed = pool.empty(packed.numel(), packed.dtype).copy_(packed)
-        self.packed_weight = packed
+        self.dtype = like.dtype
+        self.image_size = image_size
+        self._node_weights: NodeWeights | None = node_weights
         self.bias = None if bias is None else bias.detach().clone()
-        self._prepared = chosen.prepare(descriptor, packed.dtype, pack.index if pack else ())
+        self._pack_in(packing)
 
     @property
-    def packed_bytes(self) -> int:
-        """Bytes of the packed weights, the kernel's own header included."""
-        return self.packed_weight.numel() * self.packed_weight.element_size()
+    def winograd(self) -> str:
+        return self.descriptor.spec.winograd
+
+    def _alternatives(self) -> list[Alternative]:
+        spec, nodes = self.descriptor.spec, self.descriptor.nodes
+        # One algorithm for the whole layer, chosen by its largest node.
+        allowed = alternatives_of(
+            spec,
+            max(node.out_channels.count for node in nodes),
+            max(node.num_in_channels for node in nodes),
+            self.image_size,
+            self.backend,
+            self.dtype,
+        )
+        pairs = sum(node.out_channels.count * node.num_in_channels for node in nodes)
+        pixels = math.prod(spec.output_size(*self.image_size)) if self.image_size else 0
+        return [
+            Alternative(winograd, self._bytes_with(winograd), saved_by(winograd, pairs, pixels))
+            for winograd in allowed
+        ]
+
+    def _bytes_with(self, winograd: str) -> int:
+        backend, taps = registry.get(self.backend), math.prod(self.descriptor.spec.kernel_size)
+        numel = sum(
+            backend.packed_numel(
+                node.out_channels.count, node.segment_channels, taps, self.dtype, winograd
+            )
+            for node in self.descriptor.nodes
+        )
+        return numel * self.dtype.itemsize
+
+    def _pack(self, winograd: str) -> Tensor:
+        assert self._node_weights is not None
+        weights, self._node_weights = self._node_weights(), None
+        spec = replace(self.descriptor.spec, winograd=winograd)
+        self.descriptor = Conv2dDescriptor(spec, self.descriptor.nodes)
+        backend = registry.get(self.backend)
+        return torch.cat(
+            [
+                backend.prepack(weight, node.segment_channels, winograd)
+                for node, weight in zip(self.descriptor.nodes, weights, strict=True)
+            ]
+        )
+
+    def _prepare(self) -> PreparedConv2d:
+        index = self.pack.index if self.pack else ()
+        return registry.get(self.backend).prepare(self.descriptor, self.dtype, index)
 
     @property
     def out_channels(self) -> int:
@@ -172,18 +203,6 @@ class _PreparedKernel:
         self._run(sources, residual, out, outgoing=outgoing)
         return self._prepared.bind(sources, self.packed_weight, self.bias, residual, out, outgoing)
 
-    # The backend's part holds addresses, so copies and pickles make their own.
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        del state["_prepared"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._prepared = registry.get(self.backend).prepare(
-            self.descriptor, self.packed_weight.dtype, self.pack.index if self.pack else ()
-        )
-
 
 class _PartialKernel(_PreparedKernel):
     def __init__(
@@ -197,7 +216,7 @@ class _PartialKernel(_PreparedKernel):
         source_channels: Sequence[int] | None = None,
         image_size: Pair | None = None,
         backend: str | None = None,
-        pool: Pool | None = None,
+        packing: Packing | None = None,
         pack: GatherPack | None = None,
     ) -> None:
         if not segment_channels:
@@ -224,7 +243,9 @@ class _PartialKernel(_PreparedKernel):
             segments.append(Segment(s, channels))
         node = Node(tuple(segments), Channels(weight.shape[0]))
         descriptor = Conv2dDescriptor(spec, (node,))
-        super().__init__(descriptor, [weight], bias, backend, image_size, pool, pack)
+        super().__init__(
+            descriptor, lambda: [weight], weight, bias, backend, image_size, packing, pack
+        )
 
 
 class PartialConv2d(_PartialKernel):
@@ -239,7 +260,7 @@ class PartialConv2d(_PartialKernel):
         image_size: (height, width) of the inputs to expect, for ``spec.winograd == "auto"``;
             other sizes are computed as well. Without it "auto" is "off".
         backend: a name, or None for the automatic choice.
-        pool: where to keep the packed weight, or None for memory of its own.
+        packing: packs the weights together with those of other kernels, or None to pack now.
         pack: which output channels other ranks wait for. A call that is given their messages
             writes them with the output, tile by tile: an exchange then reads nothing again.
 
@@ -313,7 +334,7 @@ class PartialLinear(_PartialKernel):
         index: Sequence[Tensor | Sequence[int] | None] | None = None,
         activation: str = "none",
         backend: str | None = None,
-        pool: Pool | None = None,
+        packing: Packing | None = None,
         pack: GatherPack | None = None,
     ) -> None:
         super().__init__(
@@ -323,7 +344,7 @@ class PartialLinear(_PartialKernel):
             bias=bias,
             index=index,
             backend=backend,
-            pool=pool,
+            packing=packing,
             pack=pack,
         )
 
@@ -372,23 +393,27 @@ class _GatherKernel(_PreparedKernel):
         bias: Tensor | None = None,
         image_size: Pair | None = None,
         backend: str | None = None,
-        pool: Pool | None = None,
+        packing: Packing | None = None,
     ) -> None:
         _check_weight(weight, in_ownership.num_channels, spec)
         _check_bias(bias, weight)
         check_ownership(weight, out_ownership, in_ownership)
         pattern = LayerPattern(out_ownership, in_ownership, selected)
-        nodes, weights = [], []
+        nodes, rows_and_columns = [], []
         for rank, outputs in enumerate(out_ownership.channels):
             parts = _segments_of(pattern.input_channels(rank), weight.dtype)
             segments = tuple(Segment(0, channel_run(part)) for part in parts)
             nodes.append(Node(segments, channel_run(outputs)))
             inputs = [channel for part in parts for channel in part]
-            weights.append(weight.detach()[list(outputs)][:, inputs])
+            rows_and_columns.append((list(outputs), inputs))
         self.in_channels = in_ownership.num_channels
-        super().__init__(
-            Conv2dDescriptor(spec, tuple(nodes)), weights, bias, backend, image_size, pool
-        )
+
+        def node_weights() -> Iterator[Tensor]:
+            for rows, columns in rows_and_columns:
+                yield weight.detach()[rows][:, columns]
+
+        descriptor = Conv2dDescriptor(spec, tuple(nodes))
+        super().__init__(descriptor, node_weights, weight, bias, backend, image_size, packing)
 
     def _input(self, image: Tensor) -> Tensor:
         # The nodes read listed channels: an input with more of them would go unnoticed.
@@ -407,7 +432,7 @@ class GatherConv2d(_GatherKernel):
         weight: ``[O, I, kh, kw]``, dense; what lies outside the pattern is not read.
         out_ownership, in_ownership: who owns which of the O outputs and I inputs.
         selected: ``selected[i][j]``, see `disco_kernels.find_selected`.
-        spec, bias, image_size, backend, pool: as for `PartialConv2d`.
+        spec, bias, image_size, backend, packing: as for `PartialConv2d`.
     """
 
     def __call__(
@@ -436,7 +461,7 @@ class GatherLinear(_GatherKernel):
         bias: Tensor | None = None,
         activation: str = "none",
         backend: str | None = None,
-        pool: Pool | None = None,
+        packing: Packing | None = None,
     ) -> None:
         super().__init__(
             _linear_weight(weight),
@@ -446,7 +471,7 @@ class GatherLinear(_GatherKernel):
             ConvSpec(activation=activation),
             bias=bias,
             backend=backend,
-            pool=pool,
+            packing=packing,
         )
 
     def __call__(

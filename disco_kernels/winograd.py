@@ -7,7 +7,7 @@ repeats them.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 
 import torch
 
@@ -59,18 +59,78 @@ def choose_winograd(
     return "off"
 
 
-def resolve_winograd(
+def alternatives_of(
     spec: ConvSpec,
     out_channels: int,
     in_channels: int,
     image_size: Pair | None,
     backend: str,
     dtype: torch.dtype,
-) -> ConvSpec:
-    """``spec`` with "auto" replaced by a choice; what has no Winograd gets "off"."""
+) -> tuple[str, ...]:
+    """What ``spec.winograd`` allows for a layer, what suits its shape best first.
+
+    "auto" allows the choice for the shape and all that packs fewer bytes.
+    """
     if spec.winograd != "auto":
-        return spec
+        return (spec.winograd,)
     if backend != "cpu":
-        return replace(spec, winograd="off")
+        return ("off",)
     chosen = choose_winograd(spec, out_channels, in_channels, image_size, dtype)
-    return replace(spec, winograd=chosen)
+    return _BY_BYTES[_BY_BYTES.index(chosen) :]
+
+
+# From most packed bytes to least.
+_BY_BYTES = ("f4", "f2", "off")
+
+# Multiplications for an output pixel of one pair of an input and an output channel, 3 x 3.
+_MULTIPLICATIONS = {"off": 9.0, "f2": 4.0, "f4": 2.25}
+
+
+def multiplications_saved(winograd: str) -> float:
+    """An output pixel and pair of channels, against direct convolution."""
+    return _MULTIPLICATIONS["off"] - _MULTIPLICATIONS[winograd]
+
+
+def fit_packed_bytes(layers: Sequence[Sequence[tuple[int, float]]], limit: int | None) -> list[int]:
+    """Choose an alternative a layer so that all packed weights together fit.
+
+    Args:
+        layers: per layer its alternatives, best first: packed bytes, multiplications saved an
+            image.
+        limit: of the sum of the bytes; None takes the best of every layer.
+
+    Returns:
+        Per layer the place of its alternative. What saves fewest multiplications a byte is given
+        up first; equal layers in their order.
+
+    Raises:
+        ValueError: the last alternatives together do not fit.
+    """
+    chosen = [0] * len(layers)
+    if limit is None:
+        return chosen
+    total = sum(alternatives[0][0] for alternatives in layers)
+    least = sum(min(num_bytes for num_bytes, _ in alternatives) for alternatives in layers)
+    if least > limit:
+        raise ValueError(
+            f"the packed weights need at least {least} bytes, and {limit} are allowed: allow more"
+        )
+
+    def loss(layer: int) -> float:
+        """Of the next step down, a byte."""
+        (given, saved), (kept, still_saved) = layers[layer][chosen[layer] :][:2]
+        return (saved - still_saved) / max(given - kept, 1)
+
+    while total > limit:
+        left = [i for i, place in enumerate(chosen) if place + 1 < len(layers[i])]
+        down = min(left, key=loss)
+        total += layers[down][chosen[down] + 1][0] - layers[down][chosen[down]][0]
+        chosen[down] += 1
+    # The last step may have freed more than was needed.
+    for i in sorted(range(len(layers)), key=lambda i: layers[i][chosen[i]][1] - layers[i][0][1]):
+        for place in range(chosen[i]):
+            now = total + layers[i][place][0] - layers[i][chosen[i]][0]
+            if now <= limit:
+                total, chosen[i] = now, place
+                break
+    return chosen

@@ -93,6 +93,16 @@ class Compiled(nn.Module):
         """Backend of every convolution and linear, by the value it computes."""
         return self._executor.kernel_backends
 
+    @property
+    def winograd(self) -> dict[str, str]:
+        """How each of them is computed: "off" is directly, "f2" and "f4" by Winograd."""
+        return self._executor.winograd
+
+    @property
+    def packed_bytes(self) -> int:
+        """Of all packed weights, which the model keeps in memory."""
+        return self._executor.packed_bytes
+
     def forward(self, *inputs: Tensor) -> Any:
         """The model's outputs. InputError for inputs that do not fit."""
         return self._executor(*inputs)
@@ -145,6 +155,7 @@ def compile(
     backend: str | None = None,
     winograd: str = "auto",
     dtype: torch.dtype = torch.float32,
+    packed_bytes: int | None = None,
 ) -> Compiled:
     """Make `model` fast on one machine: batch norms folded, epilogues fused, one layout.
 
@@ -160,9 +171,13 @@ def compile(
             much.
         dtype: to compute in, `torch.float32` or `torch.bfloat16`. Inputs and outputs are float32
             in both, and so are the sums inside a kernel.
+        packed_bytes: that all packed weights may have together, or None for what is fastest. With
+            `winograd` "auto" the layers where Winograd saves least a byte give it up first; see
+            `Compiled.packed_bytes` and `Compiled.winograd` for what came of it.
 
     Raises:
-        InputError: the model cannot be captured, or `winograd` or `dtype` is none of these.
+        InputError: the model cannot be captured, `winograd` or `dtype` is none of these, or the
+            weights do not fit into `packed_bytes`.
         disco_kernels.BackendUnavailable: `backend` was asked for and cannot serve.
     """
     _check_nodes(nodes)
@@ -170,6 +185,8 @@ def compile(
         raise InputError(f"winograd is one of {', '.join(WINOGRAD)}, given {winograd!r}")
     if dtype not in (torch.float32, torch.bfloat16):
         raise InputError(f"dtype is torch.float32 or torch.bfloat16, given {dtype}")
+    if packed_bytes is not None and packed_bytes < 1:
+        raise InputError(f"packed_bytes is a number of bytes, at least 1; given {packed_bytes}")
     captured = capture(model, example_inputs)
     program = one_machine_program(decide(*captured, nodes))
     # Copies: what is not packed would otherwise follow the model when that is trained on.
@@ -177,7 +194,10 @@ def compile(
     if dtype != torch.float32:
         program, weights = lower_precision(program, weights, dtype)
     gathered = [op.name for op in program.ops if op.kind in GATHERED_KINDS]
-    return Compiled(Executor(program, weights, backend=backend, winograd=winograd), gathered)
+    executor = Executor(
+        program, weights, backend=backend, winograd=winograd, packed_bytes=packed_bytes
+    )
+    return Compiled(executor, gathered)
 
 
 def load(directory: PathLike) -> Partitioned:

@@ -52,6 +52,7 @@ def made_up(**changes: Any) -> ThroughputResult:
         comparisons={name: Comparison(1e-6, 1e-5, 1.0) for name in times},
         skipped={"absent": "not installed"},
         gathered=("conv1",),
+        packed_bytes=4096,
         flops=Flops(dense=8_000_000, disco=5_000_000),
         peak_gflops=4.0,
         machine={
@@ -110,7 +111,7 @@ def test_worthless_numbers_are_a_failure(
 ) -> None:
     good = made_up()
     merged = {
-        key: value if key == "gathered" else {**getattr(good, key), **value}
+        key: value if not isinstance(value, dict) else {**getattr(good, key), **value}
         for key, value in changes.items()
     }
     monkeypatch.setattr(commands, "run_throughput", lambda *args: made_up(**merged))
@@ -213,6 +214,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert all(row["median_ms"] > 0 and row["threads"] == 1 for row in data["engines"])
     assert data["summary"]["best_dense_engine"] in engines
     assert 1.3 < data["summary"]["flop_ratio"] < 2.0 and data["layers_gathered"] > 10
+    assert data["packed_bytes"] > 1e6
     assert data["summary"]["peak_gflops_measured"] > 0
     assert {"date", "command", "processor", "versions"} <= set(data["machine"])
 

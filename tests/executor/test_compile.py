@@ -199,6 +199,35 @@ def test_winograd_rounds_and_no_more(
         assert error <= (32 if winograd in ("f4", "auto") else 8) * own
 
 
+def test_winograd_within_a_budget(residual: nn.Module) -> None:
+    """The budget holds, what fits is used, and the result is that of the algorithms chosen."""
+    x = torch.randn(1, 3, 64, 64)
+
+    def compiled(winograd: str = "auto", limit: int | None = None) -> disco.Compiled:
+        return disco.compile(
+            residual, 2, example_inputs=(x,), winograd=winograd, packed_bytes=limit
+        )
+
+    free, direct = compiled(), compiled("off")
+    assert set(direct.winograd.values()) == {"off"} and "f2" in free.winograd.values()
+    assert direct.packed_bytes < free.packed_bytes
+    between = (direct.packed_bytes + free.packed_bytes) // 2
+    for limit in (direct.packed_bytes, between, free.packed_bytes - 1):
+        found, again = compiled(limit=limit), compiled(limit=limit)
+        assert direct.packed_bytes <= found.packed_bytes <= limit
+        assert found.winograd == again.winograd != free.winograd
+        assert torch.equal(found(x), again(x))
+        error, own = _errors(found, residual, torch.float32)
+        assert error <= 32 * own
+    assert compiled(limit=direct.packed_bytes).winograd == direct.winograd
+    assert compiled(limit=free.packed_bytes).winograd == free.winograd
+    with pytest.raises(InputError, match="need at least"):
+        compiled(limit=direct.packed_bytes - 1)
+    # Asked for by name, an algorithm is not given up.
+    with pytest.raises(InputError, match="need at least"):
+        compiled("f4", limit=direct.packed_bytes)
+
+
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("density", [None, 0.25])
 def test_bfloat16_is_as_close_as_torchs(
@@ -226,6 +255,8 @@ def test_bfloat16_is_as_close_as_torchs(
         ({"dtype": torch.float16}, "torch.bfloat16, given torch.float16"),
         ({"dtype": torch.int8}, "torch.bfloat16, given torch.int8"),
         ({"dtype": "bfloat16"}, "torch.bfloat16, given bfloat16"),
+        ({"packed_bytes": 0}, "at least 1; given 0"),
+        ({"packed_bytes": 1000}, "need at least [0-9]+ bytes, and 1000 are allowed"),
     ],
 )
 def test_bad_options_are_refused(

@@ -184,7 +184,7 @@ def test_dtypes_must_agree_cpu() -> None:
         kernel([x], out=torch.zeros(1, 3, 3, 4).permute(0, 3, 1, 2))
     # Weights packed in one data type do not pass for the other's.
     single = dk.PartialConv2d(weight.float(), [6], dk.ConvSpec(), backend="cpu")
-    kernel.packed_weight = single.packed_weight.view(BF16)
+    kernel._finished = single.packed_weight.view(BF16), kernel._prepared
     with pytest.raises(ValueError, match="pack them again"):
         kernel([x])
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import itertools
 
 import pytest
 import torch
 
-import disco_kernels as dk
 from disco_kernels.memory import PAGE_BYTES, Pool, large_pages
 
 
@@ -55,21 +53,3 @@ def test_pieces_of_a_pool() -> None:
     assert len(spans) == 6
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
     assert all(bool((piece == i + 1).all()) for i, piece in enumerate(pieces))
-
-
-def test_kernels_outlive_their_pool_and_are_copied() -> None:
-    pool = Pool()
-    weight, x = torch.randn(6, 5), torch.randn(3, 5)
-    kernel = dk.PartialLinear(weight, [5], pool=pool)
-    alone = dk.PartialLinear(weight, [5])
-    copied = copy.deepcopy(kernel)
-    del pool
-    gc.collect()
-    for found in (kernel, copied):
-        assert torch.equal(found([x]), alone([x]))
-        assert torch.equal(found.packed_weight, alone.packed_weight)
-
-
-def test_an_empty_layer_in_a_pool() -> None:
-    kernel = dk.PartialLinear(torch.randn(0, 4), [4], backend="reference", pool=Pool())
-    assert kernel([torch.randn(3, 4)]).shape == (3, 0)

@@ -175,7 +175,7 @@ def test_what_cannot_be_is_refused_cpu() -> None:
     for first, second in (("off", "f2"), ("f2", "f4"), ("f4", "off")):
         kernel = dk.PartialConv2d(weight, [5], replace(BASE, winograd=first), backend="cpu")
         other = dk.PartialConv2d(weight, [5], replace(BASE, winograd=second), backend="cpu")
-        kernel.packed_weight = other.packed_weight
+        kernel._finished = other.packed_weight, kernel._prepared
         with pytest.raises(ValueError, match="pack them again"):
             kernel([x])
 

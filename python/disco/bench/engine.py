@@ -103,6 +103,7 @@ def prepare(args: argparse.Namespace) -> tuple[Message, Handlers]:
         function = compiled
         ready["backends"] = sorted(set(compiled.kernel_backends.values()))
         ready["gathered"] = list(compiled.gathered)
+        ready["packed_bytes"] = compiled.packed_bytes
     else:
         engine = MAKERS[args.engine](model, example, args.folder)
         function, ready["threads"] = engine.function, engine.threads

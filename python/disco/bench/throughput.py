@@ -109,7 +109,8 @@ def run_throughput(options: ThroughputOptions, say: Say) -> ThroughputResult:
                 name: compare(engine.run(x), sparse if name == DISCO else dense)
                 for name, engine in engines.items()
             }
-            gathered = tuple(engines[DISCO].ready[0]["gathered"])
+            (ready,) = engines[DISCO].ready
+            gathered = tuple(ready["gathered"])
             # Before and after: the clock may have changed. The engines rest meanwhile.
             peaks = [_fma_peak_gflops(dtype)]
             timings = lineup.measure(
@@ -131,6 +132,7 @@ def run_throughput(options: ThroughputOptions, say: Say) -> ThroughputResult:
         comparisons=comparisons,
         skipped=skipped,
         gathered=gathered,
+        packed_bytes=ready["packed_bytes"],
         flops=flops_of(plan, gathered),
         peak_gflops=max(peaks),
         machine=describe_machine("onnx", "onnxruntime", "openvino"),

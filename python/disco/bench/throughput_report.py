@@ -30,6 +30,7 @@ class ThroughputResult:
         comparisons: dense engines against the dense model, DISCO against the sparsified one.
         skipped: engine -> why it did not run.
         gathered: values of the DISCO model whose layers skip zeros.
+        packed_bytes: of the DISCO model's weights.
         peak_gflops: multiply-add rate of one thread.
     """
 
@@ -46,6 +47,7 @@ class ThroughputResult:
     comparisons: Mapping[str, Comparison]
     skipped: Mapping[str, str]
     gathered: tuple[str, ...]
+    packed_bytes: int
     flops: Flops
     peak_gflops: float
     machine: Mapping[str, Any]
@@ -106,6 +108,7 @@ class ThroughputResult:
             "skipped": dict(self.skipped),
             "summary": self.summary,
             "layers_gathered": len(self.gathered),
+            "packed_bytes": self.packed_bytes,
             "flops_dense": self.flops.dense,
             "flops_disco": self.flops.disco,
             "problems": self.problems,
@@ -161,7 +164,8 @@ class ThroughputResult:
             f"DISCO, {self.nodes} nodes, density {self.density:g}: "
             f"{s['speedup_vs_best_dense']:.3f}x the best dense engine ({s['best_dense_engine']}); "
             f"the FLOPs alone are {s['flop_ratio']:.3f}x fewer\n"
-            f"{len(self.gathered)} layers skip zeros; {s['achieved_gflops']:.1f} GFLOP/s, "
+            f"{len(self.gathered)} layers skip zeros, {self.packed_bytes / 1e6:.1f} MB of packed "
+            f"weights; {s['achieved_gflops']:.1f} GFLOP/s, "
             f"{s['peak_fraction']:.0%} of the measured peak ({self.peak_gflops:.1f} a thread); "
             f"{s['best_dense_engine']} {s['best_dense_gflops']:.1f}"
         )

@@ -17,6 +17,7 @@ from disco.executor.request import BufferPool, Request, ShapeKey
 from disco.executor.steps import REQUEST_SLOT, Preparation, Step, Values, prepare_pure
 from disco.executor.transport import Handle, Transport
 from disco.program import Op, Program, Ref, WeightRef, evaluate_dim, map_leaves
+from disco_kernels import Packing
 
 DEADLINE_S = 30.0
 
@@ -46,6 +47,13 @@ class Executor:
         backend: of the kernels, or None for the automatic choice.
         deadline_s: longest wait for any one message.
         winograd: for 3 x 3 convolutions, as in `disco_kernels.ConvSpec`.
+        packed_bytes: that all packed weights may have together, as for `disco_kernels.Packing`.
+
+    Attributes:
+        packed_bytes: of the packed weights.
+
+    Raises:
+        InputError: the program cannot be prepared, or its packed weights do not fit.
 
     Calls from several threads are safe; with a transport they take turns, because messages are
     matched by the order of requests.
@@ -59,14 +67,21 @@ class Executor:
         backend: str | None = None,
         deadline_s: float = DEADLINE_S,
         winograd: str = "off",
+        packed_bytes: int | None = None,
     ) -> None:
         self.inputs = {name: program.values[name] for name in program.inputs}
         self.transport = transport
         self.deadline_s = deadline_s
-        prepare = Preparation(weights, backend, program.values, winograd)
+        packing = Packing(packed_bytes)
+        prepare = Preparation(weights, backend, program.values, winograd, packing)
         self._input_slots = [prepare.slot(name) for name in program.inputs]
         exchanges = {op.name for op in program.ops if op.kind == "disco.exchange"}
         self._steps = [_prepare(op, prepare, exchanges) for op in program.ops]
+        try:
+            self.packed_bytes = packing.finish()
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        self._kernels = prepare.kernels
         self._outputs = map_leaves(program.outputs, lambda leaf: _output(leaf, prepare))
         self._num_slots = len(prepare.slots) + 1
         _free_at_last_use(program, self._steps, prepare)
@@ -84,7 +99,12 @@ class Executor:
     @property
     def kernel_backends(self) -> dict[str, str]:
         """Backend of every convolution and linear, by the value it computes."""
-        return {step.name: step.backend for step in self._steps if step.backend}
+        return {name: kernel.backend for name, kernel in self._kernels.items()}
+
+    @property
+    def winograd(self) -> dict[str, str]:
+        """How every convolution and linear is computed: "off" is directly, "f2", "f4"."""
+        return {name: kernel.winograd for name, kernel in self._kernels.items()}
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Run one request and return its outputs, fresh tensors in the program's nesting.

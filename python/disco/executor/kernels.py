@@ -26,7 +26,7 @@ def prepare_conv2d(op: Op, prepare: Preparation) -> Step:
         bias=prepare.optional_weight(bias, op),
         image_size=prepare.image_size(x),
         backend=prepare.backend,
-        pool=prepare.pool,
+        packing=prepare.packing,
     )
     return _over_segments(op, prepare, convolution, (x,), residual)
 
@@ -41,7 +41,7 @@ def prepare_linear(op: Op, prepare: Preparation) -> Step:
         bias=prepare.optional_weight(bias, op),
         activation=_text(op, "activation"),
         backend=prepare.backend,
-        pool=prepare.pool,
+        packing=prepare.packing,
     )
     return _over_segments(op, prepare, kernel, (x,), residual)
 
@@ -61,7 +61,7 @@ def prepare_partial_conv2d(op: Op, prepare: Preparation) -> Step:
         source_channels=held,
         image_size=prepare.image_size(first),
         backend=prepare.backend,
-        pool=prepare.pool,
+        packing=prepare.packing,
     )
     return _over_segments(op, prepare, convolution, segments, residual)
 
@@ -77,7 +77,7 @@ def prepare_partial_linear(op: Op, prepare: Preparation) -> Step:
         index=index,
         activation=_text(op, "activation"),
         backend=prepare.backend,
-        pool=prepare.pool,
+        packing=prepare.packing,
     )
     return _over_segments(op, prepare, kernel, segments, residual)
 
@@ -93,7 +93,7 @@ def prepare_gather_conv2d(op: Op, prepare: Preparation) -> Step:
         bias=prepare.optional_weight(bias, op),
         image_size=prepare.image_size(x),
         backend=prepare.backend,
-        pool=prepare.pool,
+        packing=prepare.packing,
     )
     return _over_input(op, prepare, convolution, x, residual)
 
@@ -107,7 +107,7 @@ def prepare_gather_linear(op: Op, prepare: Preparation) -> Step:
         bias=prepare.optional_weight(bias, op),
         activation=_text(op, "activation"),
         backend=prepare.backend,
-        pool=prepare.pool,
+        packing=prepare.packing,
     )
     return _over_input(op, prepare, kernel, x, residual)
 
@@ -184,7 +184,7 @@ def _prepare_grouped(op: Op, prepare: Preparation) -> Step:
         bias=prepare.optional_weight(bias, op),
         image_size=prepare.image_size(x),
         backend=prepare.backend,
-        pool=prepare.pool,
+        packing=prepare.packing,
     )
     return _over_input(op, prepare, convolution, x, residual)
 
@@ -234,7 +234,8 @@ def _over_input(op: Op, prepare: Preparation, kernel: Any, x: Any, residual: Any
 
 def _kernel_step(op: Op, prepare: Preparation, run: Run, kernel: Any) -> Step:
     out = prepare.slot(op.name)
-    return Step(op.name, run, out, progress=True, backend=kernel.backend, writes_out=True)
+    prepare.kernels[op.name] = kernel
+    return Step(op.name, run, out, progress=True, writes_out=True)
 
 
 def _segments(op: Op, prepare: Preparation) -> tuple[list[Tensor | None], list[int], list[int]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from disco.errors import InputError
 from disco.program import Dtype, Op, Ref, ValueInfo, WeightRef, leaves, pure_function
 from disco.program.interpret import dtype_of
-from disco_kernels.memory import Pool
+from disco_kernels.prepacking import PackedKernel, Packing
 
 # The values of one request, by slot. Slot 0 holds the Request itself.
 Values = list[Any]
@@ -36,7 +36,6 @@ class Step:
     awaits: tuple[int, int] | None = None
     progress: bool = False
     free: tuple[int, ...] = ()
-    backend: str = ""
     writes_out: bool = False
 
 
@@ -49,7 +48,8 @@ class Preparation:
         backend: requested for the kernels, or None for the automatic choice.
         values: shape and dtype of the program's values.
         winograd: for 3 x 3 convolutions, as in `disco_kernels.ConvSpec`, where it fits.
-        pool: holds the packed weights.
+        packing: packs the weights of all kernels, once all of them are known.
+        kernels: of convolutions and linears, by the value that they compute.
         slots: value -> slot.
         sizes: the values that sizes of tensors and arithmetic on them have given so far.
     """
@@ -58,7 +58,8 @@ class Preparation:
     backend: str | None
     values: Mapping[str, ValueInfo] = field(default_factory=dict)
     winograd: str = "off"
-    pool: Pool = field(default_factory=Pool)
+    packing: Packing = field(default_factory=Packing)
+    kernels: dict[str, PackedKernel] = field(default_factory=dict)
     slots: dict[str, int] = field(default_factory=dict)
     sizes: set[str] = field(default_factory=set)
 
