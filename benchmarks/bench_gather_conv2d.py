@@ -38,7 +38,12 @@ def _pattern(shape: ConvShape) -> dk.LayerPattern:
 
 
 def _fused(
-    shape: ConvShape, pattern: dk.LayerPattern, weight: Tensor, bias: Tensor, winograd: str = "off"
+    shape: ConvShape,
+    pattern: dk.LayerPattern,
+    weight: Tensor,
+    bias: Tensor,
+    winograd: str = "off",
+    input_bytes: dk.InputBytes | None = None,
 ) -> dk.GatherConv2d:
     pair = (shape.kernel, shape.kernel)
     stride, padding = (shape.stride, shape.stride), (shape.padding, shape.padding)
@@ -47,7 +52,7 @@ def _fused(
         pattern.out_ownership,
         pattern.in_ownership,
         pattern.selected,
-        dk.ConvSpec(pair, stride, padding, (1, 1), "relu", winograd),
+        dk.ConvSpec(pair, stride, padding, (1, 1), "relu", winograd, input_bytes),
         bias=bias,
         backend="cpu",
     )
@@ -129,3 +134,17 @@ def test_gather_conv2d_bfloat16(benchmark: Any, shape: ConvShape) -> None:
     error = relative_error(out, exact)
     assert error < 2**-7
     record(benchmark, flops_of(shape, pattern), error, torch.bfloat16)
+
+
+@pytest.mark.parametrize("shape", resnet50_shapes(), ids=str)
+def test_gather_conv2d_int8(benchmark: Any, shape: ConvShape) -> None:
+    """Bfloat16 in and out; making the inputs bytes is part of the time."""
+    benchmark.group = f"gather_conv2d {shape}"
+    pattern, weight, bias, x, exact = layer(shape, torch.bfloat16)
+    given = dk.InputBytes.of_range(float(x.min()), float(x.max()))
+    with torch.inference_mode():
+        run, out = bound(_fused(shape, pattern, weight, bias, input_bytes=given), x)
+        benchmark(run)
+    error = relative_error(out, exact)
+    assert error < 2**-5
+    record(benchmark, flops_of(shape, pattern), error, torch.int8)

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disco_kernels import _C
+from disco_kernels.backends.cpu import fma_peak_gflops
 
 
 @cache
 def peak_gflops(dtype: torch.dtype = torch.float32) -> float:
     """Measured multiply-add rate of one thread for this dtype, in GFLOP/s."""
-    return float(_C.fma_peak_gflops(bfloat16=dtype == torch.bfloat16))
+    return fma_peak_gflops(dtype)
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:

@@ -59,10 +59,21 @@ std::vector<std::vector<int32_t>> channel_lists(
   return made;
 }
 
+disco::Conv2dGeometry window_of(const std::array<int64_t, 8>& geometry, int32_t dtype) {
+  disco::Conv2dGeometry made = {};
+  std::tie(made.kernel_h, made.kernel_w, made.stride_h, made.stride_w, made.padding_h,
+           made.padding_w, made.dilation_h, made.dilation_w) = std::tuple_cat(geometry);
+  made.dtype = static_cast<disco::DataType>(dtype);
+  return made;
+}
+
 disco::Conv2d make_conv2d(const std::array<int64_t, 8>& geometry,
                           const std::vector<NodeArgs>& nodes, int32_t activation, int32_t algorithm,
-                          int32_t dtype, const std::vector<std::pair<Address, int64_t>>& messages) {
-  const auto& [kh, kw, sh, sw, ph, pw, dh, dw] = geometry;
+                          int32_t dtype, const std::vector<std::pair<Address, int64_t>>& messages,
+                          const std::pair<float, int32_t>& input) {
+  disco::Conv2dGeometry made_geometry = window_of(geometry, dtype);
+  made_geometry.algorithm = static_cast<disco::Algorithm>(algorithm);
+  made_geometry.input = {input.first, input.second};
   std::vector<disco::Node> made;
   for (const NodeArgs& node : nodes) {
     disco::Node one;
@@ -72,9 +83,7 @@ disco::Conv2d make_conv2d(const std::array<int64_t, 8>& geometry,
     one.out_channels = channel_list(node.second);
     made.push_back(std::move(one));
   }
-  return disco::Conv2d({kh, kw, sh, sw, ph, pw, dh, dw, static_cast<disco::Algorithm>(algorithm),
-                        static_cast<disco::DataType>(dtype)},
-                       std::move(made), static_cast<disco::Activation>(activation),
+  return disco::Conv2d(made_geometry, std::move(made), static_cast<disco::Activation>(activation),
                        channel_lists(messages));
 }
 
@@ -120,10 +129,7 @@ disco::Conv2dCall make_call(const std::vector<SourceArgs>& sources,
 disco::DepthwiseConv2d make_depthwise(const std::array<int64_t, 8>& geometry,
                                       const std::array<int64_t, 3>& groups, int32_t activation,
                                       int32_t dtype) {
-  const auto& [kh, kw, sh, sw, ph, pw, dh, dw] = geometry;
-  return disco::DepthwiseConv2d({kh, kw, sh, sw, ph, pw, dh, dw, disco::Algorithm::kDirect,
-                                 static_cast<disco::DataType>(dtype)},
-                                {groups[0], groups[1], groups[2]},
+  return disco::DepthwiseConv2d(window_of(geometry, dtype), {groups[0], groups[1], groups[2]},
                                 static_cast<disco::Activation>(activation));
 }
 
@@ -146,18 +152,8 @@ void pack_weights(Address weight, int64_t out_channels,
 void max_pool2d(const std::array<int64_t, 8>& window, int32_t dtype,
                 const std::array<int64_t, 4>& size, const ViewArgs& x,
                 const std::array<int64_t, 2>& out_h_w, const ViewArgs& out, int32_t num_threads) {
-  const auto& [kh, kw, sh, sw, ph, pw, dh, dw] = window;
   disco::MaxPool2dCall call = {};
-  call.window = {kh,
-                 kw,
-                 sh,
-                 sw,
-                 ph,
-                 pw,
-                 dh,
-                 dw,
-                 disco::Algorithm::kDirect,
-                 static_cast<disco::DataType>(dtype)};
+  call.window = window_of(window, dtype);
   call.x = {pointer<const void>(std::get<0>(x)),
             size[1],
             std::get<1>(x),
@@ -223,6 +219,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("isa", [] { return std::string(disco::active_isa().name); });
   m.def("available_isas", &disco::available_isas);
+  m.def("has_quads", [] { return disco::active_isa().quads != nullptr; });
 
   m.def("packed_bytes", [](int64_t out_channels, const std::vector<int64_t>& segment_channels,
                            int64_t taps, int32_t algorithm, int32_t dtype) {
@@ -234,7 +231,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<disco::Conv2d>(m, "Conv2d")
       .def(py::init(&make_conv2d), py::arg("geometry"), py::arg("nodes"), py::arg("activation"),
            py::arg("algorithm") = 0, py::arg("dtype") = 0,
-           py::arg("messages") = std::vector<std::pair<Address, int64_t>>())
+           py::arg("messages") = std::vector<std::pair<Address, int64_t>>(),
+           py::arg("input_scale_and_zero_point") = std::pair<float, int32_t>(1.0f, 0))
       .def("run", &disco::Conv2d::run, py::call_guard<py::gil_scoped_release>());
 
   py::class_<disco::Conv2dCall>(m, "Conv2dCall")
@@ -274,6 +272,11 @@ PYBIND11_MODULE(_C, m) {
            py::arg("num_threads"));
 
   m.def("read_lines", &read_lines);
-  m.def("fma_peak_gflops", &disco::fma_peak_gflops, py::arg("bursts") = 20,
-        py::arg("bfloat16") = false, py::call_guard<py::gil_scoped_release>());
+  // product: of enum DataType.
+  m.def(
+      "fma_peak_gflops",
+      [](int32_t bursts, int32_t product) {
+        return disco::fma_peak_gflops(bursts, static_cast<disco::DataType>(product));
+      },
+      py::arg("bursts") = 20, py::arg("product") = 0, py::call_guard<py::gil_scoped_release>());
 }

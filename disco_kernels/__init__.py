@@ -38,6 +38,7 @@ from disco_kernels.pattern import (
     find_selected,
 )
 from disco_kernels.prepacking import Packing
+from disco_kernels.quantisation import InputBytes, choose_int8
 from disco_kernels.registry import BackendUnavailable
 from disco_kernels.spec import ACTIVATIONS, WINOGRAD, ConvSpec
 from disco_kernels.swap import (
@@ -62,6 +63,7 @@ __all__ = [
     "GatherPack",
     "GlobalAvgPool2d",
     "GroupedConv2d",
+    "InputBytes",
     "LayerPattern",
     "MaxPool2d",
     "Ownership",
@@ -72,6 +74,7 @@ __all__ = [
     "SwapReport",
     "SwapRow",
     "backend_of",
+    "choose_int8",
     "choose_winograd",
     "contradiction",
     "find_selected",

@@ -58,6 +58,8 @@ class GroupedConv2d(PackedKernel):
                 f"weight must be [O, I / groups, {height}, {width}] for this kernel, given "
                 f"{list(weight.shape)}"
             )
+        if spec.input_bytes is not None:
+            raise ValueError("grouped convolutions have no products of 8-bit integers")
         outputs, inputs = weight.shape[:2]
         descriptor = grouped_descriptor(spec, groups, groups * inputs, outputs)
         if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
@@ -74,8 +76,8 @@ class GroupedConv2d(PackedKernel):
         self._pack_in(packing)
 
     @property
-    def winograd(self) -> str:
-        return self.descriptor.spec.winograd
+    def algorithm(self) -> str:
+        return self.descriptor.spec.algorithm
 
     def _alternatives(self) -> list[Alternative]:
         descriptor, backend = self.descriptor, registry.get(self.backend)

@@ -27,6 +27,7 @@ from disco_kernels.core import (
 from disco_kernels.packing import GatherPack
 from disco_kernels.pattern import LayerPattern, Ownership, Selected, check_ownership
 from disco_kernels.prepacking import Alternative, PackedKernel, Packing, saved_by
+from disco_kernels.quantisation import InputBytes
 from disco_kernels.registry import Outgoing, PreparedConv2d
 from disco_kernels.spec import Channels, Conv2dDescriptor, ConvSpec, Node, Pair, Segment
 from disco_kernels.winograd import alternatives_of
@@ -57,6 +58,8 @@ class _PreparedKernel(PackedKernel):
             )
         self.pack = pack
         self.backend = registry.resolve(backend, like.device, like.dtype)
+        if descriptor.spec.input_bytes is not None:
+            _check_int8(self.backend)
         self.descriptor = descriptor
         self.dtype = like.dtype
         self.image_size = image_size
@@ -65,8 +68,8 @@ class _PreparedKernel(PackedKernel):
         self._pack_in(packing)
 
     @property
-    def winograd(self) -> str:
-        return self.descriptor.spec.winograd
+    def algorithm(self) -> str:
+        return self.descriptor.spec.algorithm
 
     def _alternatives(self) -> list[Alternative]:
         spec, nodes = self.descriptor.spec, self.descriptor.nodes
@@ -82,29 +85,31 @@ class _PreparedKernel(PackedKernel):
         pairs = sum(node.out_channels.count * node.num_in_channels for node in nodes)
         pixels = math.prod(spec.output_size(*self.image_size)) if self.image_size else 0
         return [
-            Alternative(winograd, self._bytes_with(winograd), saved_by(winograd, pairs, pixels))
-            for winograd in allowed
+            Alternative(algorithm, self._bytes_with(algorithm), saved_by(algorithm, pairs, pixels))
+            for algorithm in allowed
         ]
 
-    def _bytes_with(self, winograd: str) -> int:
+    def _bytes_with(self, algorithm: str) -> int:
         backend, taps = registry.get(self.backend), math.prod(self.descriptor.spec.kernel_size)
         numel = sum(
             backend.packed_numel(
-                node.out_channels.count, node.segment_channels, taps, self.dtype, winograd
+                node.out_channels.count, node.segment_channels, taps, self.dtype, algorithm
             )
             for node in self.descriptor.nodes
         )
         return numel * self.dtype.itemsize
 
-    def _pack(self, winograd: str) -> Tensor:
+    def _pack(self, algorithm: str) -> Tensor:
         assert self._node_weights is not None
         weights, self._node_weights = self._node_weights(), None
-        spec = replace(self.descriptor.spec, winograd=winograd)
+        spec = self.descriptor.spec
+        if spec.input_bytes is None:
+            spec = replace(spec, winograd=algorithm)
         self.descriptor = Conv2dDescriptor(spec, self.descriptor.nodes)
         backend = registry.get(self.backend)
         return torch.cat(
             [
-                backend.prepack(weight, node.segment_channels, winograd)
+                backend.prepack(weight, node.segment_channels, algorithm)
                 for node, weight in zip(self.descriptor.nodes, weights, strict=True)
             ]
         )
@@ -333,6 +338,7 @@ class PartialLinear(_PartialKernel):
         bias: Tensor | None = None,
         index: Sequence[Tensor | Sequence[int] | None] | None = None,
         activation: str = "none",
+        input_bytes: InputBytes | None = None,
         backend: str | None = None,
         packing: Packing | None = None,
         pack: GatherPack | None = None,
@@ -340,7 +346,7 @@ class PartialLinear(_PartialKernel):
         super().__init__(
             _linear_weight(weight),
             segment_channels,
-            ConvSpec(activation=activation),
+            ConvSpec(activation=activation, input_bytes=input_bytes),
             bias=bias,
             index=index,
             backend=backend,
@@ -401,7 +407,7 @@ class _GatherKernel(_PreparedKernel):
         pattern = LayerPattern(out_ownership, in_ownership, selected)
         nodes, rows_and_columns = [], []
         for rank, outputs in enumerate(out_ownership.channels):
-            parts = _segments_of(pattern.input_channels(rank), weight.dtype)
+            parts = _segments_of(pattern.input_channels(rank), weight.dtype, spec)
             segments = tuple(Segment(0, channel_run(part)) for part in parts)
             nodes.append(Node(segments, channel_run(outputs)))
             inputs = [channel for part in parts for channel in part]
@@ -460,6 +466,7 @@ class GatherLinear(_GatherKernel):
         *,
         bias: Tensor | None = None,
         activation: str = "none",
+        input_bytes: InputBytes | None = None,
         backend: str | None = None,
         packing: Packing | None = None,
     ) -> None:
@@ -468,7 +475,7 @@ class GatherLinear(_GatherKernel):
             out_ownership,
             in_ownership,
             selected,
-            ConvSpec(activation=activation),
+            ConvSpec(activation=activation, input_bytes=input_bytes),
             bias=bias,
             backend=backend,
             packing=packing,
@@ -565,13 +572,14 @@ class GlobalAvgPool2d:
 _SHORTEST_RUN = 8
 
 
-def _segments_of(channels: Sequence[int], dtype: torch.dtype) -> list[list[int]]:
+def _segments_of(channels: Sequence[int], dtype: torch.dtype, spec: ConvSpec) -> list[list[int]]:
     """How a node reads a list of channels.
 
-    Float32 kernels read any list in place. In bfloat16 two neighbours make one operand: long runs
-    are read in place, the other channels are packed together before the sums begin.
+    Float32 kernels read any list in place, and bytes are made of any list. In bfloat16 two
+    neighbours make one operand: long runs are read in place, the other channels are packed together
+    before the sums begin.
     """
-    if dtype != torch.bfloat16:
+    if dtype != torch.bfloat16 or spec.input_bytes is not None:
         return [list(channels)]
     runs: list[list[int]] = []
     for channel in channels:
@@ -583,6 +591,15 @@ def _segments_of(channels: Sequence[int], dtype: torch.dtype) -> list[list[int]]
     taken = {channel for run in in_place for channel in run}
     others = [channel for channel in channels if channel not in taken]
     return [*in_place, others] if others or not in_place else in_place
+
+
+def _check_int8(backend: str) -> None:
+    reason = registry.get(backend).int8_refusal()
+    if reason is not None:
+        raise registry.BackendUnavailable(
+            f"backend {backend!r} cannot multiply 8-bit integers: {reason}; compute in bfloat16 or "
+            "float32"
+        )
 
 
 def _check_weight(weight: Tensor, in_channels: int, spec: ConvSpec) -> None:

@@ -18,12 +18,12 @@ class Alternative:
     """One way to compute a layer.
 
     Attributes:
-        winograd: as in a `ConvSpec`, never "auto".
+        algorithm: as that of a `ConvSpec`, never "auto".
         packed_bytes: of the layer's weights.
         saved: multiplications that it saves an image, against direct convolution.
     """
 
-    winograd: str
+    algorithm: str
     packed_bytes: int
     saved: float
 
@@ -59,23 +59,23 @@ class PackedKernel(ABC):
 
     @property
     @abstractmethod
-    def winograd(self) -> str:
-        """How it is computed: "off" (directly), "f2" or "f4"."""
+    def algorithm(self) -> str:
+        """How it is computed: "off" (directly), "f2", "f4" (Winograd) or "int8"."""
 
     @abstractmethod
     def _alternatives(self) -> list[Alternative]:
         """What may be chosen, what suits the shape best first."""
 
     @abstractmethod
-    def _pack(self, winograd: str) -> Tensor:
+    def _pack(self, algorithm: str) -> Tensor:
         """Settle the algorithm and pack; called once."""
 
     @abstractmethod
     def _prepare(self) -> PreparedConv2d:
         """The backend's part, for what has been packed."""
 
-    def _finish(self, winograd: str, pool: Pool | None) -> None:
-        packed = self._pack(winograd)
+    def _finish(self, algorithm: str, pool: Pool | None) -> None:
+        packed = self._pack(algorithm)
         if pool is not None and packed.device.type == "cpu":
             packed = pool.empty(packed.numel(), packed.dtype).copy_(packed)
         self._finished = packed, self._prepare()
@@ -83,7 +83,7 @@ class PackedKernel(ABC):
     def _pack_in(self, packing: Packing | None) -> None:
         """Pack now, or let ``packing`` do it."""
         if packing is None:
-            self._finish(self._alternatives()[0].winograd, None)
+            self._finish(self._alternatives()[0].algorithm, None)
         else:
             packing.add(self)
 
@@ -130,10 +130,10 @@ class Packing:
         )
         kernels, self._kernels = self._kernels, []
         for kernel, alternatives, choice in zip(kernels, layers, chosen, strict=True):
-            kernel._finish(alternatives[choice].winograd, self._pool)
+            kernel._finish(alternatives[choice].algorithm, self._pool)
         return sum(kernel.packed_bytes for kernel in kernels)
 
 
-def saved_by(winograd: str, pairs: int, pixels: int) -> float:
+def saved_by(algorithm: str, pairs: int, pixels: int) -> float:
     """Multiplications saved by a layer of so many pairs of an input and an output channel."""
-    return multiplications_saved(winograd) * pairs * pixels
+    return multiplications_saved(algorithm) * pairs * pixels

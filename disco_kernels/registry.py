@@ -106,6 +106,10 @@ class Backend(ABC):
     def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why tensors of this device and dtype cannot be served, or None if they can."""
 
+    def int8_refusal(self) -> str | None:
+        """Why 8-bit integers cannot be multiplied, or None if they can."""
+        return "it has no products of 8-bit integers"
+
     @abstractmethod
     def packed_numel(
         self,
@@ -113,17 +117,17 @@ class Backend(ABC):
         segment_channels: Sequence[int],
         taps: int,
         dtype: torch.dtype,
-        winograd: str = "off",
+        algorithm: str = "off",
     ) -> int:
         """Elements of one node's packed weight, which is of the weight's dtype."""
 
     @abstractmethod
     def prepack(
-        self, weight: Tensor, segment_channels: Sequence[int], winograd: str = "off"
+        self, weight: Tensor, segment_channels: Sequence[int], algorithm: str = "off"
     ) -> Tensor:
         """``[O, K, kh, kw]`` -> ``[packed_numel]``, K in the order of the segments.
 
-        Raises ValueError if the backend has no such algorithm (``winograd`` of a `ConvSpec`).
+        Raises ValueError if the backend has no such algorithm (that of a `ConvSpec`).
         """
 
     @abstractmethod
@@ -145,14 +149,14 @@ class Backend(ABC):
     def grouped_numel(self, descriptor: GroupedDescriptor, dtype: torch.dtype) -> int:
         """Elements of a grouped convolution's packed weight, which is of the weight's dtype."""
         (kh, kw), inputs = descriptor.spec.kernel_size, descriptor.in_per_group
-        outputs, winograd = descriptor.out_per_group, descriptor.spec.winograd
-        return descriptor.groups * self.packed_numel(outputs, (inputs,), kh * kw, dtype, winograd)
+        outputs, algorithm = descriptor.out_per_group, descriptor.spec.algorithm
+        return descriptor.groups * self.packed_numel(outputs, (inputs,), kh * kw, dtype, algorithm)
 
     def prepack_grouped(self, weight: Tensor, descriptor: GroupedDescriptor) -> Tensor:
         """``[O, I / groups, kh, kw]`` -> ``[grouped_numel]``."""
-        counts, winograd = (descriptor.in_per_group,), descriptor.spec.winograd
+        counts, algorithm = (descriptor.in_per_group,), descriptor.spec.algorithm
         groups = weight.detach().split(descriptor.out_per_group)
-        return torch.cat([self.prepack(group, counts, winograd) for group in groups])
+        return torch.cat([self.prepack(group, counts, algorithm) for group in groups])
 
     def prepare_grouped(self, descriptor: GroupedDescriptor, dtype: torch.dtype) -> PreparedConv2d:
         """``dtype`` is that of the weights, and of every tensor of the calls."""

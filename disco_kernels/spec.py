@@ -9,6 +9,8 @@ from functools import cached_property
 
 from torch import Tensor
 
+from disco_kernels.quantisation import InputBytes
+
 # Their places are the numbers of enum Activation in csrc/cpu/conv_microkernel.h.
 ACTIVATIONS = (
     "none",
@@ -48,6 +50,9 @@ class ConvSpec:
     ``activation`` is one of `ACTIVATIONS`. They are torch's: ``relu``, ``relu6``, ``silu``,
     ``gelu`` (by erf), ``gelu_tanh`` (``approximate="tanh"``), ``hardswish``, ``hardsigmoid``,
     ``sigmoid``. NaN stays NaN. Accuracy of the C++ kernels: docs/architecture.md.
+
+    With ``input_bytes`` 8-bit integers are multiplied (`disco_kernels.quantisation`), and
+    ``winograd`` "auto" is "off".
     """
 
     kernel_size: Pair = (1, 1)
@@ -56,6 +61,7 @@ class ConvSpec:
     dilation: Pair = (1, 1)
     activation: str = "none"
     winograd: str = "off"
+    input_bytes: InputBytes | None = None
 
     def __post_init__(self) -> None:
         for name in ("kernel_size", "stride", "dilation"):
@@ -76,6 +82,14 @@ class ConvSpec:
                 f"winograd {self.winograd!r} is for kernels of 3 x 3 with stride and dilation 1, "
                 f"given kernel {self.kernel_size}, stride {self.stride}, dilation {self.dilation}"
             )
+
+        if self.winograd in ("f2", "f4") and self.input_bytes is not None:
+            raise ValueError(f"8-bit integers have no Winograd, given winograd {self.winograd!r}")
+
+    @property
+    def algorithm(self) -> str:
+        """``winograd`` or, with ``input_bytes``, "int8"."""
+        return self.winograd if self.input_bytes is None else "int8"
 
     @property
     def winograd_fits(self) -> bool:

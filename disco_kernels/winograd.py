@@ -71,8 +71,8 @@ def alternatives_of(
 
     "auto" allows the choice for the shape and all that packs fewer bytes.
     """
-    if spec.winograd != "auto":
-        return (spec.winograd,)
+    if spec.winograd != "auto" or spec.input_bytes is not None:
+        return (spec.algorithm,)
     if backend != "cpu":
         return ("off",)
     chosen = choose_winograd(spec, out_channels, in_channels, image_size, dtype)
@@ -86,9 +86,9 @@ _BY_BYTES = ("f4", "f2", "off")
 _MULTIPLICATIONS = {"off": 9.0, "f2": 4.0, "f4": 2.25}
 
 
-def multiplications_saved(winograd: str) -> float:
+def multiplications_saved(algorithm: str) -> float:
     """An output pixel and pair of channels, against direct convolution."""
-    return _MULTIPLICATIONS["off"] - _MULTIPLICATIONS[winograd]
+    return _MULTIPLICATIONS["off"] - _MULTIPLICATIONS.get(algorithm, _MULTIPLICATIONS["off"])
 
 
 def fit_packed_bytes(layers: Sequence[Sequence[tuple[int, float]]], limit: int | None) -> list[int]:

@@ -2,6 +2,8 @@
 
 #include "conv2d.h"
 
+#include <cmath>
+
 #include "conv2d_plan.h"
 #include "fused_pack.h"
 #include "staging.h"
@@ -16,6 +18,9 @@ int64_t Node::num_in_channels() const {
 }
 
 namespace {
+
+// Each at most 255 * 127, and no sum of them is above 2^31 - 1.
+constexpr int64_t kMostQuadInputs = 65536;
 
 // Pixels that do not look at their neighbours are one row of one image wherever they lie at equal
 // distances: a tile of a row is planned in a fraction of the time, and tokens would be rows of one
@@ -76,10 +81,27 @@ Conv2d::Conv2d(const Conv2dGeometry& geometry, std::vector<Node> nodes, Activati
                const std::vector<std::vector<int32_t>>& messages)
     : geometry_(geometry), nodes_(std::move(nodes)), activation_(activation) {
   check_window(geometry);
-  if (geometry.algorithm != Algorithm::kDirect &&
+  if (is_winograd(geometry.algorithm) &&
       (geometry.kernel_h != 3 || geometry.kernel_w != 3 || geometry.stride_h != 1 ||
        geometry.stride_w != 1 || geometry.dilation_h != 1 || geometry.dilation_w != 1)) {
     refuse("Winograd is for kernels of 3 x 3 with stride and dilation 1");
+  }
+  if (geometry.algorithm == Algorithm::kQuads) {
+    const auto [scale, zero_point] = geometry.input;
+    if (!(scale > 0.0f) || !std::isfinite(scale) || !std::isfinite(1.0f / scale)) {
+      refuse("the scale of 8-bit inputs must be a positive number with an inverse, given " +
+             std::to_string(scale));
+    }
+    if (zero_point < 0 || zero_point > 255) {
+      refuse("the zero point of 8-bit inputs must be 0 to 255, given " +
+             std::to_string(zero_point));
+    }
+    for (const Node& node : nodes_) {
+      if (node.num_in_channels() * geometry.taps() > kMostQuadInputs) {
+        refuse("8-bit products of more than " + std::to_string(kMostQuadInputs) +
+               " inputs of an output do not fit into 32 bits");
+      }
+    }
   }
   check_activation(activation);
   if (!messages.empty())

@@ -16,14 +16,31 @@
 
 namespace disco {
 
-// How the sums are made. Winograd is for 3 x 3 kernels with stride and dilation 1.
-enum class Algorithm : int32_t { kDirect = 0, kWinograd2 = 2, kWinograd4 = 4 };
+// How the sums are made. Winograd is for 3 x 3 kernels with stride and dilation 1; kQuads is direct
+// convolution in 8-bit integers.
+enum class Algorithm : int32_t { kDirect = 0, kWinograd2 = 2, kWinograd4 = 4, kQuads = 8 };
+
+constexpr bool is_winograd(Algorithm algorithm) {
+  return algorithm == Algorithm::kWinograd2 || algorithm == Algorithm::kWinograd4;
+}
 
 // What is multiplied, given the data type of activations and weights. In F(4x4) the transforms
 // grow too much for the 8 bits of bfloat16.
 constexpr DataType product_type(Algorithm algorithm, DataType dtype) {
+  if (algorithm == Algorithm::kQuads) return kInt8;
   return algorithm == Algorithm::kWinograd4 ? kFloat32 : dtype;
 }
+
+// Neighbouring channels that a row of a weight panel takes.
+constexpr int64_t channels_of_row(DataType product) {
+  return product == kInt8 ? 4 : product == kBFloat16 ? 2 : 1;
+}
+
+// Inputs of kQuads: byte q stands for (q - zero_point) * scale.
+struct InputBytes {
+  float scale = 1.0f;      // above zero
+  int32_t zero_point = 0;  // 0 .. 255
+};
 
 struct Conv2dGeometry {
   int64_t kernel_h, kernel_w;
@@ -32,6 +49,7 @@ struct Conv2dGeometry {
   int64_t dilation_h, dilation_w;
   Algorithm algorithm = Algorithm::kDirect;
   DataType dtype = kFloat32;  // of sources, weights, residual and output
+  InputBytes input;           // of kQuads
 
   int64_t element_bytes() const { return dtype == kFloat32 ? 4 : 2; }
   int64_t taps() const { return kernel_h * kernel_w; }
@@ -98,14 +116,17 @@ struct WeightShape {
   DataType dtype;
 
   int64_t in_channels() const;
-  bool in_pairs() const { return product_type(algorithm, dtype) == kBFloat16; }
-  // Rows of a panel that a segment has at every tap: a bfloat16 row takes two channels.
-  int64_t rows(int64_t channels) const { return in_pairs() ? (channels + 1) / 2 : channels; }
+  DataType product() const { return product_type(algorithm, dtype); }
+  // Rows of a panel that a segment has at every tap.
+  int64_t rows(int64_t channels) const {
+    const int64_t together = channels_of_row(product());
+    return (channels + together - 1) / together;
+  }
   int64_t rows() const;
   // Weights that every pair of an input and an output channel has when packed.
   int64_t points() const {
     const int64_t edge = static_cast<int64_t>(algorithm) + 2;
-    return algorithm == Algorithm::kDirect ? taps : edge * edge;
+    return is_winograd(algorithm) ? edge * edge : taps;
   }
 };
 
@@ -116,8 +137,10 @@ int64_t packed_bytes(const IsaKernels& isa, const WeightShape& shape);
 // bytes that names the layout, then panels. A panel is [row][panel width], rows ordered segment,
 // tap, channel; for Winograd [point][row][panel width], rows ordered segment, channel. A bfloat16
 // row holds pairs, the last one of an odd segment with a zero. Denormal weights become zero: they
-// cost some 40 times a normal multiplication. Throws std::invalid_argument for Winograd weights
-// that are not 3 x 3.
+// cost some 40 times a normal multiplication. Rows of kQuads hold four signed bytes, zeros behind a
+// segment; before their panels come, of every output channel, the float32 scale that its largest
+// weight, 127, stands for, and the int32 sum of its bytes. Throws std::invalid_argument for
+// Winograd weights that are not 3 x 3.
 void pack_weights(const IsaKernels& isa, const float* weight, const WeightShape& shape,
                   void* packed);
 

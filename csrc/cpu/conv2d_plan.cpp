@@ -59,7 +59,11 @@ ConvPlan::ConvPlan(const Conv2dGeometry& geometry, const std::vector<Node>& node
       geometry(geometry),
       activation(activation),
       call(call),
-      element_bytes(geometry.element_bytes()) {
+      element_bytes(geometry.element_bytes()),
+      input_bytes(geometry.algorithm == Algorithm::kQuads ? 1 : element_bytes) {
+  if (geometry.algorithm == Algorithm::kQuads && isa.quads == nullptr) {
+    refuse(std::string("8-bit integers are not multiplied on ") + isa.name);
+  }
   const OutputSize size = output_size(geometry, call.in_h, call.in_w);
   out_h = size.h;
   out_w = size.w;
@@ -67,7 +71,7 @@ ConvPlan::ConvPlan(const Conv2dGeometry& geometry, const std::vector<Node>& node
   num_tiles = (num_pixels + isa.max_pixels - 1) / isa.max_pixels;
   plan_maps();
   plan_nodes(nodes);
-  if (geometry.algorithm == Algorithm::kDirect) plan_items();
+  if (!is_winograd(geometry.algorithm)) plan_items();
 }
 
 void ConvPlan::plan_maps() {
@@ -80,21 +84,29 @@ void ConvPlan::plan_maps() {
     }
     most_channels = std::max(most_channels, source.channels);
     sources.push_back({static_cast<const char*>(source.data), source.channels,
-                       source.stride_n * bytes, source.stride_h * bytes, source.stride_w * bytes});
+                       source.stride_n * input_bytes, source.stride_h * input_bytes,
+                       source.stride_w * input_bytes});
   }
   out = {static_cast<char*>(call.out.data), call.out_channels, call.out.stride_n * bytes,
          call.out.stride_h * bytes, call.out.stride_w * bytes};
   residual = {static_cast<const char*>(call.residual), call.out_channels,
               call.residual_stride_n * bytes, call.residual_stride_h * bytes,
               call.residual_stride_w * bytes};
-  zeros.assign(static_cast<size_t>(most_channels * bytes), 0);
+  const bool quads = geometry.algorithm == Algorithm::kQuads;
+  border_counts = quads && geometry.input.zero_point != 0;
+  zeros.assign(static_cast<size_t>(most_channels * input_bytes),
+               static_cast<char>(border_counts ? geometry.input.zero_point : 0));
 }
 
-bool in_pairs(const Segment& segment) {
+bool neighbours(const Segment& segment, int64_t together) {
   const std::vector<int32_t>& channels = segment.channels;
-  if (channels.size() % 2 != 0) return false;
-  for (size_t i = 0; i < channels.size(); i += 2) {
-    if (channels[i + 1] != channels[i] + 1) return false;
+  const int64_t count = static_cast<int64_t>(channels.size());
+  if (count % together != 0) return false;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t first = i / together * together;
+    if (channels[static_cast<size_t>(i)] != channels[static_cast<size_t>(first)] + i - first) {
+      return false;
+    }
   }
   return true;
 }
@@ -119,14 +131,16 @@ void ConvPlan::plan_nodes(const std::vector<Node>& given) {
     const int64_t size = packed_bytes(isa, shape);
     const PackedHeader wanted = packed_header(isa, shape);
     if (size > left || std::memcmp(packed, &wanted, sizeof(wanted)) != 0) {
-      const bool direct = geometry.algorithm == Algorithm::kDirect;
       const int points = static_cast<int>(geometry.algorithm);
+      const std::string how =
+          !is_winograd(geometry.algorithm) ? "off" : "f" + std::to_string(points);
       refuse(
           std::string("the packed weights are not those of this layer for ") + isa.name +
-          ", winograd " + (direct ? "off" : "f" + std::to_string(points)) +
+          (shape.product() == kInt8 ? ", 8-bit integers" : ", winograd " + how) +
           ": pack them again (prepack with the winograd of the call, or repack() of the module)");
     }
-    plan.panels = packed + kHeaderBytes;
+    const char* const begin = packed;
+    plan.panels = packed + bytes_before_panels(isa, shape);
     packed += size;
     left -= size;
     plan.rows = shape.rows() * shape.points();
@@ -147,10 +161,24 @@ void ConvPlan::plan_nodes(const std::vector<Node>& given) {
         plan.bias[static_cast<size_t>(o)] = call.bias[channel];
       }
     }
-    if (geometry.algorithm == Algorithm::kDirect) plan_panels(plan);
+    if (shape.product() == kInt8) plan_quads(begin, shape, plan);
+    if (!is_winograd(geometry.algorithm)) plan_panels(plan);
     nodes.push_back(std::move(plan));
   }
   if (left != 0) refuse("the packed weights are longer than this layer's nodes need");
+}
+
+// With w = scale * byte and x = (q - zero_point) * input scale, the sum of w x is
+// scale * input scale * (sum of byte q - zero_point * sum of byte).
+void ConvPlan::plan_quads(const char* packed, const WeightShape& shape, NodePlan& plan) const {
+  const float* scales = reinterpret_cast<const float*>(packed + kHeaderBytes);
+  const int32_t* sums = reinterpret_cast<const int32_t*>(scales + packed_outputs(isa, shape));
+  plan.scale.assign(plan.bias.size(), 0.0f);
+  for (size_t o = 0; o < plan.node->out_channels.size(); ++o) {
+    const double scale = static_cast<double>(scales[o]) * geometry.input.scale;
+    plan.scale[o] = static_cast<float>(scale);
+    plan.bias[o] = static_cast<float>(plan.bias[o] - scale * geometry.input.zero_point * sums[o]);
+  }
 }
 
 void ConvPlan::plan_panels(NodePlan& plan) const {
@@ -165,7 +193,10 @@ void ConvPlan::plan_panels(NodePlan& plan) const {
     tile.accumulate = call.accumulate;
     tile.activation = activation;
     const int64_t vectors = (tile.num_channels + isa.vector_length - 1) / isa.vector_length;
-    plan.panel_plans.push_back({tile, isa.kernels[geometry.dtype] + vectors - 1});
+    const bool quads = geometry.algorithm == Algorithm::kQuads;
+    if (quads) tile.scale = plan.scale.data() + first;
+    const MicroKernel* const* kernels = quads ? isa.quads->kernels : isa.kernels;
+    plan.panel_plans.push_back({tile, kernels[geometry.dtype] + vectors - 1});
   }
 }
 
@@ -180,7 +211,7 @@ void ConvPlan::plan_segments(const Node& node, NodePlan& plan) const {
     const Map<const char>& source = sources[static_cast<size_t>(segment.source)];
     const int64_t furthest = (geometry.kernel_h - 1) * geometry.dilation_h * source.stride_h +
                              (geometry.kernel_w - 1) * geometry.dilation_w * source.stride_w +
-                             source.channels * element_bytes;
+                             source.channels * input_bytes;
     if (furthest > std::numeric_limits<int32_t>::max()) {
       refuse("the kernel's window spans more than 2^31 bytes of the input");
     }
@@ -190,22 +221,22 @@ void ConvPlan::plan_segments(const Node& node, NodePlan& plan) const {
                std::to_string(source.channels));
       }
     }
-    const bool pairs = product_type(geometry.algorithm, geometry.dtype) == kBFloat16;
-    if (pairs && !in_pairs(segment)) {
-      refuse("bfloat16 channels must be listed in neighbouring pairs");
+    const int64_t together = channels_of_row(product_type(geometry.algorithm, geometry.dtype));
+    if (!neighbours(segment, together)) {
+      refuse("channels that are multiplied together must be neighbours");
     }
     plan.offsets.push_back({});
-    if (geometry.algorithm != Algorithm::kDirect) continue;
-    const int64_t rows = pairs ? count / 2 : count;
+    if (is_winograd(geometry.algorithm)) continue;
+    const int64_t rows = count / together;
     std::vector<int32_t>& offsets = plan.offsets.back();
     offsets.reserve(static_cast<size_t>(rows * geometry.taps()));
     for (int64_t r = 0; r < geometry.kernel_h; ++r) {
       for (int64_t s = 0; s < geometry.kernel_w; ++s) {
         const int64_t tap =
             r * geometry.dilation_h * source.stride_h + s * geometry.dilation_w * source.stride_w;
-        for (int64_t i = 0; i < count; i += pairs ? 2 : 1) {
+        for (int64_t i = 0; i < count; i += together) {
           const int64_t channel = segment.channels[static_cast<size_t>(i)];
-          offsets.push_back(static_cast<int32_t>(tap + channel * element_bytes));
+          offsets.push_back(static_cast<int32_t>(tap + channel * input_bytes));
         }
       }
     }
@@ -223,7 +254,7 @@ void ConvPlan::plan_items() {
     all_panels += plan.num_panels;
   }
   const int64_t bytes_per_pixel =
-      most_channels * geometry.stride_h * geometry.stride_w * element_bytes;
+      most_channels * geometry.stride_h * geometry.stride_w * input_bytes;
   const int64_t block_pixels =
       std::max<int64_t>(4 * isa.max_pixels, kInputBlockBytes / bytes_per_pixel);
   const int64_t largest = std::max<int64_t>(1, block_pixels / isa.max_pixels);
@@ -231,7 +262,7 @@ void ConvPlan::plan_items() {
   // Whatever is larger is shared out, since every thread reads its share of that and all of the
   // other: the map in blocks, or the weights in groups of panels.
   const int64_t weight_bytes =
-      most_channels * geometry.taps() * most_panels * panel_width() * element_bytes;
+      most_channels * geometry.taps() * most_panels * panel_width() * input_bytes;
   by_panels = threads > 1 && num_tiles <= largest &&
               (weight_bytes > num_pixels * bytes_per_pixel || num_tiles < 4 * threads);
   gathers_by_item =

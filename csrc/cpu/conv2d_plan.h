@@ -51,6 +51,7 @@ struct NodePlan {
   std::vector<int64_t> tap_rows;              // per segment, rows of one tap
   std::vector<int64_t> first_row;             // per segment
   std::vector<float> bias;                    // padded to whole panels
+  std::vector<float> scale;                   // of kQuads, likewise
   int64_t num_panels;
   std::vector<PanelPlan> panel_plans;  // not for Winograd
   int64_t first_out;  // the out channels are first_out, first_out + 1, ... unless scattered
@@ -84,14 +85,16 @@ struct ConvPlan {
   const Activation activation;
   const Conv2dCall& call;
   const int64_t element_bytes;
+  const int64_t input_bytes;  // of an element that the micro-kernels read
   std::vector<Map<const char>> sources;
   Map<char> out;
   Map<const char> residual;  // data is nullptr if there is none
   int64_t out_h = 0, out_w = 0;
   int64_t num_pixels = 0, num_tiles = 0;
-  int64_t most_tiles = 0;   // of an item
-  int64_t most_panels = 0;  // of a node
-  std::vector<char> zeros;  // what a border reads outside of the map
+  int64_t most_tiles = 0;      // of an item
+  int64_t most_panels = 0;     // of a node
+  std::vector<char> zeros;     // what a border reads outside of the map
+  bool border_counts = false;  // these are zeros that stand for no zero byte
   std::vector<NodePlan> nodes;
   std::vector<Item> items;
   bool by_panels = false;      // the threads share the panels of a node, not the pixels
@@ -108,12 +111,12 @@ struct ConvPlan {
   void plan_nodes(const std::vector<Node>& given);
   void plan_segments(const Node& node, NodePlan& plan) const;
   void plan_panels(NodePlan& plan) const;
+  void plan_quads(const char* packed, const WeightShape& shape, NodePlan& plan) const;
   void plan_items();
 };
 
-// Whether a bfloat16 segment can be read in place: an even number of channels, each pair side by
-// side.
-bool in_pairs(const Segment& segment);
+// Whether a segment can be read in place by rows of so many channels: these lie side by side.
+bool neighbours(const Segment& segment, int64_t together);
 
 // The weights that a node must bring for this geometry.
 WeightShape weight_shape(const Conv2dGeometry& geometry, const Node& node);

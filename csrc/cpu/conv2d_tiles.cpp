@@ -154,7 +154,7 @@ class Runner {
       // part with each panel. The parts are those of the largest tile: few panels of few rows leave
       // no time for divisions.
       const int64_t channels = plan_.sources.empty() ? 0 : plan_.sources[0].channels;
-      const int64_t largest = plan_.isa.max_pixels * channels * plan_.element_bytes;
+      const int64_t largest = plan_.isa.max_pixels * channels * plan_.input_bytes;
       const int64_t part = divide_up(largest, item.num_panels);
       const int64_t step =
           std::max(kCacheLineBytes, divide_up(part, std::max<int64_t>(1, plan.rows)));
@@ -272,7 +272,7 @@ class Runner {
   Span span_of(const TilePlan& tile) const {
     if (plan_.geometry.taps() > 1 || tile.num_passes == 0) return {};
     const char* const* pixels = tile.passes[0].pixels;
-    const int64_t pixel_bytes = plan_.sources[0].channels * plan_.element_bytes;
+    const int64_t pixel_bytes = plan_.sources[0].channels * plan_.input_bytes;
     const int64_t bytes = pixels[tile.num_pixels - 1] - pixels[0] + pixel_bytes;
     return bytes == tile.num_pixels * pixel_bytes ? Span{pixels[0], bytes} : Span{};
   }
@@ -367,7 +367,7 @@ class Runner {
               any |= valid;
             }
           }
-          if (!any) continue;
+          if (!any && !plan_.border_counts) continue;
           *taps = {static_cast<int32_t>(s), tap};
           *pass++ = pass_of(plan, *taps++, pixels);
           pixels += count;
@@ -436,10 +436,10 @@ class Runner {
 }  // namespace
 
 void run_plan(const ConvPlan& plan) {
-  if (plan.geometry.algorithm == Algorithm::kDirect) {
-    Runner(plan).execute();
-  } else {
+  if (is_winograd(plan.geometry.algorithm)) {
     run_winograd(plan);
+  } else {
+    Runner(plan).execute();
   }
 }
 

@@ -7,8 +7,9 @@
 
 namespace disco {
 
-// Of activations and weights; sums are float32, and so is the bias.
-enum DataType : int32_t { kFloat32 = 0, kBFloat16 = 1 };
+// Of activations and weights; sums are float32, and so is the bias. Activations are never kInt8:
+// that is what they are multiplied in (product_type() of conv2d.h).
+enum DataType : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
 
 // What the epilogue applies last. The numbers are places in ACTIVATIONS of disco_kernels/spec.py.
 // Up to relu6 they are comparisons, which a tile makes in its registers.
@@ -26,7 +27,7 @@ enum Activation : int32_t {
 constexpr int32_t kNumActivations = 9;
 
 // Consecutive rows of the weight panel that read from one set of pixel pointers. A row takes one
-// float32 channel or two neighbouring bfloat16 channels.
+// float32 channel, two neighbouring bfloat16 channels or four neighbouring 8-bit ones.
 struct Pass {
   const char* const* pixels;  // [mr] start of each pixel's channels
   const int32_t* offsets;     // bytes from a pixel pointer, one for every row of the panel
@@ -40,6 +41,7 @@ struct Tile {
   int64_t num_passes;
   const char* panel;            // [K][nv * vector_length] packed weights, 4 bytes each
   const float* bias;            // [nv * vector_length], always given (zeros if the layer has none)
+  const float* scale;           // [nv * vector_length] of the sums of 8-bit products, else nullptr
   char* const* out;             // [mr] start of each pixel's output channels
   const char* const* residual;  // [mr] likewise, or nullptr
   int64_t first_channel;        // of this panel, added to every out and residual pointer
@@ -104,6 +106,23 @@ struct WordGather {
   int64_t num_steps;
 };
 
+// Likewise, each value to an unsigned byte: the nearest whole number (ties to even) of value *
+// inverse_scale, computed in float32, plus zero_point, within 0 and 255. NaN gives 0. Of every
+// eight words of bfloat16, words 0, 2, 4, 6 go to the first four bytes and 1, 3, 5, 7 to the
+// others.
+struct QuadGather {
+  const uint16_t* from;
+  uint8_t* to;
+  int64_t from_stride;  // words between pixels
+  int64_t to_stride;    // bytes
+  int64_t num_pixels;
+  int64_t to_bytes;  // that may be written, from `to` on
+  const WordStep* steps;
+  int64_t num_steps;
+  float inverse_scale;
+  int32_t zero_point;
+};
+
 // Pixels of one map; the channels of all of them give one of `out`.
 struct PixelList {
   const char* const* pixels;
@@ -130,6 +149,12 @@ struct WinogradKernels {
 
 struct LaneKernels;
 
+// Products of 8-bit integers, by data type of the activations.
+struct QuadKernels {
+  const MicroKernel* kernels[2];           // as those of IsaKernels
+  void (*quantise[2])(const QuadGather&);  // nullptr: no faster than one by one
+};
+
 struct IsaKernels {
   const char* name;
   int32_t vector_length;  // float32 lanes
@@ -145,6 +170,7 @@ struct IsaKernels {
   void (*gather_words)(const WordGather&);  // nullptr: no faster than word by word
   const LaneKernels& (*lane_kernels)();     // of grouped convolutions
   bool pair_products = false;               // of bfloat16, by an instruction of their own
+  const QuadKernels* quads = nullptr;       // if products of 8-bit integers pay
 };
 
 const IsaKernels& scalar_kernels();
@@ -156,6 +182,9 @@ const IsaKernels& avx512_kernels();
 #endif
 #if defined(DISCO_HAVE_AVX512BF16)
 const IsaKernels& avx512bf16_kernels();
+#endif
+#if defined(DISCO_HAVE_AVX512VNNI)
+const QuadKernels& avx512vnni_kernels();
 #endif
 #if defined(DISCO_HAVE_NEON)
 const IsaKernels& neon_kernels();

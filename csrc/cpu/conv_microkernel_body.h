@@ -26,10 +26,12 @@
 namespace disco {
 namespace {
 
-// How a data type is read, multiplied and written. A row of weights is 4 bytes a lane in both.
+// How a data type is read, multiplied and written. A row of weights is 4 bytes a lane in all.
 struct Float32 {
   using Element = float;
   using Operand = Vector;
+  static Vector first(Vector bias) { return bias; }
+  static Vector total(Vector sum, const Tile&, int) { return sum; }
   static Operand spread(const char* x) { return broadcast(reinterpret_cast<const float*>(x)); }
   static Operand weights(const char* w) { return load(reinterpret_cast<const float*>(w)); }
   static Vector accumulate(Operand x, Operand w, Vector sum) { return multiply_add(x, w, sum); }
@@ -42,6 +44,8 @@ struct Float32 {
 struct BFloat16 {
   using Element = uint16_t;
   using Operand = Pairs;
+  static Vector first(Vector bias) { return bias; }
+  static Vector total(Vector sum, const Tile&, int) { return sum; }
   static Operand spread(const char* x) {
     return broadcast_pair(reinterpret_cast<const uint16_t*>(x));
   }
@@ -125,9 +129,9 @@ __attribute__((always_inline)) inline void convolve_tile(const Tile& tile) {
 
 #pragma GCC unroll 16
   for (int v = 0; v < NV; ++v) {
-    const Vector b = load(tile.bias + v * kVectorLength);
+    const Vector first = Type::first(load(tile.bias + v * kVectorLength));
 #pragma GCC unroll 16
-    for (int p = 0; p < MR; ++p) acc[p][v] = b;
+    for (int p = 0; p < MR; ++p) acc[p][v] = first;
   }
 
   // The rows that the epilogue adds and writes are fetched while the sum is computed: the loop is
@@ -160,6 +164,12 @@ __attribute__((always_inline)) inline void convolve_tile(const Tile& tile) {
         for (int v = 0; v < NV; ++v) acc[p][v] = Type::accumulate(x, w[v], acc[p][v]);
       }
     } while (offsets != reread(pass.end));
+  }
+
+#pragma GCC unroll 16
+  for (int v = 0; v < NV; ++v) {
+#pragma GCC unroll 16
+    for (int p = 0; p < MR; ++p) acc[p][v] = Type::total(acc[p][v], tile, v);
   }
 
   if (tile.accumulate) {
@@ -216,14 +226,14 @@ struct KernelTable {
 };
 
 template <typename Type, int... I>
-constexpr const MicroKernel* kernel_table(std::integer_sequence<int, I...>) {
+constexpr const MicroKernel* tiles_of(std::integer_sequence<int, I...>) {
   return KernelTable<Type, I...>::value;
 }
 
-constexpr std::make_integer_sequence<int, kMaxPixels * kMaxVectors> kTiles{};
-constexpr const MicroKernel* kFloat32Kernels = kernel_table<Float32>(kTiles);
-constexpr const MicroKernel* kBFloat16Kernels = kernel_table<BFloat16>(kTiles);
-constexpr const MicroKernel* kBFloat16SumKernels = kernel_table<BFloat16Sums>(kTiles);
+template <typename Type>
+constexpr const MicroKernel* kernel_table() {
+  return tiles_of<Type>(std::make_integer_sequence<int, kMaxPixels * kMaxVectors>{});
+}
 
 }  // namespace
 }  // namespace disco

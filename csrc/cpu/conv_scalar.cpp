@@ -155,6 +155,39 @@ void store_bf16_n(uint16_t* x, const Vector& v, int64_t n) {
 }
 void store_bf16(uint16_t* x, const Vector& v) { store_bf16_n(x, v, kVectorLength); }
 
+struct Quads {
+  char byte[kVectorLength][4];
+};
+Quads load_quads(const void* x) {
+  Quads v;
+  __builtin_memcpy(&v, x, sizeof(v));
+  return v;
+}
+Quads broadcast_quad(const char* x) {
+  Quads v;
+  for (auto& lane : v.byte) __builtin_memcpy(lane, x, sizeof(lane));
+  return v;
+}
+Vector multiply_add_quads(const Quads& a, const Quads& b, const Vector& c) {
+  Bits sums = bits_of(c);
+  for (int i = 0; i < kVectorLength; ++i) {
+    for (int k = 0; k < 4; ++k) {
+      sums.lane[i] += static_cast<uint32_t>(static_cast<uint8_t>(a.byte[i][k]) *
+                                            static_cast<int8_t>(b.byte[i][k]));
+    }
+  }
+  return from_bits(sums);
+}
+Vector no_sum() { return zero(); }
+Vector integers_to_float(const Vector& x) {
+  const Bits bits = bits_of(x);
+  Vector v;
+  for (int i = 0; i < kVectorLength; ++i) {
+    v.lane[i] = static_cast<float>(static_cast<int32_t>(bits.lane[i]));
+  }
+  return v;
+}
+
 constexpr int kLanePixels = 4;
 // The larger ones are not worth their code: their weights would not stay in registers.
 constexpr int kLaneWindows = 3;
@@ -174,6 +207,7 @@ Vector permute(const Vector& v, const Lanes& lanes) {
 }  // namespace disco
 
 #include "conv_microkernel_body.h"
+#include "conv_quads_body.h"
 #include "depthwise_body.h"
 #include "pool_body.h"
 #include "winograd_body.h"
@@ -181,18 +215,22 @@ Vector permute(const Vector& v, const Lanes& lanes) {
 namespace disco {
 
 const IsaKernels& scalar_kernels() {
+  static constexpr QuadKernels quads = {
+      {kernel_table<QuadsTo<Float32>>(), kernel_table<QuadsTo<BFloat16>>()}, {}};
   static constexpr IsaKernels table = {"scalar",
                                        kVectorLength,
                                        kMaxVectors,
                                        kMaxPixels,
-                                       {kFloat32Kernels, kBFloat16Kernels},
-                                       kBFloat16SumKernels,
+                                       {kernel_table<Float32>(), kernel_table<BFloat16>()},
+                                       kernel_table<BFloat16Sums>(),
                                        &kWinograd2,
                                        &kWinograd4,
                                        {&largest_pixel<Float32>, &largest_pixel<BFloat16>},
                                        {&mean_pixel<Float32>, &mean_pixel<BFloat16>},
                                        nullptr,
-                                       &lane_kernels};
+                                       &lane_kernels,
+                                       false,
+                                       &quads};
   return table;
 }
 

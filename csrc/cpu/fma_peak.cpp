@@ -16,9 +16,12 @@ namespace {
 // a scheduler's time slice.
 constexpr int64_t kRounds = 1 << 18;
 
-const FmaLoop& active_fma_loop([[maybe_unused]] bool bfloat16) {
+const FmaLoop& active_fma_loop([[maybe_unused]] DataType product) {
 #if defined(DISCO_HAVE_AVX512BF16)
-  if (bfloat16 && std::strcmp(active_isa().name, "avx512_bf16") == 0) return avx512bf16_fma_loop();
+  if (product == kBFloat16 && active_isa().pair_products) return avx512bf16_fma_loop();
+#endif
+#if defined(DISCO_HAVE_AVX512VNNI)
+  if (product == kInt8 && active_isa().quads == &avx512vnni_kernels()) return avx512vnni_fma_loop();
 #endif
 #if defined(DISCO_HAVE_AVX512)
   if (std::strncmp(active_isa().name, "avx512", 6) == 0) return avx512_fma_loop();
@@ -34,8 +37,8 @@ const FmaLoop& active_fma_loop([[maybe_unused]] bool bfloat16) {
 
 }  // namespace
 
-double fma_peak_gflops(int32_t bursts, bool bfloat16) {
-  const FmaLoop& loop = active_fma_loop(bfloat16);
+double fma_peak_gflops(int32_t bursts, DataType product) {
+  const FmaLoop& loop = active_fma_loop(product);
   // x = x / 2 + 1 comes and stays near 2: neither denormal, slow on some CPUs, nor infinite.
   volatile float unforeseen[2 + kFmaChains] = {0.5f, 1.0f};
   for (int i = 0; i < kFmaChains; ++i) unforeseen[2 + i] = 1.0f + 0.125f * static_cast<float>(i);

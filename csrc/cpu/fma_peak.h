@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "conv_microkernel.h"
+
 namespace disco {
 
 // A multiply-add takes 4 or 5 cycles and two can start in each, so 10 independent chains keep the
@@ -24,12 +26,14 @@ const FmaLoop& scalar_fma_loop();
 const FmaLoop& avx2_fma_loop();
 const FmaLoop& avx512_fma_loop();
 const FmaLoop& avx512bf16_fma_loop();
+const FmaLoop& avx512vnni_fma_loop();
 const FmaLoop& neon_fma_loop();
 
-// GFLOP/s of the calling thread in the instruction set in use, multiplying float32 or, if asked for
-// and the instruction set can, bfloat16; without such instructions that is float32 too. The best of
-// `bursts` bursts of about a millisecond each. The best, because a burst can only be slowed down
-// (by another process, by a clock that has yet to rise), never sped up.
-double fma_peak_gflops(int32_t bursts, bool bfloat16);
+// GFLOP/s of the calling thread in the instruction set in use, multiplying float32 or, where that
+// has an instruction for it, bfloat16 or 8-bit integers (whose operations count alike); without one
+// it is float32 too. The best of `bursts` bursts of about a millisecond each. The best, because a
+// burst can only be slowed down (by another process, by a clock that has yet to rise), never sped
+// up.
+double fma_peak_gflops(int32_t bursts, DataType product);
 
 }  // namespace disco

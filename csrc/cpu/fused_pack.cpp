@@ -59,7 +59,8 @@ const std::vector<FusedPack::Part>& FusedPack::parts(const Range& range) const {
       const std::vector<int32_t> channels(list.begin() + static_cast<std::ptrdiff_t>(begin),
                                           list.begin() + static_cast<std::ptrdiff_t>(end));
       parts.push_back({m, static_cast<int64_t>(begin),
-                       ChannelList(channels, kernels_.vector_length), WordList(channels, false)});
+                       ChannelList(channels, kernels_.vector_length),
+                       WordList(channels, 1, WordList::kWords)});
     }
   }
   return parts_.emplace(range, std::move(parts)).first->second;
@@ -93,7 +94,7 @@ void FusedMessages::write(int32_t node, int64_t first_panel, int64_t num_panels,
                           int64_t end) const {
   const std::vector<FusedPack::Part>& parts = pack_.parts({node, first_panel, num_panels});
   int64_t most = 0;
-  for (const FusedPack::Part& part : parts) most = std::max(most, part.words.num_channels());
+  for (const FusedPack::Part& part : parts) most = std::max(most, part.words.num_words());
   if (most == 0) return;
   // Selected values, and the same as they are sent.
   const bool converts = pack_.dtype_ != kFloat32 || wire_ != WireType::kFloat32;
@@ -130,7 +131,7 @@ void FusedMessages::write_float32(const FusedPack::Part& part, int64_t offset, i
 
 void FusedMessages::write_bfloat16(const FusedPack::Part& part, int64_t offset, int64_t count,
                                    int64_t first, float* scratch) const {
-  const int64_t channels = part.words.num_channels();
+  const int64_t channels = part.words.num_words();
   const uint16_t* x = static_cast<const uint16_t*>(data_) + offset;
   uint16_t* words = reinterpret_cast<uint16_t*>(scratch + kPixels * channels);
   part.words.gather(x, out_.stride_w, count, words, channels);
@@ -158,7 +159,7 @@ void FusedMessages::write_bfloat16(const FusedPack::Part& part, int64_t offset, 
 
 void FusedMessages::narrow(const FusedPack::Part& part, const float* values, int64_t count,
                            int64_t first, uint16_t* scratch) const {
-  const int64_t channels = part.words.num_channels();
+  const int64_t channels = part.words.num_words();
   const auto convert =
       wire_ == WireType::kFloat16 ? pack_.kernels_.narrow_float16 : pack_.kernels_.narrow_bfloat16;
   uint16_t* message =

@@ -60,7 +60,7 @@ GatherPack::GatherPack(std::vector<std::vector<int32_t>> lists)
   std::vector<int64_t> lines;
   for (std::vector<int32_t>& list : lists) {
     for (const int32_t channel : list) lines.push_back(channel / kLineFloats);
-    words_.emplace_back(list, false);
+    words_.emplace_back(list, 1, WordList::kWords);
     lists_.emplace_back(std::move(list), kernels_.vector_length);
     before_.push_back(num_channels_);
     num_channels_ += lists_.back().num_channels();

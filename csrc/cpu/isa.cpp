@@ -8,6 +8,16 @@
 namespace disco {
 namespace {
 
+#if defined(DISCO_HAVE_AVX512VNNI)
+// An instruction set together with AVX-512-VNNI.
+IsaKernels with_quads(const IsaKernels& isa, const char* name) {
+  IsaKernels both = isa;
+  both.name = name;
+  both.quads = &avx512vnni_kernels();
+  return both;
+}
+#endif
+
 std::vector<const IsaKernels*> usable_isas() {
   std::vector<const IsaKernels*> usable = {&scalar_kernels()};
 #if defined(DISCO_HAVE_AVX2)
@@ -19,8 +29,14 @@ std::vector<const IsaKernels*> usable_isas() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
     usable.push_back(&avx512_kernels());
-#if defined(DISCO_HAVE_AVX512BF16)
-    if (__builtin_cpu_supports("avx512bf16")) usable.push_back(&avx512bf16_kernels());
+#if defined(DISCO_HAVE_AVX512VNNI) && defined(DISCO_HAVE_AVX512BF16)
+    if (__builtin_cpu_supports("avx512vnni")) {
+      static const IsaKernels vnni = with_quads(avx512_kernels(), "avx512_vnni");
+      usable.push_back(&vnni);
+      // All CPUs with AVX-512-BF16 have AVX-512-VNNI.
+      static const IsaKernels bf16 = with_quads(avx512bf16_kernels(), "avx512_bf16");
+      if (__builtin_cpu_supports("avx512bf16")) usable.push_back(&bf16);
+    }
 #endif
   }
 #endif

@@ -1,5 +1,6 @@
 // Weight layout of the micro-kernels.
 
+#include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <cstring>
@@ -73,6 +74,44 @@ uint16_t to_bfloat16(float value) {
 void write(float value, float* to) { *to = value; }
 void write(float value, uint16_t* to) { *to = to_bfloat16(value); }
 
+int64_t whole_lines(int64_t bytes) {
+  return (bytes + kHeaderBytes - 1) / kHeaderBytes * kHeaderBytes;
+}
+
+// One output channel as whole numbers from -127 to 127.
+struct Bytes {
+  const float* row;
+  float scale;
+  int32_t sum = 0;
+
+  Bytes(const float* row, int64_t count) : row(row) {
+    float largest = 0.0f;
+    for (int64_t i = 0; i < count; ++i) largest = std::max(largest, std::fabs(row[i]));
+    // Not below what has an inverse, so that nothing is divided by zero.
+    scale = std::max(largest / 127.0f, FLT_MIN);
+  }
+  int8_t take(int64_t i) {
+    const float value = std::nearbyint(row[i] / scale);
+    const int32_t byte = static_cast<int32_t>(std::min(127.0f, std::max(-127.0f, value)));
+    sum += byte;
+    return static_cast<int8_t>(byte);
+  }
+};
+
+// As pack_channel, in groups of four bytes.
+void pack_bytes(const WeightShape& shape, Bytes& from, int64_t width, int8_t* to) {
+  int64_t first = 0;
+  for (const int64_t channels : shape.segment_channels) {
+    for (int64_t tap = 0; tap < shape.taps; ++tap) {
+      for (int64_t c = 0; c < channels; ++c) {
+        to[c / 4 * width * 4 + c % 4] = from.take(first + c * shape.taps + tap);
+      }
+      to += (channels + 3) / 4 * width * 4;
+    }
+    first += channels * shape.taps;
+  }
+}
+
 // One output channel: `row` [in_channels][taps] to every `width`th group of `kGroup` weights.
 template <typename Element, int kGroup>
 void pack_channel(const WeightShape& shape, const float* row, int64_t width, Element* to) {
@@ -120,10 +159,19 @@ int64_t WeightShape::rows() const {
   return sum;
 }
 
+int64_t packed_outputs(const IsaKernels& isa, const WeightShape& shape) {
+  return (shape.out_channels + isa.vector_length - 1) / isa.vector_length * isa.vector_length;
+}
+
+int64_t bytes_before_panels(const IsaKernels& isa, const WeightShape& shape) {
+  if (shape.product() != kInt8) return kHeaderBytes;
+  const int64_t listed = packed_outputs(isa, shape) * static_cast<int64_t>(sizeof(float));
+  return kHeaderBytes + whole_lines(2 * listed);
+}
+
 int64_t packed_bytes(const IsaKernels& isa, const WeightShape& shape) {
-  const int64_t vectors = (shape.out_channels + isa.vector_length - 1) / isa.vector_length;
-  const int64_t weights = 4 * vectors * isa.vector_length * shape.rows() * shape.points();
-  return kHeaderBytes + (weights + kHeaderBytes - 1) / kHeaderBytes * kHeaderBytes;
+  const int64_t weights = 4 * packed_outputs(isa, shape) * shape.rows() * shape.points();
+  return bytes_before_panels(isa, shape) + whole_lines(weights);
 }
 
 PackedHeader packed_header(const IsaKernels& isa, const WeightShape& shape) {
@@ -141,7 +189,7 @@ PackedHeader packed_header(const IsaKernels& isa, const WeightShape& shape) {
 
 void pack_weights(const IsaKernels& isa, const float* weight, const WeightShape& shape,
                   void* packed) {
-  const bool direct = shape.algorithm == Algorithm::kDirect;
+  const bool direct = !is_winograd(shape.algorithm), pairs = shape.product() == kBFloat16;
   if (!direct && shape.taps != 9) {
     throw std::invalid_argument("Winograd is for kernels of 3 x 3, given " +
                                 std::to_string(shape.taps) + " taps");
@@ -154,7 +202,9 @@ void pack_weights(const IsaKernels& isa, const float* weight, const WeightShape&
   if (!direct) winograd_rows(static_cast<int64_t>(shape.algorithm), rows);
   const int64_t widest = isa.max_vectors * isa.vector_length;
   const int64_t in_channels = shape.in_channels();
-  char* panel = static_cast<char*>(packed) + kHeaderBytes;
+  char* panel = static_cast<char*>(packed) + bytes_before_panels(isa, shape);
+  float* scales = reinterpret_cast<float*>(static_cast<char*>(packed) + kHeaderBytes);
+  int32_t* sums = reinterpret_cast<int32_t*>(scales + packed_outputs(isa, shape));
   for (int64_t first = 0; first < shape.out_channels; first += widest) {
     const int64_t left = shape.out_channels - first;
     const int64_t valid = left < widest ? left : widest;
@@ -164,11 +214,16 @@ void pack_weights(const IsaKernels& isa, const float* weight, const WeightShape&
       float* single = reinterpret_cast<float*>(panel) + o;
       uint16_t* pair = reinterpret_cast<uint16_t*>(panel) + 2 * o;
       const int64_t words = width * shape.rows();
-      if (direct && shape.in_pairs()) {
+      if (shape.product() == kInt8) {
+        Bytes bytes(row, in_channels * shape.taps);
+        pack_bytes(shape, bytes, width, reinterpret_cast<int8_t*>(panel) + 4 * o);
+        scales[first + o] = bytes.scale;
+        sums[first + o] = bytes.sum;
+      } else if (direct && pairs) {
         pack_channel<uint16_t, 2>(shape, row, width, pair);
       } else if (direct) {
         pack_channel<float, 1>(shape, row, width, single);
-      } else if (shape.in_pairs()) {
+      } else if (pairs) {
         pack_points<uint16_t, 2>(shape, rows, row, width, 2 * words, pair);
       } else {
         pack_points<float, 1>(shape, rows, row, width, words, single);

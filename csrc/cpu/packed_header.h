@@ -26,4 +26,9 @@ static_assert(sizeof(PackedHeader) == kHeaderBytes, "header must keep alignment"
 
 PackedHeader packed_header(const IsaKernels& isa, const WeightShape& shape);
 
+// Output channels in whole vectors.
+int64_t packed_outputs(const IsaKernels& isa, const WeightShape& shape);
+// Bytes before the panels: the header, and for kQuads [packed_outputs] scales, then as many sums.
+int64_t bytes_before_panels(const IsaKernels& isa, const WeightShape& shape);
+
 }  // namespace disco

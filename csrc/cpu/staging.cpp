@@ -15,9 +15,11 @@ constexpr int64_t kPartsPerThread = 4;
 
 int64_t even(int64_t n) { return (n + 1) / 2 * 2; }
 
-bool multiplies_pairs(const Conv2dGeometry& geometry) {
-  return product_type(geometry.algorithm, geometry.dtype) == kBFloat16;
+DataType product_of(const Conv2dGeometry& geometry) {
+  return product_type(geometry.algorithm, geometry.dtype);
 }
+
+bool multiplies_pairs(const Conv2dGeometry& geometry) { return product_of(geometry) == kBFloat16; }
 
 // Distances at which lines fall into the same set of a first-level cache. Its 8 or 12 ways are
 // fewer than the pixels of an AVX-512 tile, which then push each other out at every channel. On a
@@ -34,17 +36,14 @@ bool shares_sets(const Conv2dGeometry& geometry, const SourceView& source) {
 // Whether a segment's channels are brought together before they are used.
 bool gathers(const Conv2dGeometry& geometry, const Conv2dCall& call, const Segment& segment) {
   if (segment.channels.empty()) return false;
-  return (multiplies_pairs(geometry) && !in_pairs(segment)) ||
+  if (product_of(geometry) == kInt8) return true;
+  return (multiplies_pairs(geometry) && !neighbours(segment, 2)) ||
          shares_sets(geometry, call.sources[static_cast<size_t>(segment.source)]);
 }
 
-// Channels as the 16-bit words that they consist of.
-std::vector<int32_t> words_of(const std::vector<int32_t>& channels, int64_t words) {
-  std::vector<int32_t> listed;
-  for (const int32_t channel : channels) {
-    for (int64_t w = 0; w < words; ++w) listed.push_back(static_cast<int32_t>(channel * words + w));
-  }
-  return listed;
+WordList::Use use_of(const Conv2dGeometry& geometry) {
+  if (product_of(geometry) == kInt8) return WordList::kBytes;
+  return multiplies_pairs(geometry) ? WordList::kEvenWords : WordList::kWords;
 }
 
 // With three channels a tap is over after three steps, and an image comes in planes: a copy with
@@ -104,6 +103,11 @@ int64_t StagedCall::reserve(int64_t bytes) {
   return begin;
 }
 
+// Of an element.
+int64_t StagedCall::gathered_bytes() const {
+  return product_of(geometry_) == kInt8 ? 1 : geometry_.element_bytes();
+}
+
 void StagedCall::pad_sources() {
   const int64_t in_h = call_.in_h, in_w = call_.in_w;
   const int64_t padding_h = geometry_.padding_h, padding_w = geometry_.padding_w;
@@ -134,18 +138,18 @@ void StagedCall::gather_segments() {
   for (size_t i = 0; i < nodes_.size(); ++i) {
     for (Segment& segment : nodes_[i].segments) {
       if (!gathers(geometry_, call_, segment)) continue;
-      const bool pairs = multiplies_pairs(geometry_);
       const int64_t listed = static_cast<int64_t>(segment.channels.size());
-      const int64_t count = pairs ? even(listed) : listed;
+      const int64_t together = channels_of_row(product_of(geometry_));
+      const int64_t count = (listed + together - 1) / together * together;
       int64_t pixel = count;
-      if (geometry_.stride_w * pixel * geometry_.element_bytes() % kSetPeriodBytes == 0) {
-        pixel += kCacheLineBytes / geometry_.element_bytes();
+      if (geometry_.stride_w * pixel * gathered_bytes() % kSetPeriodBytes == 0) {
+        pixel += kCacheLineBytes / gathered_bytes();
       }
       const int64_t row = call_.in_w * pixel;
-      const int64_t begin = reserve(call_.batch * call_.in_h * row * geometry_.element_bytes());
+      const int64_t begin = reserve(call_.batch * call_.in_h * row * gathered_bytes());
       const size_t target = call_.sources.size();
       gathered_.push_back({static_cast<int32_t>(i), static_cast<size_t>(segment.source), target,
-                           WordList(words_of(segment.channels, words()), pairs), begin});
+                           WordList(segment.channels, words(), use_of(geometry_)), begin});
       call_.sources.push_back({nullptr, count, call_.in_h * row, 1, row, pixel});
       segment.source = static_cast<int64_t>(target);
       segment.channels.assign(static_cast<size_t>(count), 0);
@@ -232,6 +236,13 @@ void StagedCall::gather_row(const Gathered& gathered, int64_t n, int64_t h, int6
   const SourceView& to = call_.sources[gathered.source];
   const uint16_t* x = static_cast<const uint16_t*>(from.data) +
                       words() * (n * from.stride_n + h * from.stride_h + w * from.stride_w);
+  if (product_of(geometry_) == kInt8) {
+    uint8_t* bytes = reinterpret_cast<uint8_t*>(memory_ + gathered.begin) + n * to.stride_n +
+                     h * to.stride_h + w * to.stride_w;
+    gathered.words.quantise(x, words() * step * from.stride_w, count, geometry_.input, bytes,
+                            step * to.stride_w);
+    return;
+  }
   uint16_t* y = reinterpret_cast<uint16_t*>(memory_ + gathered.begin) +
                 words() * (n * to.stride_n + h * to.stride_h + w * to.stride_w);
   gathered.words.gather(x, words() * step * from.stride_w, count, y, words() * step * to.stride_w);

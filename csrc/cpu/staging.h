@@ -1,6 +1,6 @@
 // Copies of sources that a micro-kernel cannot read as they lie, or not at its speed: images of few
-// channels, bfloat16 channels that are not listed in neighbouring pairs, and pixels at distances
-// that put all of a tile into the same few cache sets.
+// channels, bfloat16 channels that are not listed in neighbouring pairs, pixels at distances that
+// put all of a tile into the same few cache sets, and what is multiplied in 8-bit integers.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,8 @@ class StagedCall {
     int64_t in_h, in_w, padding_h, padding_w;
     int64_t begin;  // in the memory, bytes
   };
-  // Listed channels of one source, one after the other, in pairs with zeros up to an even number.
+  // Listed channels of one source, one after the other: in pairs with zeros up to an even number,
+  // as bytes with anything up to a multiple of four, for the weights there are zero.
   struct Gathered {
     int32_t node;
     size_t from, source;
@@ -48,6 +49,7 @@ class StagedCall {
   };
 
   int64_t words() const { return geometry_.element_bytes() / 2; }  // of a channel
+  int64_t gathered_bytes() const;
   void pad_sources();
   void gather_segments();
   int64_t reserve(int64_t bytes);

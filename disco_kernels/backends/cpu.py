@@ -28,9 +28,10 @@ from disco_kernels.spec import (
 from disco_kernels.wire import WIRE_DTYPES
 
 # The numbers of csrc/cpu/conv2d.h's Algorithm.
-_ALGORITHMS = {"off": 0, "f2": 2, "f4": 4}
+_ALGORITHMS = {"off": 0, "f2": 2, "f4": 4, "int8": 8}
 # And its DataType's.
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_NO_BYTES = (1.0, 0)  # scale and zero point
 _NO_RESIDUAL = (0, 0, 0, 0)
 _NO_MESSAGES: tuple[list[int], int, int] = ([], 0, 0)
 _AS_THE_WEIGHTS = (0, 0, 1)  # wire type, no scales, images to a row of them
@@ -69,6 +70,18 @@ def extension_status() -> ExtensionStatus:
     return ExtensionStatus(_C.__file__, _C.isa(), tuple(_C.available_isas()), None)
 
 
+def fma_peak_gflops(product: torch.dtype = torch.float32) -> float:
+    """GFLOP/s of one thread that multiplies float32, bfloat16 or int8 in registers only.
+
+    Where the instruction set in use has no instruction for the dtype, that of float32. A
+    multiply-add counts as two operations, of integers too. RuntimeError without the extension.
+    """
+    if _C is None:
+        raise RuntimeError(f"backend 'cpu': {_load_error}")
+    numbers = {**_DTYPES, torch.int8: 2}
+    return float(_C.fma_peak_gflops(product=numbers[product]))
+
+
 def _channel_args(channels: Channels) -> tuple[int, int, int]:
     index = channels.index
     return (channels.first, channels.count, 0 if index is None else index.data_ptr())
@@ -92,7 +105,7 @@ class _CpuConv2d(PreparedConv2d):
         dtype: torch.dtype,
         pack: Sequence[Tensor],
     ) -> None:
-        spec = descriptor.spec
+        spec, given = descriptor.spec, descriptor.spec.input_bytes
         self.extension = extension
         self.out_channels = descriptor.out_channels
         self.conv2d = extension.Conv2d(
@@ -105,9 +118,10 @@ class _CpuConv2d(PreparedConv2d):
                 for node in descriptor.nodes
             ],
             ACTIVATIONS.index(spec.activation),
-            _ALGORITHMS[spec.winograd],
+            _ALGORITHMS[spec.algorithm],
             _DTYPES[dtype],
             _list_args(pack),
+            _NO_BYTES if given is None else (given.scale, given.zero_point),
         )
 
     def run(
@@ -270,6 +284,11 @@ class CpuBackend(Backend):
             return f"float32 and bfloat16 only, given {dtype}"
         return None
 
+    def int8_refusal(self) -> str | None:
+        if self.extension.has_quads():
+            return None
+        return f"that takes AVX-512-VNNI, and the kernels run on {self.extension.isa()}"
+
     @property
     def extension(self) -> Any:
         if _C is None:
@@ -282,21 +301,21 @@ class CpuBackend(Backend):
         segment_channels: Sequence[int],
         taps: int,
         dtype: torch.dtype,
-        winograd: str = "off",
+        algorithm: str = "off",
     ) -> int:
         num_bytes = self.extension.packed_bytes(
-            out_channels, list(segment_channels), taps, _ALGORITHMS[winograd], _DTYPES[dtype]
+            out_channels, list(segment_channels), taps, _ALGORITHMS[algorithm], _DTYPES[dtype]
         )
         return int(num_bytes) // dtype.itemsize
 
     def prepack(
-        self, weight: Tensor, segment_channels: Sequence[int], winograd: str = "off"
+        self, weight: Tensor, segment_channels: Sequence[int], algorithm: str = "off"
     ) -> Tensor:
         dtype = weight.dtype
         source = weight.detach().resolve_neg().float().contiguous()
         taps = source.shape[2] * source.shape[3]
         packed = torch.empty(
-            self.packed_numel(source.shape[0], segment_channels, taps, dtype, winograd),
+            self.packed_numel(source.shape[0], segment_channels, taps, dtype, algorithm),
             dtype=dtype,
             device="cpu",  # whatever torch's default device is
         )
@@ -305,7 +324,7 @@ class CpuBackend(Backend):
             source.shape[0],
             list(segment_channels),
             taps,
-            _ALGORITHMS[winograd],
+            _ALGORITHMS[algorithm],
             _DTYPES[dtype],
             packed.data_ptr(),
         )

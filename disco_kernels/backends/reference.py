@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from disco_kernels.quantisation import InputBytes, input_bytes, weight_bytes
 from disco_kernels.registry import (
     Backend,
     Outgoing,
@@ -98,7 +99,11 @@ class _ReferenceConv2d(PreparedConv2d):
             if shape[0] == 0:
                 continue
             parts = [_take(sources[s.source], s.channels) for s in node.segments]
-            y = _conv2d(torch.cat(parts, dim=1), weight, spec, out)
+            x = torch.cat(parts, dim=1)
+            if spec.input_bytes is None:
+                y = _conv2d(x, weight, spec, out)
+            else:
+                y = _conv2d_of_bytes(x, weight, spec, spec.input_bytes, out)
             target = node.out_channels.index
             rows = (
                 torch.arange(
@@ -166,6 +171,15 @@ def _conv2d(x: Tensor, weight: Tensor, spec: ConvSpec, out: Tensor, groups: int 
     return F.conv2d(x, weight, None, spec.stride, spec.padding, spec.dilation, groups)
 
 
+def _conv2d_of_bytes(
+    x: Tensor, weight: Tensor, spec: ConvSpec, given: InputBytes, out: Tensor
+) -> Tensor:
+    """In float64, which holds the whole numbers exactly."""
+    weights, scale = weight_bytes(weight)
+    sums = _conv2d(input_bytes(x, given), weights, spec, out.double())
+    return (sums * (scale.double() * given.scale)[:, None, None]).to(out.dtype)
+
+
 def _refuse_winograd(winograd: str) -> None:
     if winograd != "off":
         raise ValueError(
@@ -194,20 +208,23 @@ class ReferenceBackend(Backend):
     def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None if dtype.is_floating_point else f"floating dtypes only, given {dtype}"
 
+    def int8_refusal(self) -> str | None:
+        return None
+
     def packed_numel(
         self,
         out_channels: int,
         segment_channels: Sequence[int],
         taps: int,
         dtype: torch.dtype,
-        winograd: str = "off",
+        algorithm: str = "off",
     ) -> int:
         return out_channels * sum(segment_channels) * taps
 
     def prepack(
-        self, weight: Tensor, segment_channels: Sequence[int], winograd: str = "off"
+        self, weight: Tensor, segment_channels: Sequence[int], algorithm: str = "off"
     ) -> Tensor:
-        _refuse_winograd(winograd)
+        _refuse_winograd("off" if algorithm == "int8" else algorithm)
         return weight.detach().reshape(-1).clone()
 
     def prepare(
@@ -227,7 +244,7 @@ class ReferenceBackend(Backend):
         return descriptor.out_channels * descriptor.in_per_group * kernel
 
     def prepack_grouped(self, weight: Tensor, descriptor: GroupedDescriptor) -> Tensor:
-        return self.prepack(weight, (descriptor.in_per_group,), descriptor.spec.winograd)
+        return self.prepack(weight, (descriptor.in_per_group,), descriptor.spec.algorithm)
 
     def prepare_grouped(self, descriptor: GroupedDescriptor, dtype: torch.dtype) -> PreparedConv2d:
         return _ReferenceGrouped(descriptor)

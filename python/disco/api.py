@@ -16,10 +16,10 @@ from disco.executor import Executor, run_together
 from disco.partition import Decisions, Plan, RankProgram, build_all, decide
 from disco.partition.one_machine import GATHERED_KINDS, one_machine_program
 from disco.partition.shards import load_manifest, load_shard, save_artifact
-from disco.program import lower_precision
+from disco.program import input_ranges, lower_precision
 from disco.sparsify import sparsify_weights_
 from disco.sparsify.groups import Reader, groups_of
-from disco_kernels import WINOGRAD, Ownership, Pattern
+from disco_kernels import WINOGRAD, InputBytes, Ownership, Pattern, choose_int8
 
 PathLike = str | os.PathLike[str]
 
@@ -94,9 +94,9 @@ class Compiled(nn.Module):
         return self._executor.kernel_backends
 
     @property
-    def winograd(self) -> dict[str, str]:
-        """How each of them is computed: "off" is directly, "f2" and "f4" by Winograd."""
-        return self._executor.winograd
+    def algorithms(self) -> dict[str, str]:
+        """How each of them is computed: "off" (directly), "f2", "f4" (by Winograd) or "int8"."""
+        return self._executor.algorithms
 
     @property
     def packed_bytes(self) -> int:
@@ -169,11 +169,15 @@ def compile(
         winograd: how 3 x 3 convolutions of stride 1 are computed: "auto" (what suits the shape),
             "off", "f2" or "f4". Winograd is faster and rounds more; docs/architecture.md says how
             much.
-        dtype: to compute in, `torch.float32` or `torch.bfloat16`. Inputs and outputs are float32
-            in both, and so are the sums inside a kernel.
+        dtype: to compute in, `torch.float32`, `torch.bfloat16` or `torch.int8`. Inputs and outputs
+            are float32 in all, and sums inside a kernel are float32 or exact. With `torch.int8`
+            convolutions and linears multiply 8-bit integers where that pays (weights with a scale a
+            channel, inputs with one a layer), and all else is in bfloat16. The inputs' ranges are
+            those that `example_inputs` give, and what lies outside is clipped: give examples of
+            what will come.
         packed_bytes: that all packed weights may have together, or None for what is fastest. With
             `winograd` "auto" the layers where Winograd saves least a byte give it up first; see
-            `Compiled.packed_bytes` and `Compiled.winograd` for what came of it.
+            `Compiled.packed_bytes` and `Compiled.algorithms` for what came of it.
 
     Raises:
         InputError: the model cannot be captured, `winograd` or `dtype` is none of these, or the
@@ -183,21 +187,43 @@ def compile(
     _check_nodes(nodes)
     if winograd not in WINOGRAD:
         raise InputError(f"winograd is one of {', '.join(WINOGRAD)}, given {winograd!r}")
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise InputError(f"dtype is torch.float32 or torch.bfloat16, given {dtype}")
+    if dtype not in (torch.float32, torch.bfloat16, torch.int8):
+        raise InputError(f"dtype is torch.float32, torch.bfloat16 or torch.int8, given {dtype}")
     if packed_bytes is not None and packed_bytes < 1:
         raise InputError(f"packed_bytes is a number of bytes, at least 1; given {packed_bytes}")
     captured = capture(model, example_inputs)
     program = one_machine_program(decide(*captured, nodes))
     # Copies: what is not packed would otherwise follow the model when that is trained on.
     weights = {name: captured.weights[name].clone() for name in program.weight_names()}
+    input_bytes = None
+    if dtype == torch.int8:
+        input_bytes = _input_bytes(captured, example_inputs)
     if dtype != torch.float32:
-        program, weights = lower_precision(program, weights, dtype)
+        program, weights = lower_precision(program, weights, torch.bfloat16)
     gathered = [op.name for op in program.ops if op.kind in GATHERED_KINDS]
     executor = Executor(
-        program, weights, backend=backend, winograd=winograd, packed_bytes=packed_bytes
+        program,
+        weights,
+        backend=backend,
+        winograd=winograd,
+        packed_bytes=packed_bytes,
+        input_bytes=input_bytes,
     )
     return Compiled(executor, gathered)
+
+
+def _input_bytes(captured: Captured, examples: Sequence[Tensor]) -> dict[str, InputBytes]:
+    """By the layers that are to multiply 8-bit integers, what their inputs' bytes stand for."""
+    program, weights = captured.program, captured.weights
+    chosen = []
+    for op in program.ops:
+        groups = op.kwargs.get("groups", 1)
+        if op.kind not in ("disco.conv2d", "disco.linear") or not isinstance(groups, int):
+            continue
+        if choose_int8(weights[next(op.weight_refs())], groups):
+            chosen.append(op.name)
+    ranges = input_ranges(program, weights, examples, chosen)
+    return {name: InputBytes.of_range(*found) for name, found in ranges.items()}
 
 
 def load(directory: PathLike) -> Partitioned:

@@ -188,7 +188,12 @@ def test_a_dense_engine_computes_the_model(kind: str, tmp_path: Path) -> None:
         pytest.skip(reason)
     model = build_model("torchvision", "resnet18")
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    dtype = torch.bfloat16 if kind in throughput.BF16_ENGINES.values() else torch.float32
+    dtype = torch.float32
+    for engines, other in (
+        (throughput.BF16_ENGINES, torch.bfloat16),
+        (throughput.INT8_ENGINES, torch.int8),
+    ):
+        dtype = other if kind in engines.values() else dtype
     reference = whole_model(model, x, dtype=dtype)
     engine = MAKERS[kind](model, x, str(tmp_path))
     with torch.inference_mode():
@@ -225,13 +230,15 @@ def test_every_dtype_has_its_own_engines(monkeypatch: pytest.MonkeyPatch) -> Non
     in_bfloat16, _ = choose_engines(None, "bfloat16")
     assert set(in_float32) & set(in_bfloat16) == {DISCO}
     assert (in_float32[DISCO], in_bfloat16[DISCO]) == ("compiled", "compiled_bf16")
+    in_int8, _ = choose_engines(None, "int8")
+    assert set(in_float32) & set(in_int8) == {DISCO} and in_int8[DISCO] == "compiled_int8"
     with pytest.raises(InputError, match="dense engines in bfloat16 are openvino_bf16"):
         choose_engines(["torch_compile"], "bfloat16")
 
 
 def test_an_unknown_dtype_is_refused() -> None:
     options = throughput.ThroughputOptions(dtype="float16")
-    with pytest.raises(InputError, match="--dtype is float32 or bfloat16, given 'float16'"):
+    with pytest.raises(InputError, match="--dtype is float32, bfloat16, int8, given 'float16'"):
         throughput.run_throughput(options, print)
 
 
@@ -245,3 +252,16 @@ def test_bfloat16_is_compared_with_torchs_own_error_in_bfloat16() -> None:
     assert not compare(found, whole_model(model, x)).equal, "was not computed in bfloat16"
     wrong = found.roll(1, dims=1)
     assert not compare(wrong, reference).equal
+
+
+def test_int8_is_further_off_than_bfloat16_and_not_wrong() -> None:
+    model = build_model("torchvision", "resnet18")
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    reference = whole_model(model, x, dtype=torch.int8)
+    compiled = api.compile(
+        model, nodes=2, example_inputs=(x,), dtype=torch.int8, backend="reference"
+    )
+    found = compiled(x)
+    assert compare(found, reference).equal
+    assert not compare(found, whole_model(model, x)).equal, "was not computed in integers"
+    assert not compare(found.roll(1, dims=1), reference).equal

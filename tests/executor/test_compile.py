@@ -15,7 +15,8 @@ from disco.executor import Executor
 from disco.partition import decide
 from disco.partition.one_machine import one_machine_program
 from disco.program import Program, Ref, interpret
-from disco_kernels import BackendUnavailable, Ownership
+from disco_kernels import BackendUnavailable, Ownership, registry
+from disco_kernels.backends.cpu import extension_status
 from tests.partition.harness import Case
 
 
@@ -209,18 +210,18 @@ def test_winograd_within_a_budget(residual: nn.Module) -> None:
         )
 
     free, direct = compiled(), compiled("off")
-    assert set(direct.winograd.values()) == {"off"} and "f2" in free.winograd.values()
+    assert set(direct.algorithms.values()) == {"off"} and "f2" in free.algorithms.values()
     assert direct.packed_bytes < free.packed_bytes
     between = (direct.packed_bytes + free.packed_bytes) // 2
     for limit in (direct.packed_bytes, between, free.packed_bytes - 1):
         found, again = compiled(limit=limit), compiled(limit=limit)
         assert direct.packed_bytes <= found.packed_bytes <= limit
-        assert found.winograd == again.winograd != free.winograd
+        assert found.algorithms == again.algorithms != free.algorithms
         assert torch.equal(found(x), again(x))
         error, own = _errors(found, residual, torch.float32)
         assert error <= 32 * own
-    assert compiled(limit=direct.packed_bytes).winograd == direct.winograd
-    assert compiled(limit=free.packed_bytes).winograd == free.winograd
+    assert compiled(limit=direct.packed_bytes).algorithms == direct.algorithms
+    assert compiled(limit=free.packed_bytes).algorithms == free.algorithms
     with pytest.raises(InputError, match="need at least"):
         compiled(limit=direct.packed_bytes - 1)
     # Asked for by name, an algorithm is not given up.
@@ -252,9 +253,9 @@ def test_bfloat16_is_as_close_as_torchs(
         ({"winograd": "f6"}, "winograd is one of off, f2, f4, auto, given 'f6'"),
         ({"winograd": None}, "winograd is one of .*, given None"),
         ({"winograd": True}, "winograd is one of .*, given True"),
-        ({"dtype": torch.float16}, "torch.bfloat16, given torch.float16"),
-        ({"dtype": torch.int8}, "torch.bfloat16, given torch.int8"),
-        ({"dtype": "bfloat16"}, "torch.bfloat16, given bfloat16"),
+        ({"dtype": torch.float16}, "torch.bfloat16 or torch.int8, given torch.float16"),
+        ({"dtype": torch.uint8}, "torch.bfloat16 or torch.int8, given torch.uint8"),
+        ({"dtype": "bfloat16"}, "torch.bfloat16 or torch.int8, given bfloat16"),
         ({"packed_bytes": 0}, "at least 1; given 0"),
         ({"packed_bytes": 1000}, "need at least [0-9]+ bytes, and 1000 are allowed"),
     ],
@@ -270,3 +271,48 @@ def test_bad_options_are_refused(
 def test_winograd_that_a_backend_has_not_is_refused(model: nn.Module, winograd: str) -> None:
     with pytest.raises(InputError, match=f"no Winograd, asked for '{winograd}'"):
         disco.compile(model, 2, example_inputs=(X,), winograd=winograd, backend="reference")
+
+
+HAS_INT8 = not (extension_status().error or registry.get("cpu").int8_refusal())
+
+
+@pytest.mark.parametrize("density", [None, 0.25])
+@torch.no_grad()
+def test_int8_backends_agree_and_are_close(residual: nn.Module, density: float | None) -> None:
+    """The layers that pay multiply integers, on both backends, with the examples' ranges."""
+    model, x = copy.deepcopy(residual), torch.randn(2, 3, 64, 64)
+    if density is not None:
+        disco.sparsify_(model, 2, density, (x,))
+    exact = copy.deepcopy(model).double()(x.double())
+    scale = float(exact.abs().max())
+    found = {}
+    for backend in ("reference", "cpu") if HAS_INT8 else ("reference",):
+        compiled = disco.compile(
+            model, 2, example_inputs=(x,), dtype=torch.int8, backend=backend, winograd="auto"
+        )
+        assert set(compiled.algorithms.values()) <= {"int8", "off", "f2", "f4"}
+        assert sum(kind == "int8" for kind in compiled.algorithms.values()) >= 8
+        found[backend] = compiled(x)
+        assert torch.equal(found[backend], compiled(x)) and found[backend].dtype == torch.float32
+        error = float((found[backend] - exact).abs().max())
+        # Layers here are few: the inputs and weights of each are off by 1 in 256 of their ranges.
+        assert error <= 0.05 * scale
+        plain = disco.compile(model, 2, example_inputs=(x,), dtype=torch.bfloat16, backend=backend)
+        assert not torch.equal(plain(x), found[backend]), "was not computed in integers"
+    if HAS_INT8:
+        # They round the same integers; only bfloat16 between the layers may differ, and move one.
+        difference = float((found["cpu"] - found["reference"]).abs().max())
+        assert difference <= 0.02 * scale
+
+
+@torch.no_grad()
+def test_int8_clips_what_the_examples_did_not_show(model: nn.Module) -> None:
+    compiled = disco.compile(model, 2, example_inputs=(X,), dtype=torch.int8, backend="reference")
+    ten, thousand = (compiled(factor * X.abs().max() * torch.ones_like(X)) for factor in (1, 1000))
+    assert torch.equal(ten["map"], thousand["map"]), "the first layer's inputs end at the range"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_int8_needs_finite_examples(model: nn.Module, value: float) -> None:
+    with pytest.raises(InputError, match="give examples whose values stay finite"):
+        disco.compile(model, 2, example_inputs=(torch.full_like(X, value),), dtype=torch.int8)

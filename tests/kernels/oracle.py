@@ -19,6 +19,12 @@ Winograd sums other products: `winograd_model` derives what takes the place of t
 Bfloat16 products are exact in float32 and so bounded alike; `rounded` adds the result's rounding.
 Where Winograd multiplies in bfloat16, `winograd_model` says what its operands' rounding adds.
 
+Sums of 8-bit integers are exact. With ``x = (q - z) s`` and ``w = b t`` of whole numbers q, z and
+b, what is computed is the sum of ``q b`` times ``s t``, plus the bias less ``z s t`` times the sum
+of b: every term is rounded at most 6 times, with the sum, with ``s t``, with the bias and its
+correction, in their fused multiply-add, and with residual and what was there before. The terms are
+those above and ``2 |z s w|`` of every weight, in the map or not.
+
 The shape lists at the end serve the benchmarks too.
 """
 
@@ -31,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from disco_kernels import ConvSpec, Ownership
+from disco_kernels import ConvSpec, InputBytes, Ownership
 from disco_kernels.pattern import Selected
 from tests.kernels import activations, winograd_model
 from tests.kernels.activations import UNIT_ROUNDOFF
@@ -59,9 +65,16 @@ def conv2d(
     """``act(conv(x, weight) + bias + residual + before)`` of ``[B, K, H, W]``, ``[O, K, kh, kw]``.
 
     K may be 0: the sum is then empty. With groups ``x`` is ``[B, groups * K, H, W]``. The bound is
-    that of the algorithm in ``spec.winograd``.
+    that of the algorithm in ``spec.winograd``; with ``spec.input_bytes`` the exact result is that
+    of the whole numbers which x and weight become.
     """
     dtype = x.dtype
+    corrections = torch.zeros((), dtype=torch.float64)
+    if spec.input_bytes is not None:
+        x = in_steps(x, spec.input_bytes) * spec.input_bytes.scale
+        weight = in_weight_steps(weight)
+        off = 2 * spec.input_bytes.zero_point * spec.input_bytes.scale
+        corrections = off * weight.abs().sum((1, 2, 3))[:, None, None]
     x, weight = x.double(), weight.double()
     value = _sums(x, weight, spec, groups)
     winograd = spec.winograd in ("f2", "f4")
@@ -71,7 +84,7 @@ def conv2d(
         scale = torch.cat([winograd_model.scale(part, w, spec) for part, w in parts], 1)
         operands = winograd_model.operand_rounding(spec.winograd, dtype) * scale
     else:
-        scale = _sums(x.abs(), weight.abs(), spec, groups)
+        scale = _sums(x.abs(), weight.abs(), spec, groups) + corrections
     if bias is not None:
         value = value + bias.double()[:, None, None]
         scale = scale + bias.double().abs()[:, None, None]
@@ -81,6 +94,8 @@ def conv2d(
             scale = scale + added.double().abs()
     terms = weight.shape[1] * weight.shape[2] * weight.shape[3]
     most = winograd_model.roundings(weight.shape[1]) if winograd else terms + 4
+    if spec.input_bytes is not None:
+        most = 6
     roundings = most * UNIT_ROUNDOFF
     finite = x[x.isfinite()]
     largest = float(finite.abs().max()) if finite.numel() else 0.0
@@ -93,6 +108,24 @@ def conv2d(
         activations.exact(value, spec.activation),
         activations.bound(value, bound, spec.activation),
     )
+
+
+def in_steps(x: Tensor, given: InputBytes) -> Tensor:
+    """Whole numbers of `InputBytes.scale` in float64; x meets the inverse in float32."""
+    inverse = 1 / torch.tensor(given.scale, dtype=torch.float32)
+    byte = torch.round(x.float() * inverse).double() + given.zero_point
+    byte = torch.where(byte.isnan(), torch.zeros_like(byte), byte)
+    return byte.clamp(0, 255) - given.zero_point
+
+
+def in_weight_steps(weight: Tensor) -> Tensor:
+    """``[O, ...]`` in float64: the multiples of 1/127 of a row's largest weight next to it."""
+    exact = torch.zeros(weight.shape, dtype=torch.float64)
+    for row, made in zip(weight.float(), exact, strict=True):
+        if row.numel():
+            step = torch.maximum(row.abs().max() / 127, torch.tensor(FLT_MIN))
+            made.copy_(torch.round(row / step).double() * step.double())
+    return exact
 
 
 def rounded(expected: Expected, dtype: torch.dtype) -> Expected:

@@ -27,6 +27,7 @@ KERNEL_TESTS = (
     "test_activations.py",
     "test_winograd.py",
     "test_bfloat16.py",
+    "test_int8.py",
     "test_max_pool2d.py",
     "test_bind.py",
     "test_gather_pack.py",
@@ -158,7 +159,7 @@ def test_wide_registers_only_in_the_instruction_sets_files() -> None:
         pytest.skip(f"{STATUS.path} is stripped: no function has a name")
     allowed = (
         r"convolve_tiles<|convolve_lanes<|winograd_(in|out)put<|activate_in_place|largest_pixel<|"
-        r"mean_of_\w+<|mean_pixel<|gather_words|fma_rounds|message_simd::|avx512_lane_kernels|"
+        r"mean_of_\w+<|mean_pixel<|gather_words|quantise_(float32|bfloat16)\(|fma_rounds|message_simd::|avx512_lane_kernels|"
         r"avx2_kernels|avx512_kernels|avx512bf16_kernels"
     )
     function, wide, leaks = "", 0, []

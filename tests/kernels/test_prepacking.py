@@ -90,7 +90,7 @@ def _convolutions(packing: dk.Packing | None) -> list[dk.PartialConv2d]:
 def test_what_saves_least_a_byte_is_given_up_first_cpu() -> None:
     free = dk.Packing()
     wanted, total = _convolutions(free), free.finish()
-    assert [kernel.winograd for kernel in wanted] == ["f4", "f4", "f2", "off"]
+    assert [kernel.algorithm for kernel in wanted] == ["f4", "f4", "f2", "off"]
     assert total == sum(kernel.packed_bytes for kernel in wanted)
     found = []
     for limit in range(total, total // 4, -997):
@@ -100,7 +100,7 @@ def test_what_saves_least_a_byte_is_given_up_first_cpu() -> None:
             assert packing.finish() <= limit
         except ValueError:
             break
-        found.append([kernel.winograd for kernel in kernels])
+        found.append([kernel.algorithm for kernel in kernels])
     # Small maps first; the largest keeps its F(4x4) longest, and all end up direct.
     assert ["f4", "f2", "f2", "off"] in found and ["f4", "f2", "off", "off"] in found
     assert found[-1][1:] == ["off"] * 3 and ["f2", "f4", "f2", "off"] not in found
@@ -129,7 +129,7 @@ def test_grouped_and_linear_kernels_cpu() -> None:
     depthwise = dk.GroupedConv2d(narrow, 16, SPEC, image_size=size, backend="cpu", packing=packing)
     linear = dk.PartialLinear(torch.randn(6, 5), [5], backend="cpu", packing=packing)
     packing.finish()
-    assert (kernel.winograd, depthwise.winograd, linear.winograd) == ("f4", "off", "off")
+    assert (kernel.algorithm, depthwise.algorithm, linear.algorithm) == ("f4", "off", "off")
     x = torch.randn(1, 48, 6, 6)
     alone = dk.GroupedConv2d(grouped, 2, SPEC, image_size=size, backend="cpu")
     assert torch.equal(kernel(x), alone(x))

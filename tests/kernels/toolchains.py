@@ -38,6 +38,11 @@ TARGETS = {
         ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mfma"),
         r"vdpbf16ps\s.*%zmm",
     ),
+    "avx512vnni": Target(
+        "x86_64",
+        ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-mfma"),
+        r"vpdpbusd\s.*%zmm",
+    ),
     "neon": Target("aarch64", (), r"fml[as]\s+v\d+\.4s"),
 }
 

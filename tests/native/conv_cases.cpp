@@ -36,7 +36,17 @@ const Kernel kKernels[] = {
     {disco::Algorithm::kWinograd4, disco::kFloat32},
     {disco::Algorithm::kWinograd2, disco::kBFloat16},
     {disco::Algorithm::kWinograd4, disco::kBFloat16},
+    {disco::Algorithm::kQuads, disco::kFloat32},
+    {disco::Algorithm::kQuads, disco::kBFloat16},
 };
+// Of these, so many that the instruction set has.
+size_t num_kernels() {
+  return std::size(kKernels) - (disco::active_isa().quads == nullptr ? 2 : 0);
+}
+const Kernel kByteKernels[] = {kKernels[6], kKernels[7]};
+// What 8-bit inputs stand for: the inputs' range without and with its lower half, and a third of
+// it.
+const disco::InputBytes kInputBytes[] = {{1.0f / 255, 0}, {2.0f / 255, 127}, {0.6f / 255, 51}};
 bool fits_winograd(const Window& window) {
   return window.kernel == 3 && window.stride == 1 && window.dilation == 1;
 }
@@ -153,7 +163,7 @@ Axes layer_axes() {
   axes[kResidual] = 1 + std::size(kRowLayouts);
   axes[kActivation] = std::size(kOracleActivations);
   axes[kOutLayout] = std::size(kRowLayouts);
-  axes[kKernel] = std::size(kKernels);
+  axes[kKernel] = num_kernels();
   return axes;
 }
 
@@ -164,7 +174,7 @@ bool layer_allowed(size_t a, size_t i, size_t b, size_t j) {
   if (a == kIn && b == kSourceLayout) {
     return kLayouts[j] != Layout::kPlanes || kInChannels[i] <= kMostPlanes;
   }
-  if (b == kKernel && kKernels[j].algorithm != disco::Algorithm::kDirect) {
+  if (b == kKernel && disco::is_winograd(kKernels[j].algorithm)) {
     if (a == kWindowH || a == kWindowW) return fits_winograd(kWindows[i]);
     // A pixel that is no number spoils all outputs of its Winograd tile.
     if (a == kSpecial) return i == 0;
@@ -181,6 +191,7 @@ ConvCase layer_case(uint32_t number, const Choice& chosen) {
                    h.padding, w.padding, h.dilation, w.dilation};
   conv.geometry.algorithm = kKernels[chosen[kKernel]].algorithm;
   conv.geometry.dtype = kKernels[chosen[kKernel]].dtype;
+  conv.geometry.input = kInputBytes[number % std::size(kInputBytes)];
   conv.batch = static_cast<int64_t>(chosen[kBatch]);  // an empty batch, too
   conv.in_h = static_cast<int64_t>(chosen[kMapH]) + 1;
   conv.in_w = static_cast<int64_t>(chosen[kMapW]) + 1;
@@ -205,16 +216,20 @@ CaseList tile_cases() {
   CaseList list = {};
   for (int64_t outputs = 1; outputs <= kMostOutChannels; ++outputs) {
     for (int64_t pixels = 1; pixels <= kMostTilePixels; ++pixels) {
-      for (const int kind : {0, 1, 2, 3}) {
-        const bool full = kind > 0, winograd = kind == 3;
+      for (const int kind : {0, 1, 2, 3, 4, 5}) {
+        const bool full = kind > 0, winograd = kind == 3, bytes = kind > 3;
+        if (bytes && disco::active_isa().quads == nullptr) continue;
         const uint32_t number = static_cast<uint32_t>(list.cases.size());
         Random random(number);
         const std::string name = "tile " + std::to_string(number);
         ConvCase conv = winograd ? plain_case(name, {3, 1, 1, 1}, 2, 2 * pixels, 1)
                                  : plain_case(name, {1, 1, 0, 1}, 1, pixels, 1);
         conv.seed = number;
-        conv.geometry.dtype = kind >= 2 ? disco::kBFloat16 : disco::kFloat32;
+        conv.geometry.dtype =
+            kind == 2 || kind == 3 || kind == 5 ? disco::kBFloat16 : disco::kFloat32;
         if (winograd) conv.geometry.algorithm = disco::Algorithm::kWinograd2;
+        if (bytes) conv.geometry.algorithm = disco::Algorithm::kQuads;
+        conv.geometry.input = kInputBytes[1];
         add_segments(conv, "wi", 5, Layout::kWhole, random);
         add_outputs(conv, kRuns, outputs, random);
         conv.bias = conv.accumulate = conv.residual = full;
@@ -272,9 +287,17 @@ CaseList large_cases() {
       {"wi", 512, 33, 7, {3, 2, 1, 1}, 2, kRuns, Layout::kCrop, single},
       {"wi", 2048, 20, 5, {1, 1, 0, 1}, 2, kRuns, Layout::kWhole, half},
       {"wr", 1024, 35, 7, {1, 2, 0, 1}, 1, kSomeUnowned, Layout::kCrop, half},
+      {"w", 704, 5, 15, {1, 1, 0, 1}, 1, kRuns, Layout::kWhole, kByteKernels[0]},
+      {"wi", 705, 37, 9, {1, 2, 0, 1}, 2, kRuns, Layout::kCrop, kByteKernels[1]},
+      {"wir", 150, 130, 7, {3, 2, 1, 1}, 3, kShuffled, Layout::kSlice, kByteKernels[1]},
+      {"wi", 330, 121, 5, {3, 1, 1, 1}, 2, kSomeUnowned, Layout::kWhole, kByteKernels[0]},
+      {"w", 3, 64, 15, {7, 2, 3, 1}, 2, kRuns, Layout::kPlanes, kByteKernels[1]},
+      {"wr", 4096, 35, 7, {1, 1, 0, 1}, 1, kRuns, Layout::kWhole, kByteKernels[1]},
   };
   CaseList list = {};
   for (const Large& large : larges) {
+    const bool bytes = large.kernel.algorithm == disco::Algorithm::kQuads;
+    if (bytes && disco::active_isa().quads == nullptr) continue;
     const uint32_t number = static_cast<uint32_t>(list.cases.size());
     Random random(number);
     ConvCase conv = plain_case("large " + std::to_string(number), large.window, large.map,
@@ -282,6 +305,7 @@ CaseList large_cases() {
     conv.seed = number;
     conv.geometry.algorithm = large.kernel.algorithm;
     conv.geometry.dtype = large.kernel.dtype;
+    conv.geometry.input = kInputBytes[number % std::size(kInputBytes)];
     conv.residual = number % 2 == 1;
     conv.activation = disco::kActivationRelu;
     add_segments(conv, large.segments, large.in_channels, large.layout, random);
@@ -309,7 +333,9 @@ std::string describe(const ConvCase& conv) {
        << ", kernel " << g.kernel_h << " x " << g.kernel_w << ", stride " << g.stride_h << " x "
        << g.stride_w << ", padding " << g.padding_h << " x " << g.padding_w << ", dilation "
        << g.dilation_h << " x " << g.dilation_w;
-  if (g.algorithm != disco::Algorithm::kDirect) {
+  if (g.algorithm == disco::Algorithm::kQuads) {
+    text << ", in bytes of " << g.input.scale << " from " << g.input.zero_point;
+  } else if (g.algorithm != disco::Algorithm::kDirect) {
     text << ", Winograd of " << static_cast<int>(g.algorithm);
   }
   if (g.dtype == disco::kBFloat16) text << ", bfloat16";

@@ -17,9 +17,16 @@
 // row sums of |B'|. Bfloat16 products are exact in float32; the result is then rounded, by 2^-8 of
 // it at most, and may become zero where it is below FLT_MIN. Where Winograd multiplies in bfloat16,
 // both factors of a product are rounded once more, by 2^-8 each.
+//
+// Sums of 8-bit integers are exact. With x = (q - z) s and w = b t of whole numbers q, z, b, what
+// is computed is q b summed, times s t, plus the bias less z s t times the sum of b: the sum, s t,
+// the bias with its correction, their fused multiply-add and the two additions of residual and what
+// was there before round, so each term at most 6 times; and the terms are those above and 2 |z s w|
+// of every weight, whether its tap is inside of the map or not.
 
 #include "oracle.h"
 
+#include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <limits>
@@ -116,6 +123,25 @@ std::vector<Read> reads_of(const ConvCase& conv, const ConvData& data, const dis
   return reads;
 }
 
+// The whole number that a value is in bytes, less the zero point.
+double in_steps(float value, const disco::InputBytes& input) {
+  const float scaled = value * (1.0f / input.scale);
+  const double byte = static_cast<double>(std::nearbyint(scaled)) + input.zero_point;
+  return (byte > 255 ? 255 : byte > 0 ? byte : 0) - input.zero_point;  // a NaN is 0
+}
+
+// One output's weights as what they are in bytes.
+std::vector<double> in_weight_bytes(const float* weight, size_t count) {
+  float largest = 0;
+  for (size_t k = 0; k < count; ++k) largest = std::max(largest, std::fabs(weight[k]));
+  const float step = std::max(largest / 127.0f, FLT_MIN);
+  std::vector<double> made;
+  for (size_t k = 0; k < count; ++k) {
+    made.push_back(static_cast<double>(std::nearbyint(weight[k] / step)) * step);
+  }
+  return made;
+}
+
 }  // namespace
 
 ConvData::ConvData(const ConvCase& conv)
@@ -170,13 +196,21 @@ Expected expected_of(const ConvCase& conv, const ConvData& data, size_t number) 
   const size_t outputs = node.out_channels.size();
   // Transposed: the inner loop then goes over outputs, which a compiler can vectorise.
   std::vector<double> weight(reads.size() * outputs);
+  const bool bytes = conv.geometry.algorithm == disco::Algorithm::kQuads;
+  const double step = bytes ? static_cast<double>(conv.geometry.input.scale) : 0;
+  // Per output: terms that do not depend on the pixel.
+  std::vector<double> corrections(outputs);
   for (size_t o = 0; o < outputs; ++o) {
+    const float* row = data.weights[number].data() + o * reads.size();
+    const std::vector<double> values =
+        bytes ? in_weight_bytes(row, reads.size()) : std::vector<double>(row, row + reads.size());
     for (size_t k = 0; k < reads.size(); ++k) {
-      weight[k * outputs + o] = data.weights[number][o * reads.size() + k];
+      weight[k * outputs + o] = values[k];
+      corrections[o] += 2 * conv.geometry.input.zero_point * step * std::fabs(values[k]);
     }
   }
   const double terms = static_cast<double>(reads.size());
-  const bool direct = conv.geometry.algorithm == disco::Algorithm::kDirect;
+  const bool direct = !disco::is_winograd(conv.geometry.algorithm);
   const double channels = static_cast<double>(node.num_in_channels());
   // Per place in a tile and output.
   std::vector<double> winograd;
@@ -194,7 +228,8 @@ Expected expected_of(const ConvCase& conv, const ConvData& data, size_t number) 
       }
     }
   }
-  const double roundings = (direct ? terms + 4 : channels + 28) * kUnitRoundoff;
+  const double most = bytes ? 6 : direct ? terms + 4 : channels + 28;
+  const double roundings = most * kUnitRoundoff;
   const double gamma = roundings / (1 - roundings);
   const bool pairs = !direct && disco::product_type(conv.geometry.algorithm, conv.geometry.dtype) ==
                                     disco::kBFloat16;
@@ -208,7 +243,8 @@ Expected expected_of(const ConvCase& conv, const ConvData& data, size_t number) 
       for (int64_t ow = 0; ow < data.out.w; ++ow) {
         for (size_t o = 0; o < outputs; ++o) {
           const int64_t channel = node.out_channels[o];
-          value[o] = scale[o] = 0;
+          value[o] = 0;
+          scale[o] = corrections[o];
           const auto add = [&](double x) {
             value[o] += x;
             scale[o] += std::fabs(x);
@@ -225,7 +261,9 @@ Expected expected_of(const ConvCase& conv, const ConvData& data, size_t number) 
           const int64_t h = oh * conv.geometry.stride_h - conv.geometry.padding_h + read.h;
           const int64_t w = ow * conv.geometry.stride_w - conv.geometry.padding_w + read.w;
           if (h < 0 || h >= conv.in_h || w < 0 || w >= conv.in_w) continue;
-          const double x = read.source->at(n, h, w, read.channel);
+          const float given = read.source->at(n, h, w, read.channel);
+          const double x =
+              bytes ? in_steps(given, conv.geometry.input) * step : static_cast<double>(given);
           const double* row = weight.data() + k * outputs;
           for (size_t o = 0; o < outputs; ++o) {
             value[o] += x * row[o];

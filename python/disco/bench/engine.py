@@ -26,7 +26,14 @@ from disco.runtime.passes import Passes
 from disco.runtime.serve import Handlers, serve
 from disco.zoo import build_model
 
-ENGINES = (*MAKERS, "swapped", "compiled", "compiled_bf16")
+_COMPILED = {
+    "compiled": torch.float32,
+    "compiled_bf16": torch.bfloat16,
+    "compiled_int8": torch.int8,
+}
+ENGINES = (*MAKERS, "swapped", *_COMPILED)
+# Of the noise that ranges of 8-bit integers are taken from: not that of the measurements.
+_EXAMPLE_SEED = 20_000
 
 
 class LocalEngine(Launched):
@@ -92,13 +99,14 @@ def prepare(args: argparse.Namespace) -> tuple[Message, Handlers]:
     """Build the model and turn it into the engine."""
     torch.set_num_threads(args.threads)
     model: nn.Module = build_model(args.source, args.name, weights=args.weights)
-    example = torch.zeros(args.batch, 3, args.image_size, args.image_size)
+    generator = torch.Generator().manual_seed(_EXAMPLE_SEED)
+    example = torch.randn(args.batch, 3, args.image_size, args.image_size, generator=generator)
     ready: Message = {"threads": args.threads, "backends": ["torch"]}
     function: Callable[..., Any] = model
     if args.engine == "swapped":
         ready["backends"] = _swap(model, args)
-    elif args.engine in ("compiled", "compiled_bf16"):
-        dtype = torch.float32 if args.engine == "compiled" else torch.bfloat16
+    elif args.engine in _COMPILED:
+        dtype = _COMPILED[args.engine]
         compiled = disco.compile(model, nodes=args.nodes, example_inputs=(example,), dtype=dtype)
         function = compiled
         ready["backends"] = sorted(set(compiled.kernel_backends.values()))
@@ -107,7 +115,7 @@ def prepare(args: argparse.Namespace) -> tuple[Message, Handlers]:
     else:
         engine = MAKERS[args.engine](model, example, args.folder)
         function, ready["threads"] = engine.function, engine.threads
-        if args.engine in ("onnxruntime", "openvino", "openvino_bf16"):
+        if args.engine.startswith(("onnxruntime", "openvino")):
             ready["backends"] = [args.engine]
     passes = Passes(function, os.path.join(args.folder, "outputs.safetensors"))
     return ready, passes.handlers()

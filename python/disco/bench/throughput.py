@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +24,7 @@ from disco.recipe import Recipe
 from disco.runtime.cluster import available_cores
 from disco.runtime.launched import Launched
 from disco.zoo import save_weights, weights_digest
-from disco_kernels.backends.cpu import extension_status
+from disco_kernels.backends.cpu import extension_status, fma_peak_gflops
 
 Say = Callable[[str], None]
 
@@ -39,11 +37,13 @@ DENSE_ENGINES = {
     "openvino": "openvino",
 }
 BF16_ENGINES = {"openvino_bf16": "openvino_bf16"}
+INT8_ENGINES = {"onnxruntime_int8": "onnxruntime_int8", "openvino_int8": "openvino_int8"}
 
 # By the dtype to compute in: the dense engines, and what DISCO runs.
 _LINEUPS = {
     "float32": (torch.float32, DENSE_ENGINES, "compiled"),
     "bfloat16": (torch.bfloat16, BF16_ENGINES, "compiled_bf16"),
+    "int8": (torch.int8, INT8_ENGINES, "compiled_int8"),
 }
 DTYPES = tuple(_LINEUPS)
 
@@ -112,11 +112,11 @@ def run_throughput(options: ThroughputOptions, say: Say) -> ThroughputResult:
             (ready,) = engines[DISCO].ready
             gathered = tuple(ready["gathered"])
             # Before and after: the clock may have changed. The engines rest meanwhile.
-            peaks = [_fma_peak_gflops(dtype)]
+            peaks = [fma_peak_gflops(dtype)]
             timings = lineup.measure(
                 x, options.rounds, lambda done: say(f"round {done} of {options.rounds}")
             )
-            peaks.append(_fma_peak_gflops(dtype))
+            peaks.append(fma_peak_gflops(dtype))
             setups = lineup.setups
     return ThroughputResult(
         model=f"{options.source} {options.model}",
@@ -200,7 +200,7 @@ def _check(options: ThroughputOptions) -> None:
             "`python -m disco_kernels` tells more"
         )
     if options.dtype not in DTYPES:
-        raise InputError(f"--dtype is {' or '.join(DTYPES)}, given {options.dtype!r}")
+        raise InputError(f"--dtype is {', '.join(DTYPES)}, given {options.dtype!r}")
     if options.nodes < 2:
         raise InputError(
             f"{options.nodes} nodes were given; a model has DISCO structure for at least 2"
@@ -242,12 +242,6 @@ def _start(options: ThroughputOptions, kind: str, folder: Path) -> LocalEngine:
 
 def _plan(model: nn.Module, recipe: Recipe) -> Plan:
     return api.partition(model, (recipe.example_input,), nodes=recipe.nodes).plan
-
-
-def _fma_peak_gflops(dtype: torch.dtype) -> float:
-    """Of one thread; see csrc/cpu/fma_peak.h."""
-    extension: Any = importlib.import_module("disco_kernels._C")
-    return float(extension.fma_peak_gflops(bfloat16=dtype == torch.bfloat16))
 
 
 def _about_weights(options: ThroughputOptions) -> str:

@@ -17,7 +17,7 @@ from disco.executor.request import BufferPool, Request, ShapeKey
 from disco.executor.steps import REQUEST_SLOT, Preparation, Step, Values, prepare_pure
 from disco.executor.transport import Handle, Transport
 from disco.program import Op, Program, Ref, WeightRef, evaluate_dim, map_leaves
-from disco_kernels import Packing
+from disco_kernels import InputBytes, Packing
 
 DEADLINE_S = 30.0
 
@@ -48,6 +48,8 @@ class Executor:
         deadline_s: longest wait for any one message.
         winograd: for 3 x 3 convolutions, as in `disco_kernels.ConvSpec`.
         packed_bytes: that all packed weights may have together, as for `disco_kernels.Packing`.
+        input_bytes: the convolutions (without groups) and linears to multiply in 8-bit integers, by
+            the value that they compute, and what their input's bytes stand for.
 
     Attributes:
         packed_bytes: of the packed weights.
@@ -68,12 +70,15 @@ class Executor:
         deadline_s: float = DEADLINE_S,
         winograd: str = "off",
         packed_bytes: int | None = None,
+        input_bytes: Mapping[str, InputBytes] | None = None,
     ) -> None:
         self.inputs = {name: program.values[name] for name in program.inputs}
         self.transport = transport
         self.deadline_s = deadline_s
         packing = Packing(packed_bytes)
-        prepare = Preparation(weights, backend, program.values, winograd, packing)
+        prepare = Preparation(
+            weights, backend, program.values, winograd, input_bytes or {}, packing
+        )
         self._input_slots = [prepare.slot(name) for name in program.inputs]
         exchanges = {op.name for op in program.ops if op.kind == "disco.exchange"}
         self._steps = [_prepare(op, prepare, exchanges) for op in program.ops]
@@ -102,9 +107,9 @@ class Executor:
         return {name: kernel.backend for name, kernel in self._kernels.items()}
 
     @property
-    def winograd(self) -> dict[str, str]:
-        """How every convolution and linear is computed: "off" is directly, "f2", "f4"."""
-        return {name: kernel.winograd for name, kernel in self._kernels.items()}
+    def algorithms(self) -> dict[str, str]:
+        """`algorithm` of the kernel of every convolution and linear."""
+        return {name: kernel.algorithm for name, kernel in self._kernels.items()}
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Run one request and return its outputs, fresh tensors in the program's nesting.

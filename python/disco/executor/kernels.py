@@ -40,6 +40,7 @@ def prepare_linear(op: Op, prepare: Preparation) -> Step:
         (matrix.shape[1],),
         bias=prepare.optional_weight(bias, op),
         activation=_text(op, "activation"),
+        input_bytes=prepare.input_bytes.get(op.name),
         backend=prepare.backend,
         packing=prepare.packing,
     )
@@ -76,6 +77,7 @@ def prepare_partial_linear(op: Op, prepare: Preparation) -> Step:
         bias=prepare.optional_weight(bias, op),
         index=index,
         activation=_text(op, "activation"),
+        input_bytes=prepare.input_bytes.get(op.name),
         backend=prepare.backend,
         packing=prepare.packing,
     )
@@ -106,6 +108,7 @@ def prepare_gather_linear(op: Op, prepare: Preparation) -> Step:
         *_pattern(op),
         bias=prepare.optional_weight(bias, op),
         activation=_text(op, "activation"),
+        input_bytes=prepare.input_bytes.get(op.name),
         backend=prepare.backend,
         packing=prepare.packing,
     )
@@ -269,6 +272,9 @@ def _spec(op: Op, weight: Tensor, prepare: Preparation) -> dk.ConvSpec:
         pairs["dilation"],
         _text(op, "activation"),
     )
+    given = prepare.input_bytes.get(op.name)
+    if given is not None:
+        return replace(spec, input_bytes=given)
     return replace(spec, winograd=prepare.winograd) if spec.winograd_fits else spec
 
 

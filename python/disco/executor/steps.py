@@ -11,6 +11,7 @@ from torch import Tensor
 from disco.errors import InputError
 from disco.program import Dtype, Op, Ref, ValueInfo, WeightRef, leaves, pure_function
 from disco.program.interpret import dtype_of
+from disco_kernels import InputBytes
 from disco_kernels.prepacking import PackedKernel, Packing
 
 # The values of one request, by slot. Slot 0 holds the Request itself.
@@ -48,6 +49,7 @@ class Preparation:
         backend: requested for the kernels, or None for the automatic choice.
         values: shape and dtype of the program's values.
         winograd: for 3 x 3 convolutions, as in `disco_kernels.ConvSpec`, where it fits.
+        input_bytes: what is multiplied in 8-bit integers, by the name of the op.
         packing: packs the weights of all kernels, once all of them are known.
         kernels: of convolutions and linears, by the value that they compute.
         slots: value -> slot.
@@ -58,6 +60,7 @@ class Preparation:
     backend: str | None
     values: Mapping[str, ValueInfo] = field(default_factory=dict)
     winograd: str = "off"
+    input_bytes: Mapping[str, InputBytes] = field(default_factory=dict)
     packing: Packing = field(default_factory=Packing)
     kernels: dict[str, PackedKernel] = field(default_factory=dict)
     slots: dict[str, int] = field(default_factory=dict)

@@ -17,6 +17,7 @@ from disco.program.ir import (
 from disco.program.json_format import program_from_json, program_to_json
 from disco.program.ops import is_allowed, pure_function, register_op
 from disco.program.precision import lower_precision
+from disco.program.ranges import input_ranges
 from disco.program.symbols import evaluate_dim, evaluate_shape
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "WeightRef",
     "evaluate_dim",
     "evaluate_shape",
+    "input_ranges",
     "interpret",
     "is_allowed",
     "leaves",

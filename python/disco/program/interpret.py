@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from disco.errors import InputError
-from disco.program.ir import Dtype, Program, Ref, WeightRef, map_leaves
+from disco.program.ir import Dtype, Op, Program, Ref, WeightRef, map_leaves
 from disco.program.ops import pure_function
 
+Observe = Callable[[Op, tuple[Any, ...]], None]
 
-def interpret(program: Program, weights: Mapping[str, Tensor], inputs: Sequence[Any]) -> Any:
+
+def interpret(
+    program: Program,
+    weights: Mapping[str, Tensor],
+    inputs: Sequence[Any],
+    observe: Observe | None = None,
+) -> Any:
     """Outputs of `program` for `inputs`, in the dtype of the weights and inputs that are given.
 
-    Nothing is freed early and nothing is fused: for tests and for folding constants.
+    Nothing is freed early and nothing is fused: for tests, for folding constants and for looking at
+    values, `observe` being called with every op and its arguments.
     """
     if len(inputs) != len(program.inputs):
         raise InputError(f"the program takes {len(program.inputs)} inputs, given {len(inputs)}")
@@ -33,6 +41,8 @@ def interpret(program: Program, weights: Mapping[str, Tensor], inputs: Sequence[
         for op in program.ops:
             args = map_leaves(op.args, resolve)
             kwargs = {key: map_leaves(value, resolve) for key, value in op.kwargs.items()}
+            if observe is not None:
+                observe(op, args)
             values[op.name] = pure_function(op.kind)(*args, **kwargs)
     return map_leaves(program.outputs, resolve)
 
