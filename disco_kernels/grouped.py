@@ -34,7 +34,8 @@ class GroupedConv2d(PackedKernel):
         bias: ``[O]`` or None.
         image_size: (height, width) of the inputs to expect, as for `PartialConv2d`.
         backend: a name, or None for the automatic choice.
-        packing: packs the weights together with those of other kernels, or None to pack now.
+        packing: packs the weights together with those of other kernels, and reads them then; or
+            None to pack now.
 
     Raises:
         ValueError: shapes that do not fit each other.
@@ -71,7 +72,7 @@ class GroupedConv2d(PackedKernel):
         self.descriptor = descriptor
         self.dtype = weight.dtype
         self.image_size = image_size
-        self._weight: Tensor | None = weight
+        self._unpacked: Tensor | None = weight
         self.bias = None if bias is None else bias.detach().clone()
         self._pack_in(packing)
 
@@ -91,7 +92,8 @@ class GroupedConv2d(PackedKernel):
             nodes = backend.groups_as_nodes(self._descriptor_with("off"), self.dtype)
             allowed = allowed if nodes else ("off",)
         pairs = descriptor.groups * outputs * inputs
-        size = descriptor.spec.output_size(*self.image_size) if self.image_size else (0, 0)
+        chosen_for = self.image_size if len(allowed) > 1 else None
+        size = descriptor.spec.output_size(*chosen_for) if chosen_for else (0, 0)
         return [
             Alternative(
                 winograd,
@@ -106,10 +108,9 @@ class GroupedConv2d(PackedKernel):
         return replace(self.descriptor, spec=replace(self.descriptor.spec, winograd=winograd))
 
     def _pack(self, winograd: str) -> Tensor:
-        assert self._weight is not None
-        weight, self._weight = self._weight, None
+        assert self._unpacked is not None
         self.descriptor = self._descriptor_with(winograd)
-        return registry.get(self.backend).prepack_grouped(weight, self.descriptor)
+        return registry.get(self.backend).prepack_grouped(self._unpacked, self.descriptor)
 
     def _prepare(self) -> PreparedConv2d:
         return registry.get(self.backend).prepare_grouped(self.descriptor, self.dtype)

@@ -27,7 +27,7 @@ from disco_kernels.core import (
 from disco_kernels.packing import GatherPack
 from disco_kernels.pattern import LayerPattern, Ownership, Selected, check_ownership
 from disco_kernels.prepacking import Alternative, PackedKernel, Packing, saved_by
-from disco_kernels.quantisation import InputBytes
+from disco_kernels.quantisation import MOST_PRODUCTS, InputBytes
 from disco_kernels.registry import Outgoing, PreparedConv2d
 from disco_kernels.spec import Channels, Conv2dDescriptor, ConvSpec, Node, Pair, Segment
 from disco_kernels.winograd import alternatives_of
@@ -59,11 +59,12 @@ class _PreparedKernel(PackedKernel):
         self.pack = pack
         self.backend = registry.resolve(backend, like.device, like.dtype)
         if descriptor.spec.input_bytes is not None:
-            _check_int8(self.backend)
+            registry.require_int8(self.backend)
+            _check_products(descriptor)
         self.descriptor = descriptor
         self.dtype = like.dtype
         self.image_size = image_size
-        self._node_weights: NodeWeights | None = node_weights
+        self._unpacked: NodeWeights | None = node_weights
         self.bias = None if bias is None else bias.detach().clone()
         self._pack_in(packing)
 
@@ -83,7 +84,9 @@ class _PreparedKernel(PackedKernel):
             self.dtype,
         )
         pairs = sum(node.out_channels.count * node.num_in_channels for node in nodes)
-        pixels = math.prod(spec.output_size(*self.image_size)) if self.image_size else 0
+        # Where there is no choice the size is not looked at: the inputs' may be another.
+        size = self.image_size if len(allowed) > 1 else None
+        pixels = math.prod(spec.output_size(*size)) if size else 0
         return [
             Alternative(algorithm, self._bytes_with(algorithm), saved_by(algorithm, pairs, pixels))
             for algorithm in allowed
@@ -100,11 +103,9 @@ class _PreparedKernel(PackedKernel):
         return numel * self.dtype.itemsize
 
     def _pack(self, algorithm: str) -> Tensor:
-        assert self._node_weights is not None
-        weights, self._node_weights = self._node_weights(), None
-        spec = self.descriptor.spec
-        if spec.input_bytes is None:
-            spec = replace(spec, winograd=algorithm)
+        assert self._unpacked is not None
+        weights, whole = self._unpacked(), self.descriptor.spec.input_bytes is not None
+        spec = replace(self.descriptor.spec, winograd="off" if whole else algorithm)
         self.descriptor = Conv2dDescriptor(spec, self.descriptor.nodes)
         backend = registry.get(self.backend)
         return torch.cat(
@@ -265,7 +266,8 @@ class PartialConv2d(_PartialKernel):
         image_size: (height, width) of the inputs to expect, for ``spec.winograd == "auto"``;
             other sizes are computed as well. Without it "auto" is "off".
         backend: a name, or None for the automatic choice.
-        packing: packs the weights together with those of other kernels, or None to pack now.
+        packing: packs the weights together with those of other kernels, and reads them then; or
+            None to pack now.
         pack: which output channels other ranks wait for. A call that is given their messages
             writes them with the output, tile by tile: an exchange then reads nothing again.
 
@@ -593,12 +595,13 @@ def _segments_of(channels: Sequence[int], dtype: torch.dtype, spec: ConvSpec) ->
     return [*in_place, others] if others or not in_place else in_place
 
 
-def _check_int8(backend: str) -> None:
-    reason = registry.get(backend).int8_refusal()
-    if reason is not None:
-        raise registry.BackendUnavailable(
-            f"backend {backend!r} cannot multiply 8-bit integers: {reason}; compute in bfloat16 or "
-            "float32"
+def _check_products(descriptor: Conv2dDescriptor) -> None:
+    widest = max(node.num_in_channels for node in descriptor.nodes)
+    products = widest * math.prod(descriptor.spec.kernel_size)
+    if products > MOST_PRODUCTS:
+        raise ValueError(
+            f"an output is the sum of {products} products; of 8-bit integers at most "
+            f"{MOST_PRODUCTS} fit into 32 bits: compute this layer in another dtype"
         )
 
 

@@ -36,6 +36,7 @@ class PackedKernel(ABC):
     """
 
     backend: str
+    _unpacked: Any = None  # what `_pack` reads; dropped when that is done
     _finished: tuple[Tensor, PreparedConv2d] | None = None
 
     @property
@@ -68,7 +69,7 @@ class PackedKernel(ABC):
 
     @abstractmethod
     def _pack(self, algorithm: str) -> Tensor:
-        """Settle the algorithm and pack; called once."""
+        """Settle the algorithm and pack."""
 
     @abstractmethod
     def _prepare(self) -> PreparedConv2d:
@@ -79,6 +80,7 @@ class PackedKernel(ABC):
         if pool is not None and packed.device.type == "cpu":
             packed = pool.empty(packed.numel(), packed.dtype).copy_(packed)
         self._finished = packed, self._prepare()
+        self._unpacked = None
 
     def _pack_in(self, packing: Packing | None) -> None:
         """Pack now, or let ``packing`` do it."""
@@ -89,7 +91,8 @@ class PackedKernel(ABC):
 
     # The backend's part holds addresses, so copies and pickles make their own.
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_finished": self.packed_weight}
+        # A piece of a pool's block would take the whole block along.
+        return {**self.__dict__, "_finished": self.packed_weight.clone()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -105,10 +108,16 @@ class Packing:
 
     Args:
         limit: bytes that all packed weights may have together, or None for what suits each shape.
+
+    Attributes:
+        packed_bytes: that they have so far.
     """
 
     def __init__(self, limit: int | None = None) -> None:
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int)):
+            raise ValueError(f"limit must be a whole number of bytes or None, given {limit!r}")
         self.limit = limit
+        self.packed_bytes = 0
         self._kernels: list[PackedKernel] = []
         self._pool = Pool()
 
@@ -116,22 +125,22 @@ class Packing:
         """Have ``kernel`` packed by `finish`."""
         self._kernels.append(kernel)
 
-    def finish(self) -> int:
-        """Pack all kernels added so far; returns the bytes that their weights have now.
+    def finish(self) -> None:
+        """Pack all kernels added since the last call.
 
         Raises:
-            ValueError: they do not fit within the limit, even without Winograd where that is
-                "auto". Nothing is packed then.
+            ValueError: they do not fit within what is left of the limit, even without Winograd
+                where that is "auto". Nothing is packed then.
         """
         layers = [kernel._alternatives() for kernel in self._kernels]
         chosen = fit_packed_bytes(
             [[(a.packed_bytes, a.saved) for a in alternatives] for alternatives in layers],
-            self.limit,
+            None if self.limit is None else self.limit - self.packed_bytes,
         )
-        kernels, self._kernels = self._kernels, []
-        for kernel, alternatives, choice in zip(kernels, layers, chosen, strict=True):
+        for kernel, alternatives, choice in zip(self._kernels, layers, chosen, strict=True):
             kernel._finish(alternatives[choice].algorithm, self._pool)
-        return sum(kernel.packed_bytes for kernel in kernels)
+        self.packed_bytes += sum(kernel.packed_bytes for kernel in self._kernels)
+        self._kernels = []
 
 
 def saved_by(algorithm: str, pairs: int, pixels: int) -> float:

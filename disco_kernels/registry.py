@@ -245,6 +245,16 @@ def resolve(requested: str | None, device: torch.device, dtype: torch.dtype) -> 
     raise BackendUnavailable(_explain("any", device, dtype))
 
 
+def require_int8(name: str) -> None:
+    """Raise BackendUnavailable, saying why, if the backend has no products of 8-bit integers."""
+    reason = get(name).int8_refusal()
+    if reason is not None:
+        raise BackendUnavailable(
+            f"backend {name!r} cannot multiply 8-bit integers: {reason}; compute in bfloat16 or "
+            "float32"
+        )
+
+
 def _missing(name: str) -> str:
     if name in _PLANNED:
         return _PLANNED[name]

@@ -30,12 +30,13 @@ std::vector<const IsaKernels*> usable_isas() {
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
     usable.push_back(&avx512_kernels());
 #if defined(DISCO_HAVE_AVX512VNNI) && defined(DISCO_HAVE_AVX512BF16)
-    if (__builtin_cpu_supports("avx512vnni")) {
-      static const IsaKernels vnni = with_quads(avx512_kernels(), "avx512_vnni");
-      usable.push_back(&vnni);
-      // All CPUs with AVX-512-BF16 have AVX-512-VNNI.
-      static const IsaKernels bf16 = with_quads(avx512bf16_kernels(), "avx512_bf16");
-      if (__builtin_cpu_supports("avx512bf16")) usable.push_back(&bf16);
+    // Both CPUs and virtual machines may have either without the other.
+    const bool vnni = __builtin_cpu_supports("avx512vnni");
+    static const IsaKernels with_vnni = with_quads(avx512_kernels(), "avx512_vnni");
+    if (vnni) usable.push_back(&with_vnni);
+    if (__builtin_cpu_supports("avx512bf16")) {
+      static const IsaKernels with_both = with_quads(avx512bf16_kernels(), "avx512_bf16");
+      usable.push_back(vnni ? &with_both : &avx512bf16_kernels());
     }
 #endif
   }

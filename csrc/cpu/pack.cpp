@@ -78,7 +78,8 @@ int64_t whole_lines(int64_t bytes) {
   return (bytes + kHeaderBytes - 1) / kHeaderBytes * kHeaderBytes;
 }
 
-// One output channel as whole numbers from -127 to 127.
+// One output channel as whole numbers from -127 to 127. With a weight that is not finite the scale
+// is NaN, and so is what the channel computes.
 struct Bytes {
   const float* row;
   float scale;
@@ -86,11 +87,16 @@ struct Bytes {
 
   Bytes(const float* row, int64_t count) : row(row) {
     float largest = 0.0f;
-    for (int64_t i = 0; i < count; ++i) largest = std::max(largest, std::fabs(row[i]));
+    bool finite = true;
+    for (int64_t i = 0; i < count; ++i) {
+      largest = std::max(largest, std::fabs(row[i]));
+      finite &= std::isfinite(row[i]);
+    }
     // Not below what has an inverse, so that nothing is divided by zero.
-    scale = std::max(largest / 127.0f, FLT_MIN);
+    scale = finite ? std::max(largest / 127.0f, FLT_MIN) : std::nanf("");
   }
   int8_t take(int64_t i) {
+    if (std::isnan(scale)) return 0;
     const float value = std::nearbyint(row[i] / scale);
     const int32_t byte = static_cast<int32_t>(std::min(127.0f, std::max(-127.0f, value)));
     sum += byte;

@@ -19,7 +19,7 @@ from disco.partition.shards import load_manifest, load_shard, save_artifact
 from disco.program import input_ranges, lower_precision
 from disco.sparsify import sparsify_weights_
 from disco.sparsify.groups import Reader, groups_of
-from disco_kernels import WINOGRAD, InputBytes, Ownership, Pattern, choose_int8
+from disco_kernels import WINOGRAD, InputBytes, Ownership, Pattern, choose_int8, registry
 
 PathLike = str | os.PathLike[str]
 
@@ -173,8 +173,8 @@ def compile(
             are float32 in all, and sums inside a kernel are float32 or exact. With `torch.int8`
             convolutions and linears multiply 8-bit integers where that pays (weights with a scale a
             channel, inputs with one a layer), and all else is in bfloat16. The inputs' ranges are
-            those that `example_inputs` give, and what lies outside is clipped: give examples of
-            what will come.
+            those that `example_inputs` give, zero included, and what lies outside is clipped (NaN
+            to the lowest): give examples of what will come. `winograd` is not for these layers.
         packed_bytes: that all packed weights may have together, or None for what is fastest. With
             `winograd` "auto" the layers where Winograd saves least a byte give it up first; see
             `Compiled.packed_bytes` and `Compiled.algorithms` for what came of it.
@@ -182,15 +182,19 @@ def compile(
     Raises:
         InputError: the model cannot be captured, `winograd` or `dtype` is none of these, or the
             weights do not fit into `packed_bytes`.
-        disco_kernels.BackendUnavailable: `backend` was asked for and cannot serve.
+        disco_kernels.BackendUnavailable: `backend` was asked for and cannot serve, or `torch.int8`
+            was and the CPU has no instructions for it.
     """
     _check_nodes(nodes)
     if winograd not in WINOGRAD:
         raise InputError(f"winograd is one of {', '.join(WINOGRAD)}, given {winograd!r}")
     if dtype not in (torch.float32, torch.bfloat16, torch.int8):
         raise InputError(f"dtype is torch.float32, torch.bfloat16 or torch.int8, given {dtype}")
-    if packed_bytes is not None and packed_bytes < 1:
-        raise InputError(f"packed_bytes is a number of bytes, at least 1; given {packed_bytes}")
+    if packed_bytes is not None:
+        _check_whole("packed_bytes", packed_bytes)
+    if dtype == torch.int8:
+        # Before the work of capturing, not after it.
+        registry.require_int8(registry.resolve(backend, torch.device("cpu"), torch.float32))
     captured = capture(model, example_inputs)
     program = one_machine_program(decide(*captured, nodes))
     # Copies: what is not packed would otherwise follow the model when that is trained on.
@@ -220,7 +224,8 @@ def _input_bytes(captured: Captured, examples: Sequence[Tensor]) -> dict[str, In
         groups = op.kwargs.get("groups", 1)
         if op.kind not in ("disco.conv2d", "disco.linear") or not isinstance(groups, int):
             continue
-        if choose_int8(weights[next(op.weight_refs())], groups):
+        weight = weights[next(op.weight_refs())]
+        if weight.dtype == torch.float32 and choose_int8(weight, groups):
             chosen.append(op.name)
     ranges = input_ranges(program, weights, examples, chosen)
     return {name: InputBytes.of_range(*found) for name, found in ranges.items()}
@@ -332,5 +337,9 @@ def _fixed_ownership(
 
 
 def _check_nodes(nodes: int) -> None:
-    if isinstance(nodes, bool) or not isinstance(nodes, int) or nodes < 1:
-        raise InputError(f"nodes must be a whole number, 1 or more; given {nodes!r}")
+    _check_whole("nodes", nodes)
+
+
+def _check_whole(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{name} must be a whole number, 1 or more; given {value!r}")

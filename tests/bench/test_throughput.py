@@ -12,7 +12,7 @@ import torch
 
 from disco import api, commands
 from disco.bench import throughput
-from disco.bench.compare import Comparison, compare, whole_model
+from disco.bench.compare import Comparison, compare, whole_model, worst
 from disco.bench.dense_engines import MAKERS, why_missing
 from disco.bench.lineup import Setup
 from disco.bench.throughput import DENSE_ENGINES, choose_engines, flops_of
@@ -265,3 +265,21 @@ def test_int8_is_further_off_than_bfloat16_and_not_wrong() -> None:
     assert compare(found, reference).equal
     assert not compare(found, whole_model(model, x)).equal, "was not computed in integers"
     assert not compare(found.roll(1, dims=1), reference).equal
+
+
+def test_the_worst_comparison_is_reported() -> None:
+    near, far = Comparison(1e-6, 1e-5, 1.0), Comparison(0.5, 2.0, 9.0)
+    shapes = Comparison(float("nan"), 1e-5, 1.0, False)
+    assert worst([near, far]) is far and worst([far, near, shapes]) is shapes
+    assert worst([near, Comparison(float("nan"), 1.0, 1.0)]).equal is False
+
+
+@torch.no_grad()
+def test_an_engine_that_ignores_its_input_is_noticed() -> None:
+    """By the half input, in every dtype, whatever the model makes of noise."""
+    model = build_model("torchvision", "resnet18")
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    constant = model(x)
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        references = [whole_model(model, given, dtype=dtype) for given in (x, 0.5 * x)]
+        assert not worst(compare(constant, reference) for reference in references).equal

@@ -17,6 +17,7 @@ from disco.partition.one_machine import one_machine_program
 from disco.program import Program, Ref, interpret
 from disco_kernels import BackendUnavailable, Ownership, registry
 from disco_kernels.backends.cpu import extension_status
+from tests.kernels.process import python
 from tests.partition.harness import Case
 
 
@@ -256,7 +257,10 @@ def test_bfloat16_is_as_close_as_torchs(
         ({"dtype": torch.float16}, "torch.bfloat16 or torch.int8, given torch.float16"),
         ({"dtype": torch.uint8}, "torch.bfloat16 or torch.int8, given torch.uint8"),
         ({"dtype": "bfloat16"}, "torch.bfloat16 or torch.int8, given bfloat16"),
-        ({"packed_bytes": 0}, "at least 1; given 0"),
+        ({"packed_bytes": 0}, "packed_bytes must be a whole number, 1 or more; given 0"),
+        ({"packed_bytes": True}, "packed_bytes must be a whole number"),
+        ({"packed_bytes": float("nan")}, "packed_bytes must be a whole number"),
+        ({"packed_bytes": "5"}, "packed_bytes must be a whole number"),
         ({"packed_bytes": 1000}, "need at least [0-9]+ bytes, and 1000 are allowed"),
     ],
 )
@@ -312,7 +316,36 @@ def test_int8_clips_what_the_examples_did_not_show(model: nn.Module) -> None:
     assert torch.equal(ten["map"], thousand["map"]), "the first layer's inputs end at the range"
 
 
+@torch.no_grad()
+def test_int8_leaves_layers_that_are_too_wide_as_they_are() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(65600, 16), nn.Linear(16, 16)).eval()
+    x = torch.randn(2, 656, 100)
+    compiled = disco.compile(model, 1, example_inputs=(x,), dtype=torch.int8, backend="reference")
+    assert list(compiled.algorithms.values()) == ["off", "int8"]
+    assert compiled(x).isfinite().all()
+
+
+def test_int8_is_refused_where_it_does_not_pay(model: nn.Module) -> None:
+    code = """
+import torch, disco
+from torch import nn
+try:
+    disco.compile(nn.Linear(32, 32), 1, example_inputs=(torch.randn(2, 32),), dtype=torch.int8)
+except disco.kernels.BackendUnavailable as error:
+    print(error)
+""".replace("disco.kernels.", "__import__('disco_kernels').")
+    for isa in set(extension_status().available_isas) & {"avx2", "neon"}:
+        done = python("-c", code, environment={"DISCO_KERNELS_ISA": isa})
+        assert "cannot multiply 8-bit integers: that takes AVX-512-VNNI" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_int8_needs_finite_examples(model: nn.Module, value: float) -> None:
     with pytest.raises(InputError, match="give examples whose values stay finite"):
-        disco.compile(model, 2, example_inputs=(torch.full_like(X, value),), dtype=torch.int8)
+        disco.compile(
+            model,
+            2,
+            example_inputs=(torch.full_like(X, value),),
+            dtype=torch.int8,
+            backend="reference",
+        )

@@ -148,14 +148,18 @@ def test_the_largest_sums_are_exact_cpu(dtype: torch.dtype) -> None:
         (found,) = kernel([x]).double().flatten().tolist()
         assert abs(found - sign * count * 255 * 127) <= 2.0**-8 * count * 255 * 127
         assert dtype == BF16 or found == sign * count * 255 * 127
-    wider = dk.PartialLinear(
-        torch.ones(1, 4).to(dtype), [4], input_bytes=dk.InputBytes(1.0), backend="cpu"
-    )
-    assert wider.packed_bytes > 0
-    with pytest.raises(ValueError, match="do not fit into 32 bits"):
-        dk.PartialLinear(
-            torch.ones(1, count + 1), [count + 1], input_bytes=dk.InputBytes(1.0), backend="cpu"
-        )
+    packing = dk.Packing()
+    for spec in (None, packing):
+        with pytest.raises(ValueError, match="sum of 65537 products.*another dtype"):
+            dk.PartialLinear(
+                torch.ones(1, count + 1).to(dtype),
+                [count + 1],
+                input_bytes=dk.InputBytes(1.0),
+                packing=spec,
+                backend="cpu",
+            )
+    packing.finish()
+    assert packing.packed_bytes == 0
 
 
 @needs_extension
@@ -170,6 +174,34 @@ def test_weights_without_size_cpu() -> None:
     y = dk.PartialConv2d(weight, [6], spec, backend="cpu")([x])
     assert bool(y.isfinite().all()) and not y[:, 0].any()
     oracle.check(y, oracle.conv2d(x, weight, spec))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_show(backend: str, value: float) -> None:
+    if backend == "cpu" and (STATUS.error is not None or refused()):
+        return
+    weight = torch.randn(20, 16)
+    weight[3, 5] = value
+    kernel = dk.PartialLinear(weight, [16], input_bytes=INPUTS[0], backend=backend)
+    y = kernel([torch.randn(7, 16)])
+    assert bool(y[:, 3].isnan().all()) and int(y.isnan().sum()) == 7
+
+
+@needs_extension
+@pytest.mark.parametrize("wire", [None, torch.float16, torch.int8])
+def test_messages_beside_the_output_cpu(wire: torch.dtype | None) -> None:
+    """What `GatherPack` makes of the output, bit for bit."""
+    if refused():
+        return
+    for dtype in (torch.float32, BF16):
+        pack = dk.GatherPack([[5, 1, 2], [], list(range(19, 3, -1))], wire_dtype=wire)
+        x, weight = in_dtype(image("w", 2, 13, 6, 5), dtype), torch.randn(20, 13, 3, 3).to(dtype)
+        kernel = dk.PartialConv2d(weight, [13], SPEC, backend="cpu", pack=pack)
+        messages = pack.empty_messages((2, 6, 5), dtype)
+        y = kernel([x], messages=messages)
+        for found, wanted in zip(messages, pack(y), strict=True):
+            assert torch.equal(found, wanted)
 
 
 @needs_extension
@@ -239,6 +271,7 @@ def test_the_choice_is_a_function_of_the_shape() -> None:
     assert not dk.choose_int8(torch.empty(15, 64, 3, 3))
     assert not dk.choose_int8(torch.empty(64, 3, 1, 1))
     assert not dk.choose_int8(torch.empty(64, 16, 3, 3), groups=2)
+    assert not dk.choose_int8(torch.empty(64, 65537)) and dk.choose_int8(torch.empty(64, 65536))
 
 
 @pytest.mark.parametrize(
@@ -249,6 +282,8 @@ def test_the_choice_is_a_function_of_the_shape() -> None:
         (lambda: dk.InputBytes(-1.0), "scale must be"),
         (lambda: dk.InputBytes(1.0, 256), "zero_point must be 0 to 255, given 256"),
         (lambda: dk.InputBytes(1.0, -1), "zero_point must be 0 to 255, given -1"),
+        (lambda: dk.InputBytes(1.0, 1.5), "zero_point must be a whole number, given 1.5"),
+        (lambda: dk.InputBytes("a"), "scale must be a number, given 'a'"),
         (lambda: dk.InputBytes.of_range(1.0, 0.0), "two finite numbers in order"),
         (lambda: dk.InputBytes.of_range(0.0, float("inf")), "two finite numbers in order"),
         (lambda: replace(SPEC, winograd="f2"), "8-bit integers have no Winograd"),
@@ -274,6 +309,31 @@ def test_weights_of_another_kind_are_refused_cpu() -> None:
     whole._finished = plain.packed_weight, whole._prepared
     with pytest.raises(ValueError, match="8-bit integers: pack them again"):
         whole([image("w", 1, 16, 5, 5)])
+
+
+def test_auto_winograd_is_off() -> None:
+    spec = replace(SPEC, winograd="auto")
+    weight, x = torch.randn(16, 16, 3, 3), image("w", 1, 16, 6, 6)
+    for backend in ("reference", "cpu"):
+        if backend == "cpu" and (STATUS.error is not None or refused()):
+            continue
+        kernel = dk.PartialConv2d(weight, [16], spec, image_size=(56, 56), backend=backend)
+        assert kernel.algorithm == "int8" and kernel.descriptor.spec.winograd == "off"
+        oracle.check(kernel([x]), oracle.conv2d(x, weight, spec))
+
+
+@needs_extension
+def test_tokens_of_any_strides_cpu() -> None:
+    if refused():
+        return
+    weight = torch.randn(20, 24)
+    kernel = dk.PartialLinear(weight, [24], input_bytes=INPUTS[0], backend="cpu")
+    whole = torch.randn(2, 6, 30)
+    for x in (whole[:, ::2, 3:27], whole[:, :1, :24].expand(-1, 5, -1), whole[:, :, :24]):
+        spec = dk.ConvSpec(input_bytes=INPUTS[0])
+        rows = x.reshape(-1, 24)[:, :, None, None]
+        expected = oracle.conv2d(rows, weight[:, :, None, None], spec)
+        oracle.check(kernel([x]).reshape(rows.shape[0], 20, 1, 1), expected)
 
 
 def test_the_reference_rounds_the_same_way() -> None:

@@ -89,7 +89,9 @@ def _convolutions(packing: dk.Packing | None) -> list[dk.PartialConv2d]:
 
 def test_what_saves_least_a_byte_is_given_up_first_cpu() -> None:
     free = dk.Packing()
-    wanted, total = _convolutions(free), free.finish()
+    wanted = _convolutions(free)
+    free.finish()
+    total = free.packed_bytes
     assert [kernel.algorithm for kernel in wanted] == ["f4", "f4", "f2", "off"]
     assert total == sum(kernel.packed_bytes for kernel in wanted)
     found = []
@@ -97,9 +99,10 @@ def test_what_saves_least_a_byte_is_given_up_first_cpu() -> None:
         packing = dk.Packing(limit)
         kernels = _convolutions(packing)
         try:
-            assert packing.finish() <= limit
+            packing.finish()
         except ValueError:
             break
+        assert packing.packed_bytes <= limit
         found.append([kernel.algorithm for kernel in kernels])
     # Small maps first; the largest keeps its F(4x4) longest, and all end up direct.
     assert ["f4", "f2", "f2", "off"] in found and ["f4", "f2", "off", "off"] in found
@@ -119,6 +122,8 @@ def test_packed_together_and_alone_cpu() -> None:
         for found in (kernel, copied):
             assert torch.equal(found.packed_weight, alone.packed_weight)
             assert torch.equal(found([image]), alone([image]))
+        # Not the whole block of memory that it lies in.
+        assert len(pickle.dumps(kernel)) < kernel.packed_bytes + 16384
 
 
 def test_grouped_and_linear_kernels_cpu() -> None:
@@ -145,8 +150,40 @@ def test_before_it_is_finished_cpu() -> None:
         tight = dk.Packing(10)
         dk.PartialLinear(torch.randn(6, 5), [5], packing=tight)
         tight.finish()
-    assert packing.finish() == kernel.packed_bytes
-    assert packing.finish() == 0, "only what has been added since"
+    packing.finish()
+    assert packing.packed_bytes == kernel.packed_bytes
+    packing.finish()
+    assert packing.packed_bytes == kernel.packed_bytes
+
+
+def test_the_limit_is_for_all_together_cpu() -> None:
+    weight = torch.randn(16, 16)
+    packing = dk.Packing(2000)
+    first = dk.PartialLinear(weight, [16], backend="cpu", packing=packing)
+    packing.finish()
+    assert 1000 < packing.packed_bytes == first.packed_bytes < 2000
+    second = dk.PartialLinear(weight, [16], backend="cpu", packing=packing)
+    with pytest.raises(ValueError, match=f"{2000 - first.packed_bytes} are allowed"):
+        packing.finish()
+    packing.limit = 4000
+    packing.finish()
+    assert torch.equal(second([weight]), first([weight]))
+
+
+@pytest.mark.parametrize("limit", [True, 2.5e5, float("nan"), "5"])
+def test_a_limit_that_is_no_number_of_bytes(limit: object) -> None:
+    with pytest.raises(ValueError, match="limit must be a whole number of bytes"):
+        dk.Packing(limit)  # type: ignore[arg-type]
+
+
+def test_a_size_that_is_not_needed_is_not_looked_at_cpu() -> None:
+    """Inputs may have another size than the one told, also where that could not be."""
+    for kernel in (
+        dk.PartialConv2d(torch.ones(4, 4, 3, 3), [4], dk.ConvSpec((3, 3)), image_size=(2, 2)),
+        dk.GroupedConv2d(torch.ones(4, 1, 3, 3), 4, dk.ConvSpec((3, 3)), image_size=(2, 2)),
+    ):
+        x = torch.ones(1, 4, 5, 5)
+        assert kernel([x] if isinstance(kernel, dk.PartialConv2d) else x).shape == (1, 4, 3, 3)
 
 
 def test_an_empty_layer() -> None:

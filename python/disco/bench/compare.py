@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +108,14 @@ def compare(value: Any, reference: Reference) -> Comparison:
         return Comparison(float("nan"), reference.tolerance, reference.scale, False)
     differences = [a.double() - b.double() for a, b in zip(tensors, reference.outputs, strict=True)]
     return Comparison(_largest(differences), reference.tolerance, reference.scale)
+
+
+def worst(comparisons: Iterable[Comparison]) -> Comparison:
+    """The one that is furthest off, measured by what it allows; one of other shapes first."""
+    return max(
+        comparisons,
+        key=lambda c: float("inf") if not c.equal else c.max_abs_error / max(c.tolerance, 1e-300),
+    )
 
 
 def _flat(value: Any) -> list[Tensor]:

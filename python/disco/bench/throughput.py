@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from disco import api
-from disco.bench.compare import compare, whole_model
+from disco.bench.compare import compare, whole_model, worst
 from disco.bench.dense_engines import why_missing
 from disco.bench.engine import LocalEngine
 from disco.bench.lineup import Engines
@@ -24,6 +24,7 @@ from disco.recipe import Recipe
 from disco.runtime.cluster import available_cores
 from disco.runtime.launched import Launched
 from disco.zoo import save_weights, weights_digest
+from disco_kernels import registry
 from disco_kernels.backends.cpu import extension_status, fma_peak_gflops
 
 Say = Callable[[str], None]
@@ -96,17 +97,24 @@ def run_throughput(options: ThroughputOptions, say: Say) -> ThroughputResult:
     with tempfile.TemporaryDirectory(prefix="disco-bench-") as name:
         folder = Path(name)
         save_weights(model, folder / "dense.safetensors")
-        dense = whole_model(model, x, dtype=dtype)
+        # Two, so that an engine that ignores its input is noticed.
+        inputs = (x, 0.5 * x)
+        dense = [whole_model(model, given, dtype=dtype) for given in inputs]
         recipe.sparsify_(model)
         save_weights(model, folder / "sparse.safetensors")
-        sparse = whole_model(model, x, dtype=dtype)
+        sparse = [whole_model(model, given, dtype=dtype) for given in inputs]
         plan = _plan(model, recipe)
         del model
         engines = {name: _start(options, kind, folder) for name, kind in chosen.items()}
         everyone: dict[str, Launched] = dict(engines)
         with Engines(everyone, lambda name: say(f"ready: {name}")) as lineup:
             comparisons = {
-                name: compare(engine.run(x), sparse if name == DISCO else dense)
+                name: worst(
+                    compare(engine.run(given), reference)
+                    for given, reference in zip(
+                        inputs, sparse if name == DISCO else dense, strict=True
+                    )
+                )
                 for name, engine in engines.items()
             }
             (ready,) = engines[DISCO].ready
@@ -201,6 +209,8 @@ def _check(options: ThroughputOptions) -> None:
         )
     if options.dtype not in DTYPES:
         raise InputError(f"--dtype is {', '.join(DTYPES)}, given {options.dtype!r}")
+    if options.dtype == "int8" and (reason := registry.get("cpu").int8_refusal()) is not None:
+        raise InputError(f"--dtype int8: {reason}; measure bfloat16 or float32")
     if options.nodes < 2:
         raise InputError(
             f"{options.nodes} nodes were given; a model has DISCO structure for at least 2"

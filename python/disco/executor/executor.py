@@ -83,9 +83,10 @@ class Executor:
         exchanges = {op.name for op in program.ops if op.kind == "disco.exchange"}
         self._steps = [_prepare(op, prepare, exchanges) for op in program.ops]
         try:
-            self.packed_bytes = packing.finish()
+            packing.finish()
         except ValueError as error:
             raise InputError(str(error)) from error
+        self.packed_bytes = packing.packed_bytes
         self._kernels = prepare.kernels
         self._outputs = map_leaves(program.outputs, lambda leaf: _output(leaf, prepare))
         self._num_slots = len(prepare.slots) + 1
