@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -186,6 +187,9 @@ def test_a_dense_engine_computes_the_model(kind: str, tmp_path: Path) -> None:
     reason = why_missing(kind)
     if reason is not None:
         pytest.skip(reason)
+    # An engine sets these for its whole process, which here is that of the other tests, too.
+    config = importlib.import_module("torch._inductor.config")
+    kept = {name: getattr(config, name) for name in ("freezing", "compile_threads")}
     model = build_model("torchvision", "resnet18")
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     dtype = torch.float32
@@ -195,9 +199,10 @@ def test_a_dense_engine_computes_the_model(kind: str, tmp_path: Path) -> None:
     ):
         dtype = other if kind in engines.values() else dtype
     reference = whole_model(model, x, dtype=dtype)
-    engine = MAKERS[kind](model, x, str(tmp_path))
-    with torch.inference_mode():
-        comparison = compare(engine.function(x), reference)
+    with config.patch(kept):
+        engine = MAKERS[kind](model, x, str(tmp_path))
+        with torch.inference_mode():
+            comparison = compare(engine.function(x), reference)
     assert comparison.equal, comparison
     assert engine.threads == torch.get_num_threads()
 
