@@ -411,9 +411,10 @@ class _GatherKernel(_PreparedKernel):
         for rank, outputs in enumerate(out_ownership.channels):
             parts = _segments_of(pattern.input_channels(rank), weight.dtype, spec)
             segments = tuple(Segment(0, channel_run(part)) for part in parts)
-            nodes.append(Node(segments, channel_run(outputs)))
             inputs = [channel for part in parts for channel in part]
-            rows_and_columns.append((list(outputs), inputs))
+            for rows in _output_runs(outputs):
+                nodes.append(Node(segments, channel_run(rows)))
+                rows_and_columns.append((list(rows), inputs))
         self.in_channels = in_ownership.num_channels
 
         def node_weights() -> Iterator[Tensor]:
@@ -568,6 +569,22 @@ class GlobalAvgPool2d:
             raise ValueError(f"out must have a channel stride of 1, given {out.stride()}")
         backend = registry.get(registry.resolve(self.backend, x.device, x.dtype))
         return out, backend.global_avg_pool2d_(x, out)
+
+
+# Heads of attention are shared out as runs of queries, keys and values. Writing into a run costs
+# nothing; outputs here and there are copied one by one.
+_SHORTEST_OUTPUT_RUN = 16
+
+
+def _output_runs(outputs: Sequence[int]) -> list[list[int]]:
+    """A node's outputs as runs, each computed like a node of its own; or all, if some are short."""
+    runs: list[list[int]] = []
+    for channel in outputs:
+        if runs and channel == runs[-1][-1] + 1:
+            runs[-1].append(channel)
+        else:
+            runs.append([channel])
+    return runs if min(map(len, runs), default=0) >= _SHORTEST_OUTPUT_RUN else [list(outputs)]
 
 
 # A shorter run of channels is copied together with the single ones (16 bytes of bfloat16).

@@ -49,7 +49,7 @@ struct Conv2dGeometry {
   int64_t dilation_h, dilation_w;
   Algorithm algorithm = Algorithm::kDirect;
   DataType dtype = kFloat32;  // of sources, weights, residual and output
-  InputBytes input;           // of kQuads
+  InputBytes input = {};      // of kQuads
 
   int64_t element_bytes() const { return dtype == kFloat32 ? 4 : 2; }
   int64_t taps() const { return kernel_h * kernel_w; }

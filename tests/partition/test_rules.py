@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -189,6 +190,10 @@ LOCAL = [
     ("aten.unsqueeze.default", (1,)),
     ("aten.unsqueeze.default", (-1,)),
     ("aten.slice.Tensor", (2, 1, 3)),
+    ("aten.slice.Tensor", (1, 0, 3)),
+    ("aten.slice.Tensor", (-3, 1, 100, 2)),
+    ("aten.slice.Tensor", (1, -2)),
+    ("aten.pixel_shuffle.default", (1,)),
     ("aten.roll.default", ((1, 2), (2, 3))),
     ("aten.flip.default", ((-1,),)),
     ("aten.select.int", (3, 1)),
@@ -206,9 +211,7 @@ GATHERED = [
     ("aten.pad.default", ((0, 0, 0, 0, 1, 0),)),
     ("aten.layer_norm.default", ((6, 4, 4),)),
     ("aten.select.int", (1, 2)),
-    ("aten.slice.Tensor", (1, 0, 3)),
     ("aten.flatten.using_ints", (0, 1)),
-    ("aten.pixel_shuffle.default", (1,)),
     ("aten.cumsum.default", (1,)),
 ]
 
@@ -284,6 +287,36 @@ def test_scale_and_shift(data: st.DataObject, world_size: int) -> None:
     case.op("disco.channel_affine", "y", Ref("a"), scale, shift, activation="relu")
     plan = check_exact(case, world_size, {"a": data.draw(ownerships(5, world_size))})
     assert not plan.replicated
+
+
+@property_test
+@given(st.data(), world_sizes, st.lists(st.integers(0, 5), min_size=1, max_size=8))
+def test_listed_channels(data: st.DataObject, world_size: int, listed: list[int]) -> None:
+    """In any order and more than once: each stays with the rank that has it."""
+    case = Case(3, 2, 2)
+    case.conv("a", "x", 6, 3)
+    case.weights["list"] = torch.tensor(listed, dtype=torch.int32)
+    case.op("disco.take", "t", Ref("a"), WeightRef("list"), dim=1)
+    case.conv("b", "t", 5, len(listed), zero_columns=0.5)
+    plan = check_exact(case, world_size, {"a": data.draw(ownerships(6, world_size))})
+    assert not plan.replicated
+
+
+@property_test
+@given(st.data(), world_sizes, st.booleans())
+def test_pixel_shuffle(data: st.DataObject, world_size: int, whole: bool) -> None:
+    """Local by whole output channels, else gathered."""
+    case = Case(3, 2, 3)
+    case.conv("a", "x", 12, 3)
+    case.op("aten.pixel_shuffle.default", "y", Ref("a"), 2)
+    case.conv("b", "y", 4, 3)
+    owned = data.draw(ownerships(3 if whole else 12, world_size))
+    if whole:
+        owned = Ownership(
+            tuple(tuple(4 * c + k for c in own for k in range(4)) for own in owned.channels)
+        )
+    plan = check_exact(case, world_size, {"a": owned})
+    assert not (whole and plan.replicated)
 
 
 @settings(property_test, max_examples=10)

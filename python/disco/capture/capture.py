@@ -11,6 +11,7 @@ from disco.capture.convert import convert
 from disco.capture.export import export
 from disco.capture.fold_batch_norm import fold_batch_norm
 from disco.capture.fuse import fuse_epilogues, lower_convolutions_and_linears
+from disco.capture.parts import spell_out_parts, spell_out_shuffles
 from disco.capture.prune import remove_copies, remove_dead
 from disco.program import Program
 
@@ -52,7 +53,8 @@ def capture(
     """
     program, weights = convert(export(model, example_inputs, dynamic_batch))
     origins: dict[str, str] = {}
-    program = remove_dead(remove_copies(program))
+    program = spell_out_parts(remove_copies(program))
+    program = remove_dead(spell_out_shuffles(program, weights))
     program = lower_convolutions_and_linears(program)
     program = fold_batch_norm(program, weights, origins)
     program = fuse_epilogues(remove_dead(program))

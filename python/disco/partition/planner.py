@@ -14,12 +14,13 @@ from math import prod
 import torch
 from torch import Tensor
 
+from disco.partition.ownership_choice import OwnershipChoice
 from disco.partition.placement import Placement, Replicated, Sharded, all_selected, union_of
 from disco.partition.plan import ExchangePlan, LayerPlan, Plan
 from disco.partition.rank_builder import Exchange, RankBuilder, RankProgram
 from disco.partition.rules import Lowering, RuleContext, lower
 from disco.partition.rules.matrix import matrix_flops
-from disco.program import Op, Program
+from disco.program import Op, Program, Ref
 from disco_kernels.pattern import Ownership, Selected
 
 OUTPUT = "output"
@@ -166,6 +167,8 @@ def decide(
         dense_exchange: exchange every channel, whatever the weights are (the baseline).
     """
     placements: dict[str, Placement] = {name: Replicated() for name in program.inputs}
+    chosen: dict[str, Ownership] = {}
+    choice = OwnershipChoice(program)
     context = RuleContext(
         world_size,
         placements,
@@ -175,10 +178,14 @@ def decide(
         out_ownership or {},
         tolerance,
         dense_exchange,
+        chosen,
     )
     lowerings = []
     needs: dict[str, _Needs] = {}
     for op in program.ops:
+        dim = _open_dim(op, context)
+        if dim is not None and (ownership := choice.choose(op, dim, context)) is not None:
+            chosen[op.name] = ownership
         lowering = lower(op, context)
         lowerings.append(lowering)
         placements[op.name] = lowering.placement
@@ -204,6 +211,16 @@ def build_all(decisions: Decisions) -> tuple[Plan, tuple[RankProgram, ...]]:
     ranks = tuple(decisions.build_rank(r) for r in range(decisions.context.world_size))
     plan = decisions.plan()
     return replace(plan, weight_bytes_per_rank=tuple(r.weight_bytes for r in ranks)), ranks
+
+
+def _open_dim(op: Op, context: RuleContext) -> int | None:
+    """The outputs' dimension of a layer whose ownership nothing has decided yet, else None."""
+    if op.kind not in _MATRIX_OPS or op.kwargs.get("groups", 1) != 1:
+        return None
+    residual = op.args[3]
+    if context.layer_of(op) in context.out_ownership or context.sharded(residual) is not None:
+        return None
+    return 1 if op.kind == "disco.conv2d" else len(context.shape(Ref(op.name))) - 1
 
 
 def _exchange(number: int, name: str, needs: _Needs, context: RuleContext) -> Exchange:

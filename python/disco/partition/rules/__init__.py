@@ -1,11 +1,20 @@
 """One rule per op kind. To add one, write a function with `@rule`; import its file here."""
 
-from disco.partition.rules import convolution, elementwise, join, matrix, reshape, spatial
+from disco.partition.rules import (
+    attention,
+    convolution,
+    elementwise,
+    join,
+    matrix,
+    reshape,
+    spatial,
+)
 from disco.partition.rules.registry import Lowering, RuleContext, lower, rule
 
 __all__ = [
     "Lowering",
     "RuleContext",
+    "attention",
     "convolution",
     "elementwise",
     "join",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from disco.partition.placement import Sharded
 from disco.partition.rank_builder import RankBuilder
 from disco.partition.rules.registry import Lowering, RuleContext, rule, same_op
@@ -90,12 +92,15 @@ def channel_affine(op: Op, context: RuleContext) -> Lowering | None:
 
 
 def _common_placement(op: Op, context: RuleContext, num_dims: int) -> Sharded | None:
-    """The result's placement: that of the first operand sharded over a full dimension."""
+    """The result's placement: that of the operands sharded over a full dimension which would cost
+    most to gather; of a gate and a map it is the map's."""
     out_shape = context.values[op.name].shape
+    found: dict[Sharded, int] = {}
     for arg in op.args:
         placed = context.sharded(arg)
-        if placed is not None:
+        if placed is not None and isinstance(arg, Ref):
             dim = placed.dim + num_dims - len(context.shape(arg))
             if context.shape(arg)[placed.dim] == out_shape[dim]:
-                return Sharded(placed.ownership, dim)
-    return None
+                target = Sharded(placed.ownership, dim)
+                found[target] = found.get(target, 0) + prod(context.sizes(arg.name))
+    return max(found, key=lambda target: found[target]) if found else None

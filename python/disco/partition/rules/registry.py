@@ -56,6 +56,7 @@ class RuleContext:
         out_ownership: layer -> ownership of its outputs, where somebody has fixed it.
         tolerance: a weight counts as zero up to this.
         dense_exchange: take no notice of zeros: every channel is needed everywhere.
+        chosen: layer's value -> ownership of its outputs, where what follows asks for one.
     """
 
     world_size: int
@@ -66,6 +67,7 @@ class RuleContext:
     out_ownership: Mapping[str, Ownership] = field(default_factory=dict)
     tolerance: float = 0.0
     dense_exchange: bool = False
+    chosen: Mapping[str, Ownership] = field(default_factory=dict)
 
     def sharded(self, arg: Arg) -> Sharded | None:
         """The placement of a value if it is sharded; None for replicated ones, weights, numbers."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+import torch
+
 from disco.partition.placement import Replicated, Sharded
 from disco.partition.rank_builder import RankBuilder
 from disco.partition.rules.registry import Lowering, RuleContext, rule, same_op
-from disco.program import Arg, Op, evaluate_shape
+from disco.program import Arg, Op, WeightRef, evaluate_shape
 from disco.program.symbols import symbols_of
 from disco_kernels.pattern import Ownership
 
@@ -87,7 +89,71 @@ def squeeze(op: Op, context: RuleContext) -> Lowering | None:
     return same_op(Sharded(placed.ownership, placed.dim - gone))
 
 
-@rule("aten.slice.Tensor", "aten.roll.default", "aten.flip.default", "aten.sym_size.int")
+@rule("disco.take")
+def take(op: Op, context: RuleContext) -> Lowering | None:
+    """Listed entries of a dimension; of the channels every rank takes those that it owns."""
+    x, index = op.args
+    placed, dim = context.sharded(x), op.kwargs["dim"]
+    if placed is None or not isinstance(index, WeightRef) or not isinstance(dim, int):
+        return None
+    if dim % len(context.shape(x)) != placed.dim:
+        return same_op(placed)
+    return _taken(op, placed, [int(c) for c in context.weights[index.name].tolist()])
+
+
+@rule("aten.slice.Tensor")
+def slice_channels(op: Op, context: RuleContext) -> Lowering | None:
+    """A run of the channels, or whatever of other dimensions."""
+    placed = context.sharded(op.args[0])
+    given = (*op.args[1:], *(0, None, None, 1)[len(op.args) - 1 :])
+    size = context.shape(op.args[0])
+    if placed is None or not isinstance(given[0], int) or given[0] % len(size) != placed.dim:
+        return other_dims(op, context)
+    bounds = [bound for bound in given[1:4] if bound is None or isinstance(bound, int)]
+    if op.kwargs or len(bounds) != 3:
+        return None
+    first, end, step = bounds
+    return _taken(op, placed, range(placed.ownership.num_channels)[first:end:step])
+
+
+def _taken(op: Op, placed: Sharded, channels: Sequence[int]) -> Lowering:
+    """``channels`` of a sharded dimension, in this order, become 0, 1, ...; each stays where it is.
+
+    A rank keeps its own in the order in which it has them, so nothing moves if all are taken.
+    """
+    made: dict[int, list[int]] = {}
+    for new, old in enumerate(channels):
+        made.setdefault(old, []).append(new)
+    ranks, local = [], []
+    for owned in placed.ownership.channels:
+        kept = [(i, new) for i, old in enumerate(owned) for new in made.get(old, ())]
+        local.append([i for i, _ in kept])
+        ranks.append(tuple(new for _, new in kept))
+
+    def emit(op: Op, rank: RankBuilder) -> None:
+        positions = torch.tensor(local[rank.rank], dtype=torch.int32)
+        index = rank.store(f"{op.name}.own", positions)
+        rank.add(Op("disco.take", op.name, (op.args[0], index), {"dim": placed.dim}))
+
+    return Lowering(Sharded(Ownership(tuple(ranks)), placed.dim), emit)
+
+
+@rule("aten.pixel_shuffle.default")
+def pixel_shuffle(op: Op, context: RuleContext) -> Lowering | None:
+    """``[.., C * r * r, H, W] -> [.., C, H * r, W * r]``: local by whole output channels."""
+    placed, factor = context.sharded(op.args[0]), op.args[1]
+    if placed is None or not isinstance(factor, int):
+        return None
+    num_dims = len(context.shape(op.args[0]))
+    if placed.dim >= num_dims - 2:
+        return None
+    if placed.dim < num_dims - 3:
+        return same_op(placed)
+    blocks = contracted(placed.ownership, factor * factor)
+    return None if blocks is None else same_op(Sharded(blocks, placed.dim))
+
+
+@rule("aten.roll.default", "aten.flip.default", "aten.sym_size.int")
 def other_dims(op: Op, context: RuleContext) -> Lowering | None:
     """Works on other dimensions than the channels."""
     placed = context.sharded(op.args[0])
@@ -170,10 +236,19 @@ def _map_in_group(
     new_start: int,
     new_stop: int,
 ) -> Sharded | None:
-    """The channels have to come first in the group, up to dimensions of size 1."""
+    """The channels come first in the group, up to dimensions of size 1, or they are all of it."""
     if prod(old[start : placed.dim]) != 1:
         return None
     behind = prod(old[placed.dim + 1 : stop])
+    if behind == 1:
+        # [3 * heads * 64] -> [3, heads, 64] by heads: every rank's channels are such a product.
+        for dim in range(new_start, new_stop):
+            if new[dim] == 1 or prod(new[new_start:dim]) == 1:
+                continue
+            inner = prod(new[dim + 1 : new_stop])
+            owned = _along(placed.ownership, new[dim], inner)
+            if owned is not None:
+                return Sharded(owned, dim)
     lead = next((d for d in range(new_start, new_stop) if new[d] != 1), new_start)
     channels = placed.ownership.num_channels
     if new[lead] == channels and lead < new_stop:
@@ -184,6 +259,24 @@ def _map_in_group(
         blocks = contracted(placed.ownership, channels // new[lead])
         return None if blocks is None else Sharded(blocks, lead)
     return None
+
+
+def _along(ownership: Ownership, size: int, inner: int) -> Ownership | None:
+    """Channels seen as ``[outer, size, inner]``: who owns what along the middle, if every rank has
+    all of the others of what it has, in order."""
+    outer = ownership.num_channels // (size * inner)
+    ranks = []
+    for channels in ownership.channels:
+        own = tuple(c // inner for c in channels[: len(channels) // outer : inner])
+        if channels != tuple(
+            (before * size + middle) * inner + behind
+            for before in range(outer)
+            for middle in own
+            for behind in range(inner)
+        ) or any(middle >= size for middle in own):
+            return None
+        ranks.append(own)
+    return Ownership(tuple(ranks))
 
 
 def expanded(ownership: Ownership, factor: int) -> Ownership:

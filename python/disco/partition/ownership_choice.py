@@ -1,0 +1,198 @@
+"""Who computes which outputs of a layer, where what follows can only be split in certain ways.
+
+Attention is split by whole heads, a grouped convolution by whole groups. The outputs of the layer
+before are then shared out in such units; cut through them, the values would have to be gathered.
+Candidates are read off the ops that follow, up to the next layers; each is tried by asking the
+rules, and the one that moves the fewest bytes is taken. Equal contiguous shares come first, so
+nothing changes where they do as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from math import prod
+
+from disco.partition.placement import Placement, Replicated, Sharded
+from disco.partition.rules import RuleContext, lower
+from disco.program import Op, Program, Ref, WeightRef
+from disco_kernels.pattern import Ownership
+
+# Ops that are looked at after a layer. Attention takes some twenty.
+_REACH = 64
+
+
+class OwnershipChoice:
+    """Chooses for the layers of one program."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._readers: dict[str, list[int]] = {}
+        for i, op in enumerate(program.ops):
+            for name in dict.fromkeys(op.refs()):
+                self._readers.setdefault(name, []).append(i)
+
+    def choose(self, op: Op, dim: int, context: RuleContext) -> Ownership | None:
+        """The ownership of the outputs of ``op`` along ``dim``; None for equal shares.
+
+        Args:
+            op: a convolution without groups or a linear, whose outputs nothing else decides.
+            context: with everything that comes before ``op`` placed.
+        """
+        channels = context.shape(Ref(op.name))[dim]
+        assert isinstance(channels, int)
+        followers = self._followers(op)
+        equal = Ownership.contiguous(channels, context.world_size)
+        candidates = [
+            c
+            for c in dict.fromkeys(self._candidates(op, dim, followers, channels, context))
+            if c != equal
+        ]
+        if not candidates:
+            return None
+        best, least = None, self._cost(op, equal, dim, followers, context)
+        for candidate in candidates:
+            cost = self._cost(op, candidate, dim, followers, context)
+            if cost < least:
+                best, least = candidate, cost
+        return best
+
+    def _followers(self, op: Op) -> list[Op]:
+        """What depends on ``op``, in order, layers included but nothing behind them."""
+        found: set[int] = set()
+        names = [op.name]
+        while names and len(found) < _REACH:
+            for i in self._readers.get(names.pop(), ()):
+                if i not in found:
+                    found.add(i)
+                    if not _is_layer(self._program.ops[i]):
+                        names.append(self._program.ops[i].name)
+        return [self._program.ops[i] for i in sorted(found)]
+
+    def _candidates(
+        self,
+        op: Op,
+        dim: int,
+        followers: Sequence[Op],
+        channels: int,
+        context: RuleContext,
+    ) -> Iterator[Ownership]:
+        """Whole units along every factor that the channels are seen to have, and the ownership of
+        what they meet."""
+        # Equal parts of the channels that are cut out, as queries, keys and values may be.
+        parts = {channels}
+        for follower in followers:
+            if follower.kind == "aten.slice.Tensor":
+                size = self._program.values[follower.name].shape[-1 if dim > 1 else dim]
+                if isinstance(size, int) and size and channels % size == 0:
+                    parts.add(size)
+        for follower in followers:
+            for part in sorted(parts):
+                for factors, place in self._units(follower, part):
+                    whole = (channels // part, *factors)
+                    yield in_units(whole, place + 1, context.world_size)
+            if _is_layer(follower):
+                continue
+            for name in follower.refs():
+                met = context.placements.get(name)
+                if isinstance(met, Sharded) and met.ownership.num_channels == channels:
+                    yield met.ownership
+
+    def _units(self, op: Op, channels: int) -> Iterator[tuple[tuple[int, ...], int]]:
+        """Ways to see the channels as a product of factors, and which of them may be shared out."""
+        if op.kind == "disco.conv2d" and op.kwargs["groups"] != 1:
+            groups = op.kwargs["groups"]
+            assert isinstance(groups, int)
+            inputs = self._program.values[next(op.refs())].shape[1]
+            if inputs == channels and 1 < groups < channels and channels % groups == 0:
+                yield (groups, channels // groups), 0
+        elif op.kind == "aten.pixel_shuffle.default":
+            factor = op.args[1]
+            assert isinstance(factor, int)
+            if channels % factor**2 == 0:
+                yield (channels // factor**2, factor**2), 0
+        elif op.kind in ("aten.view.default", "aten.reshape.default"):
+            before, after = (
+                self._program.values[name].shape for name in (next(op.refs()), op.name)
+            )
+            factors = _split_of(before, after, channels)
+            yield from ((factors, place) for place, n in enumerate(factors) if n > 1)
+
+    def _cost(
+        self,
+        op: Op,
+        ownership: Ownership,
+        dim: int,
+        followers: Sequence[Op],
+        context: RuleContext,
+    ) -> int:
+        """Elements that one image moves: for the layer itself, and gathered by what follows."""
+        placements: dict[str, Placement] = {**context.placements}
+        placements[op.name] = Sharded(ownership, dim)
+        trial = replace(context, placements=placements)
+        moved = _selected_elements(op, ownership, context)
+        gathered: set[str] = set()
+        for follower in followers:
+            if _is_layer(follower):
+                continue
+            for name in follower.refs():
+                placements.setdefault(name, Replicated())  # of a branch that comes later
+            lowering = lower(follower, trial)
+            placements[follower.name] = lowering.placement
+            gathered.update(lowering.whole)
+        for name in gathered:
+            moved += (context.world_size - 1) * prod(context.sizes(name))
+        return moved
+
+
+def _is_layer(op: Op) -> bool:
+    return op.kind == "disco.linear" or (op.kind == "disco.conv2d" and op.kwargs["groups"] == 1)
+
+
+def _selected_elements(op: Op, out: Ownership, context: RuleContext) -> int:
+    """What the layer itself reads of other ranks: a zero pattern was made for one ownership."""
+    x, weight = op.args[:2]
+    placed = context.sharded(x)
+    if placed is None or not isinstance(weight, WeightRef) or not isinstance(x, Ref):
+        return 0
+    channels = int(context.shape(weight)[1])
+    if placed.ownership.num_channels != channels or context.dense_exchange:
+        return 0
+    selected = context.selected(weight, out, placed.ownership)
+    pixels = prod(context.sizes(x.name)) // max(channels, 1)
+    return pixels * sum(len(block) for row in selected for block in row)
+
+
+def _split_of(
+    before: Sequence[int | str], after: Sequence[int | str], channels: int
+) -> tuple[int, ...]:
+    """The dimensions that a view makes of one of so many channels; () if it makes none of one."""
+    for dim, size in enumerate(before):
+        if size != channels:
+            continue
+        head, tail = list(before[:dim]), list(before[dim + 1 :])
+        middle = after[len(head) : len(after) - len(tail)]
+        known = [n for n in middle if isinstance(n, int)]
+        fits = list(after[: len(head)]) == head and list(after[len(after) - len(tail) :]) == tail
+        if fits and len(known) == len(middle) > 1 and prod(known) == channels:
+            return tuple(known)
+    return ()
+
+
+def in_units(factors: Sequence[int], place: int, world_size: int) -> Ownership:
+    """Channels seen as a product of ``factors``, shared out along one of them in equal runs."""
+    inner, outer = prod(factors[place + 1 :]), prod(factors[:place])
+    shares: Mapping[int, Sequence[int]] = dict(
+        enumerate(Ownership.contiguous(factors[place], world_size).channels)
+    )
+    return Ownership(
+        tuple(
+            tuple(
+                (before * factors[place] + own) * inner + behind
+                for before in range(outer)
+                for own in shares[rank]
+                for behind in range(inner)
+            )
+            for rank in range(world_size)
+        )
+    )
