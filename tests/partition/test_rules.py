@@ -9,10 +9,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from disco.executor import Executor, InProcessHub, run_together
 from disco.partition import Plan
-from disco.program import Ref, WeightRef
+from disco.partition.norms import merge_norms, split_norms
+from disco.program import Ref, WeightRef, interpret
 from disco_kernels import ACTIVATIONS, Ownership
-from tests.partition.harness import Case, check_exact, ownerships
+from tests.partition.harness import Case, check_exact, cut, ownerships
 
 pytestmark = pytest.mark.filterwarnings("ignore:disco_kernels.*:RuntimeWarning")
 
@@ -300,6 +302,82 @@ def test_listed_channels(data: st.DataObject, world_size: int, listed: list[int]
     case.conv("b", "t", 5, len(listed), zero_columns=0.5)
     plan = check_exact(case, world_size, {"a": data.draw(ownerships(6, world_size))})
     assert not plan.replicated
+
+
+@property_test
+@given(st.data(), world_sizes, st.booleans(), st.booleans(), st.sampled_from([0.0, 1e6]))
+def test_layer_norm_over_channels(
+    data: st.DataObject, world_size: int, weighted: bool, shifted: bool, offset: float
+) -> None:
+    """Two numbers a token and rank travel; far from zero nothing cancels."""
+    case = Case(4, 5)
+    case.linear("a", "x", 7, 5)
+    case.weights["a.bias"] += offset
+    weight = case.weight("norm.weight", 7) if weighted else None
+    bias = case.weight("norm.bias", 7) if shifted else None
+    case.op("aten.layer_norm.default", "n", Ref("a"), (7,), weight, bias, 1e-5)
+    case.linear("b", "n", 6, 7, zero_columns=0.5)
+    owned = {"a": data.draw(ownerships(7, world_size)), "b": data.draw(ownerships(6, world_size))}
+    program = case.program()
+    x = case.input(2)
+    if not offset:
+        plan = check_exact(case, world_size, owned)
+    else:
+        # Sums that cancelled would be off by 1e12 roundings, not by the offset's own 1e6.
+        plan, ranks = cut(case, world_size, owned)
+        expected = interpret(program, case.weights, (x,))
+        executors = [Executor(rank.program, rank.weights, backend="reference") for rank in ranks]
+        for found in run_together(executors, (x,), InProcessHub(world_size).transports()):
+            assert float((found - expected).abs().max()) <= 1e-7 * float(expected.abs().max())
+    assert not plan.replicated
+    if world_size > 1:
+        (exchange,) = (e for e in plan.exchanges if e.value == "n.moments")
+        assert exchange.bytes_per_image == world_size * (world_size - 1) * 4 * 2 * 8
+
+
+def test_norms_in_two_ops_and_in_one_again() -> None:
+    case = Case(4, 6)
+    norm = (case.weight("w", 6), case.weight("b", 6), 1e-6)
+    case.op("aten.layer_norm.default", "n", Ref("x"), (6,), *norm)
+    case.op("aten.layer_norm.default", "m", Ref("n"), (4, 6))
+    program = case.program()
+    split = split_norms(program)
+    assert [op.kind for op in split.ops] == [
+        "disco.moments",
+        "disco.normalize",
+        "aten.layer_norm.default",
+    ]
+    assert split.values["n.moments"].shape == ("s0", 4, 2)
+    assert merge_norms(split) == program
+    x = case.input(3)
+    a, b = interpret(program, case.weights, (x,)), interpret(split, case.weights, (x,))
+    assert float((a - b).abs().max()) <= 1e-12
+
+
+@property_test
+@given(st.data(), world_sizes)
+def test_a_linear_over_another_dimension_than_the_channels(
+    data: st.DataObject, world_size: int
+) -> None:
+    """MLP-Mixer's mixing of tokens: every rank mixes those of its own channels."""
+    case = Case(4, 5)
+    case.linear("a", "x", 6, 5)
+    case.op("aten.transpose.int", "t", Ref("a"), 1, 2)
+    case.linear("b", "t", 3, 4)
+    case.op("aten.transpose.int", "u", Ref("b"), 1, 2)
+    case.linear("c", "u", 5, 6, zero_columns=0.5)
+    plan = check_exact(case, world_size, {"a": data.draw(ownerships(6, world_size))})
+    assert not plan.replicated
+    (mixing,) = (layer for layer in plan.layers if layer.value == "b")
+    assert sum(mixing.flops) == mixing.flops_dense == 2 * 6 * 4 * 3
+
+
+def test_a_tensor_that_only_lends_its_dtype() -> None:
+    case = Case(3, 4, 4)
+    case.conv("a", "x", 6, 3)
+    case.op("aten.new_zeros.default", "z", Ref("a"), (4, 4))
+    case.op("aten.add.Tensor", "y", Ref("a"), Ref("z"))
+    assert not check_exact(case, 2).replicated
 
 
 @property_test

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from disco.partition.norms import merge_norms
 from disco.partition.planner import Decisions
 from disco.partition.rules import Lowering
 from disco.program import Arg, Op, Program
@@ -20,7 +21,8 @@ _LEAST_SAVING = 0.1
 def one_machine_program(decisions: Decisions) -> Program:
     """The whole program with those convolutions and linears gathered whose zeros make a pattern."""
     pairs = zip(decisions.program.ops, decisions.lowerings, strict=True)
-    return replace(decisions.program, ops=tuple(_gathered(op, lowering) for op, lowering in pairs))
+    ops = tuple(_gathered(op, lowering) for op, lowering in pairs)
+    return merge_norms(replace(decisions.program, ops=ops))
 
 
 def _gathered(op: Op, lowering: Lowering) -> Op:

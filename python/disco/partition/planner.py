@@ -14,6 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from disco.partition.norms import split_norms
 from disco.partition.ownership_choice import OwnershipChoice
 from disco.partition.placement import Placement, Replicated, Sharded, all_selected, union_of
 from disco.partition.plan import ExchangePlan, LayerPlan, Plan
@@ -166,6 +167,7 @@ def decide(
         tolerance: weights up to this count as zero when channels are selected.
         dense_exchange: exchange every channel, whatever the weights are (the baseline).
     """
+    program = split_norms(program)
     placements: dict[str, Placement] = {name: Replicated() for name in program.inputs}
     chosen: dict[str, Ownership] = {}
     choice = OwnershipChoice(program)

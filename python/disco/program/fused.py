@@ -92,3 +92,45 @@ def _epilogue(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
     if residual is not None:
         y = y + residual
     return _ACTIVATION[activation](y)
+
+
+def moments(x: Tensor) -> Tensor:
+    """Mean and sum of squared differences from it over the last dimension: ``[.., C] -> [.., 2]``.
+
+    Zeros for no channels. In float32 for narrower dtypes, whose sums would not do.
+    """
+    wide = x if x.dtype == torch.float64 else x.float()
+    if x.shape[-1] == 0:
+        return wide.new_zeros((*x.shape[:-1], 2))
+    mean = wide.mean(-1, keepdim=True)
+    return torch.cat((mean, (wide - mean).square().sum(-1, keepdim=True)), -1)
+
+
+def normalize(
+    x: Tensor,
+    moments: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    counts: tuple[int, ...],
+    eps: float,
+) -> Tensor:
+    """Layer norm by the `moments` of parts.
+
+    Args:
+        x: ``[.., C]``, any channels of what is normalised.
+        moments: ``[.., 2 * parts]``.
+        weight, bias: ``[C]`` or None.
+        counts: channels of each part.
+        eps: added to the variance.
+    """
+    pairs = moments.unflatten(-1, (len(counts), 2))
+    means, squares = pairs[..., 0], pairs[..., 1]
+    sizes = torch.tensor(counts, dtype=means.dtype, device=x.device)
+    total = sum(counts)
+    mean = (means * sizes).sum(-1, keepdim=True) / total
+    variance = (squares + sizes * (means - mean).square()).sum(-1, keepdim=True) / total
+    y = (x - mean) * (variance + eps).rsqrt()
+    if weight is not None:
+        y = y * weight
+    return (y if bias is None else y + bias).to(x.dtype)

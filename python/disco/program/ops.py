@@ -95,6 +95,8 @@ _functions: dict[str, Function] = {
     "disco.conv2d": fused.conv2d,
     "disco.linear": fused.linear,
     "disco.channel_affine": fused.channel_affine,
+    "disco.moments": fused.moments,
+    "disco.normalize": fused.normalize,
     "disco.take": fused.take,
 }
 

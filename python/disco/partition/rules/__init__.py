@@ -6,6 +6,7 @@ from disco.partition.rules import (
     elementwise,
     join,
     matrix,
+    norm,
     reshape,
     spatial,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "join",
     "lower",
     "matrix",
+    "norm",
     "reshape",
     "rule",
     "spatial",

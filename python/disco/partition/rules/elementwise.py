@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
-from disco.partition.placement import Sharded
+from disco.partition.placement import Replicated, Sharded
 from disco.partition.rank_builder import RankBuilder
 from disco.partition.rules.registry import Lowering, RuleContext, rule, same_op
 from disco.program import Arg, Op, Ref, WeightRef
@@ -73,6 +73,12 @@ def broadcast(op: Op, context: RuleContext) -> Lowering | None:
         rank.add(Op(op.kind, op.name, tuple(localise(arg) for arg in op.args), op.kwargs))
 
     return Lowering(target, emit, whole=tuple(whole))
+
+
+@rule("aten.new_full.default", "aten.new_ones.default", "aten.new_zeros.default")
+def new_like(op: Op, context: RuleContext) -> Lowering | None:
+    """Of a tensor only its dtype and device are taken."""
+    return same_op(Replicated()) if len(list(op.refs())) == 1 else None
 
 
 @rule("disco.channel_affine")

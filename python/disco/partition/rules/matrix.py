@@ -9,6 +9,7 @@ which its segments deliver them: its own channels, then each sender's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -17,15 +18,19 @@ from torch import Tensor
 from disco.errors import InputError
 from disco.partition.placement import Sharded, all_selected
 from disco.partition.rank_builder import RankBuilder
-from disco.partition.rules.registry import Lowering, RuleContext, rule
+from disco.partition.rules.registry import Lowering, RuleContext, rule, same_op
 from disco.program import Arg, Op, Ref, WeightRef
 from disco_kernels.pattern import Ownership, Selected, column_magnitude_per_output
 
 
 @rule("disco.linear")
 def linear(op: Op, context: RuleContext) -> Lowering | None:
-    """``[..., C]``, channels in the last dimension."""
+    """``[..., C]``, channels in the last dimension; local where another one is shared out."""
     last = len(context.shape(op.args[0])) - 1
+    placed, residual = context.sharded(op.args[0]), op.args[3]
+    alike = residual is None or context.sharded(residual) == placed
+    if placed is not None and placed.dim != last and alike:
+        return _along_others(op, context, placed)
     return split_outputs(op, context, "disco.partial_linear", in_dim=last, out_dim=last)
 
 
@@ -123,6 +128,15 @@ def split_outputs(
         in_ownership=inputs,
         selected=selected,
     )
+
+
+def _along_others(op: Op, context: RuleContext, placed: Sharded) -> Lowering:
+    """The whole matrix on every rank, each for its own rows: MLP-Mixer's mixing of tokens."""
+    outputs, inputs = (int(size) for size in context.shape(op.args[1])[:2])
+    flops = matrix_flops(op, context, outputs, inputs)
+    whole = max(placed.ownership.num_channels, 1)
+    local = same_op(placed)
+    return replace(local, flops=tuple(flops * count // whole for count in placed.ownership.counts))
 
 
 class _Segments:
