@@ -184,6 +184,9 @@ LOCAL = [
     ("aten.mean.dim", ((2, 3),)),
     ("aten.mean.dim", ((-1,), True)),
     ("aten.amax.default", ((2,),)),
+    ("aten.linalg_vector_norm.default", (2, (2, 3), True)),
+    ("aten.linalg_vector_norm.default", (1.0, (2,))),
+    ("aten.zero.default", ()),
     ("aten.softmax.int", (-1,)),
     ("aten.pad.default", ((1, 2, 0, 1),)),
     ("aten.permute.default", ((0, 2, 3, 1),)),
@@ -370,6 +373,43 @@ def test_a_linear_over_another_dimension_than_the_channels(
     assert not plan.replicated
     (mixing,) = (layer for layer in plan.layers if layer.value == "b")
     assert sum(mixing.flops) == mixing.flops_dense == 2 * 6 * 4 * 3
+
+
+@property_test
+@given(
+    st.data(),
+    world_sizes,
+    st.sampled_from(
+        [
+            ("bchw, bcgw -> bchg", True),
+            ("bchw,bcgw->gcb", True),
+            ("bchw,bcgw->bhg", False),  # a sum over the channels
+            ("bchw,bdgw->bcdhg", False),  # each with each
+        ]
+    ),
+)
+def test_einsum(data: st.DataObject, world_size: int, way: tuple[str, bool]) -> None:
+    equation, local = way
+    case = Case(3, 4, 4)
+    case.conv("a", "x", 6, 3)
+    case.conv("b", "x", 6, 3)
+    case.op("aten.einsum.default", "y", equation, (Ref("a"), Ref("b")))
+    owned = data.draw(ownerships(6, world_size))
+    plan = check_exact(case, world_size, {"a": owned, "b": owned}, batches=(2,))
+    assert not (local and plan.replicated)
+
+
+@property_test
+@given(st.data(), world_sizes)
+def test_addcmul(data: st.DataObject, world_size: int) -> None:
+    """Three operands, one of them a weight for every channel."""
+    case = Case(3, 4, 4)
+    case.conv("a", "x", 6, 3)
+    case.op("aten.relu.default", "r", Ref("a"))
+    scale = case.weight("scale", 1, 6, 1, 1)
+    case.op("aten.addcmul.default", "y", Ref("a"), scale, Ref("r"))
+    plan = check_exact(case, world_size, {"a": data.draw(ownerships(6, world_size))})
+    assert not plan.replicated
 
 
 def test_a_tensor_that_only_lends_its_dtype() -> None:

@@ -23,41 +23,42 @@ Function = Callable[..., Any]
 _ATEN_NAMES = """
     _log_softmax.default _native_batch_norm_legit_no_training.default _softmax.default
     _to_copy.default _unsafe_view.default abs.default adaptive_avg_pool1d.default
-    adaptive_avg_pool2d.default adaptive_max_pool2d.default add.Scalar add.Tensor addcmul.default
-    addmm.default alias.default amax.default amin.default any.dim arange.default arange.start
-    arange.start_step argmax.default avg_pool1d.default avg_pool2d.default avg_pool3d.default
-    baddbmm.default batch_norm.default bitwise_and.Tensor bitwise_not.default bitwise_or.Tensor
-    bmm.default cat.default ceil.default chunk.default clamp.default clamp_max.default
-    clamp_min.default clone.default constant_pad_nd.default contiguous.default conv1d.default
-    conv2d.default conv2d.padding conv3d.default conv_transpose1d.default conv_transpose2d.input
-    conv_transpose3d.input cos.default cumsum.default detach.default div.Scalar div.Tensor
-    div.Tensor_mode elu.default embedding.default eq.Scalar eq.Tensor erf.default exp.default
-    expand.default expand_as.default expm1.default fill.Scalar fill.Tensor flatten.using_ints
-    flip.default floor.default floor_divide.default full.default full_like.default gather.default
-    ge.Scalar ge.Tensor gelu.default glu.default grid_sampler.default group_norm.default gt.Scalar
-    gt.Tensor hardsigmoid.default hardswish.default hardtanh.default im2col.default index.Tensor
-    index_select.default instance_norm.default layer_norm.default le.Scalar le.Tensor
-    leaky_relu.default lerp.Scalar lift_fresh_copy.default linalg_vector_norm.default
-    linear.default log.default log1p.default log_softmax.int logical_and.default
-    logical_not.default logical_or.default lt.Scalar lt.Tensor masked_fill.Scalar
-    masked_fill.Tensor matmul.default max.dim max_pool1d.default max_pool2d.default
-    max_pool3d.default maximum.default mean.default mean.dim min.dim minimum.default mish.default
-    mm.default movedim.int mul.Scalar mul.Tensor narrow.default native_group_norm.default
-    native_layer_norm.default ne.Scalar ne.Tensor neg.default new_full.default new_ones.default
-    new_zeros.default norm.ScalarOpt_dim ones.default ones_like.default pad.default
-    permute.default pixel_shuffle.default pixel_unshuffle.default pow.Scalar pow.Tensor_Scalar
-    pow.Tensor_Tensor prelu.default reciprocal.default reflection_pad2d.default relu.default
-    relu6.default repeat.default replication_pad2d.default reshape.default roll.default
-    round.default rsqrt.default rsub.Scalar rsub.Tensor scalar_tensor.default
-    scaled_dot_product_attention.default select.int select_scatter.default selu.default
-    sigmoid.default sign.default silu.default sin.default slice.Tensor slice_scatter.default
-    softmax.int softplus.default split.Tensor split_with_sizes.default sqrt.default
-    squeeze.default squeeze.dim squeeze.dims stack.default std.correction sub.Scalar sub.Tensor
-    sum.default sum.dim_IntList sym_size.int t.default tan.default tanh.default to.dtype
-    topk.default transpose.int tril.default triu.default type_as.default unbind.int unflatten.int
-    unfold.default unsqueeze.default upsample_bicubic2d.vec upsample_bilinear2d.default
-    upsample_bilinear2d.vec upsample_nearest2d.default upsample_nearest2d.vec var.correction
-    view.default where.ScalarOther where.ScalarSelf where.self zeros.default zeros_like.default
+    adaptive_avg_pool2d.default adaptive_max_pool2d.default add.Scalar add.Tensor
+    addcmul.default addmm.default alias.default amax.default amin.default any.dim arange.default
+    arange.start arange.start_step argmax.default avg_pool1d.default avg_pool2d.default
+    avg_pool3d.default baddbmm.default batch_norm.default bitwise_and.Tensor bitwise_not.default
+    bitwise_or.Tensor bmm.default cat.default ceil.default chunk.default clamp.default
+    clamp_max.default clamp_min.default clone.default constant_pad_nd.default contiguous.default
+    conv1d.default conv2d.default conv2d.padding conv3d.default conv_transpose1d.default
+    conv_transpose2d.input conv_transpose3d.input cos.default cumsum.default detach.default
+    div.Scalar div.Tensor div.Tensor_mode einsum.default elu.default embedding.default eq.Scalar
+    eq.Tensor erf.default exp.default expand.default expand_as.default expm1.default fill.Scalar
+    fill.Tensor flatten.using_ints flip.default floor.default floor_divide.default full.default
+    full_like.default gather.default ge.Scalar ge.Tensor gelu.default glu.default
+    grid_sampler.default group_norm.default gt.Scalar gt.Tensor hardsigmoid.default
+    hardswish.default hardtanh.default im2col.default index.Tensor index_select.default
+    instance_norm.default layer_norm.default le.Scalar le.Tensor leaky_relu.default lerp.Scalar
+    lift_fresh_copy.default linalg_vector_norm.default linear.default log.default log1p.default
+    log_softmax.int logical_and.default logical_not.default logical_or.default lt.Scalar
+    lt.Tensor masked_fill.Scalar masked_fill.Tensor matmul.default max.dim max_pool1d.default
+    max_pool2d.default max_pool3d.default maximum.default mean.default mean.dim min.dim
+    minimum.default mish.default mm.default movedim.int mul.Scalar mul.Tensor narrow.default
+    native_group_norm.default native_layer_norm.default ne.Scalar ne.Tensor neg.default
+    new_full.default new_ones.default new_zeros.default norm.ScalarOpt_dim ones.default
+    ones_like.default pad.default permute.default pixel_shuffle.default pixel_unshuffle.default
+    pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor prelu.default reciprocal.default
+    reflection_pad2d.default relu.default relu6.default repeat.default replication_pad2d.default
+    reshape.default roll.default round.default rsqrt.default rsub.Scalar rsub.Tensor
+    scalar_tensor.default scaled_dot_product_attention.default select.int select_scatter.default
+    selu.default sigmoid.default sign.default silu.default sin.default slice.Tensor
+    slice_scatter.default softmax.int softplus.default split.Tensor split_with_sizes.default
+    sqrt.default squeeze.default squeeze.dim squeeze.dims stack.default std.correction
+    sub.Scalar sub.Tensor sum.default sum.dim_IntList sym_size.int t.default tan.default
+    tanh.default to.dtype topk.default transpose.int tril.default triu.default type_as.default
+    unbind.int unflatten.int unfold.default unsqueeze.default upsample_bicubic2d.vec
+    upsample_bilinear2d.default upsample_bilinear2d.vec upsample_nearest2d.default
+    upsample_nearest2d.vec var.correction view.default where.ScalarOther where.ScalarSelf
+    where.self zero.default zeros.default zeros_like.default
 """
 _ATEN = frozenset("aten." + name for name in _ATEN_NAMES.split())
 

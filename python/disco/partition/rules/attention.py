@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from disco.partition.placement import Sharded
 from disco.partition.rules.registry import Lowering, RuleContext, rule, same_op
 from disco.program import Op, Ref
 
@@ -39,3 +40,30 @@ def batched_matmul(op: Op, context: RuleContext) -> Lowering | None:
     if len(context.shape(b)) != num_dims or placed.dim >= num_dims - 2:
         return None
     return same_op(placed)
+
+
+@rule("aten.einsum.default")
+def einsum(op: Op, context: RuleContext) -> Lowering | None:
+    """Local along a letter that stays, if every operand that has it is shared out alike."""
+    equation, operands = op.args[0], op.args[1]
+    if not isinstance(equation, str) or not isinstance(operands, tuple):
+        return None
+    given, arrow, result = equation.replace(" ", "").partition("->")
+    letters = given.split(",")
+    if not arrow or "." in equation or len(letters) != len(operands):
+        return None
+    kept = ""
+    ownership = None
+    for subscript, operand in zip(letters, operands, strict=True):
+        placed = context.sharded(operand)
+        if placed is not None:
+            kept, ownership = subscript[placed.dim], placed.ownership
+            break
+    if ownership is None or result.count(kept) != 1:
+        return None
+    for subscript, operand in zip(letters, operands, strict=True):
+        placed = context.sharded(operand)
+        wanted = Sharded(ownership, subscript.index(kept)) if kept in subscript else None
+        if placed != wanted or subscript.count(kept) > 1:
+            return None
+    return same_op(Sharded(ownership, result.index(kept)))

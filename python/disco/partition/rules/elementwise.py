@@ -18,12 +18,13 @@ _UNARY = """
     neg.default ones_like.default pow.Scalar pow.Tensor_Scalar reciprocal.default relu.default
     relu6.default round.default rsqrt.default rsub.Scalar selu.default sigmoid.default
     sign.default silu.default sin.default softplus.default sqrt.default sub.Scalar tan.default
-    tanh.default to.dtype zeros_like.default
+    tanh.default to.dtype zero.default zeros_like.default
 """
 _BINARY = """
-    add.Tensor div.Tensor eq.Tensor ge.Tensor gt.Tensor le.Tensor logical_and.default
-    logical_or.default lt.Tensor masked_fill.Scalar masked_fill.Tensor maximum.default
-    minimum.default mul.Tensor ne.Tensor pow.Tensor_Tensor rsub.Tensor sub.Tensor where.self
+    add.Tensor addcmul.default div.Tensor eq.Tensor ge.Tensor gt.Tensor le.Tensor
+    logical_and.default logical_or.default lt.Tensor masked_fill.Scalar masked_fill.Tensor
+    maximum.default minimum.default mul.Tensor ne.Tensor pow.Tensor_Tensor rsub.Tensor
+    sub.Tensor where.self
 """
 
 

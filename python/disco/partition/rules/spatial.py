@@ -54,6 +54,19 @@ def reduce(op: Op, context: RuleContext) -> Lowering | None:
     return same_op(Sharded(placed.ownership, placed.dim - gone))
 
 
+@rule("aten.linalg_vector_norm.default")
+def vector_norm(op: Op, context: RuleContext) -> Lowering | None:
+    """A norm over dimensions other than the channels."""
+    placed = context.sharded(op.args[0])
+    num_dims = len(context.shape(op.args[0]))
+    dims = _dims(op.args[2] if len(op.args) > 2 else (), num_dims)
+    if placed is None or not dims or placed.dim in dims:
+        return None
+    keepdim = op.args[3] if len(op.args) > 3 else op.kwargs.get("keepdim", False)
+    gone = 0 if keepdim else sum(dim < placed.dim for dim in dims)
+    return same_op(Sharded(placed.ownership, placed.dim - gone))
+
+
 @rule("aten.softmax.int", "aten._softmax.default", "aten.log_softmax.int", "aten.cumsum.default")
 def along_one_dim(op: Op, context: RuleContext) -> Lowering | None:
     """Works along one dimension; local unless that is the channels."""
