@@ -24,8 +24,6 @@ from disco_kernels.grouped import GroupedConv2d
 from disco_kernels.kernels import (
     GatherConv2d,
     GatherLinear,
-    GlobalAvgPool2d,
-    MaxPool2d,
     PartialConv2d,
     PartialLinear,
 )
@@ -37,6 +35,7 @@ from disco_kernels.pattern import (
     contradiction,
     find_selected,
 )
+from disco_kernels.pooling import GlobalAvgPool2d, MaxPool2d
 from disco_kernels.prepacking import Packing
 from disco_kernels.quantisation import InputBytes, choose_int8
 from disco_kernels.registry import BackendUnavailable

@@ -232,3 +232,12 @@ def _check_result(name: str, value: Tensor, shape: tuple[int, ...], like: Tensor
 
 def _shape(x: Tensor) -> str:
     return str(list(x.shape))
+
+
+def check_in_place(name: str, given: Tensor, read: Tensor) -> None:
+    """Raise ValueError if the kernel would read a copy: what is bound has to be itself."""
+    if given.data_ptr() != read.data_ptr():
+        raise ValueError(
+            f"{name} {list(given.shape)} with strides {given.stride()} cannot be bound: the kernel "
+            "reads a copy of it; give it in channels-last memory"
+        )

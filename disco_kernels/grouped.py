@@ -9,11 +9,11 @@ from dataclasses import replace
 from torch import Tensor
 
 from disco_kernels import registry
-from disco_kernels.core import channels_last, execute
-from disco_kernels.prepacking import Alternative, PackedKernel, Packing, saved_by
+from disco_kernels.core import channels_last, check_in_place, execute
+from disco_kernels.prepacking import Alternative, PackedKernel, Packing
 from disco_kernels.registry import PreparedConv2d
 from disco_kernels.spec import ConvSpec, GroupedDescriptor, Pair, grouped_descriptor
-from disco_kernels.winograd import alternatives_of
+from disco_kernels.winograd import alternatives_of, multiplications_saved
 
 # Winograd for groups that also have the kernel of narrow groups. AVX-512, one thread, 3x3, us by
 # that kernel and by the choice on nodes: groups of 26 on 14x14 98 and 81, of 48 507 and 383; of 17
@@ -99,7 +99,7 @@ class GroupedConv2d(PackedKernel):
                 winograd,
                 backend.grouped_numel(self._descriptor_with(winograd), self.dtype)
                 * self.dtype.itemsize,
-                saved_by(winograd, pairs, size[0] * size[1]),
+                multiplications_saved(winograd, pairs, size[0] * size[1]),
             )
             for winograd in allowed
         ]
@@ -144,10 +144,6 @@ class GroupedConv2d(PackedKernel):
         """As `PartialConv2d.bind`."""
         self(x, residual, out)
         image = channels_last(x, "x")
-        if image.data_ptr() != x.data_ptr():
-            raise ValueError(
-                f"x {list(x.shape)} with strides {x.stride()} cannot be bound: the kernel reads a "
-                "copy of it; give it in channels-last memory"
-            )
+        check_in_place("x", x, image)
         added = None if residual is None else channels_last(residual, "residual")
         return self._prepared.bind([image], self.packed_weight, self.bias, added, out)

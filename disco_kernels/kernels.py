@@ -18,7 +18,7 @@ from disco_kernels.core import (
     as_sources,
     channel_run,
     channels_last,
-    empty_output,
+    check_in_place,
     execute,
     image_as_tokens,
     index_tensor,
@@ -26,11 +26,11 @@ from disco_kernels.core import (
 )
 from disco_kernels.packing import GatherPack
 from disco_kernels.pattern import LayerPattern, Ownership, Selected, check_ownership
-from disco_kernels.prepacking import Alternative, PackedKernel, Packing, saved_by
+from disco_kernels.prepacking import Alternative, PackedKernel, Packing
 from disco_kernels.quantisation import MOST_PRODUCTS, InputBytes
 from disco_kernels.registry import Outgoing, PreparedConv2d
 from disco_kernels.spec import Channels, Conv2dDescriptor, ConvSpec, Node, Pair, Segment
-from disco_kernels.winograd import alternatives_of
+from disco_kernels.winograd import alternatives_of, multiplications_saved
 from disco_kernels.wire import num_images
 
 # Per node its weights ``[O, K, kh, kw]``, made as they are asked for.
@@ -88,7 +88,11 @@ class _PreparedKernel(PackedKernel):
         size = self.image_size if len(allowed) > 1 else None
         pixels = math.prod(spec.output_size(*size)) if size else 0
         return [
-            Alternative(algorithm, self._bytes_with(algorithm), saved_by(algorithm, pairs, pixels))
+            Alternative(
+                algorithm,
+                self._bytes_with(algorithm),
+                multiplications_saved(algorithm, pairs, pixels),
+            )
             for algorithm in allowed
         ]
 
@@ -187,10 +191,10 @@ class _PreparedKernel(PackedKernel):
     ) -> Callable[[], None]:
         images = [tokens_as_image(x, f"segment {s}") for s, x in enumerate(segments)]
         for s, (x, image) in enumerate(zip(segments, images, strict=True)):
-            _check_in_place(f"segment {s}", x, image)
+            check_in_place(f"segment {s}", x, image)
         added = None if residual is None else tokens_as_image(residual, "residual")
         if residual is not None and added is not None:
-            _check_in_place("residual", residual, added)
+            check_in_place("residual", residual, added)
         leading = segments[0].shape[:-1]
         self._run_tokens(images, residual, out, leading, outgoing=outgoing)
         target = tokens_as_image(out, "out")
@@ -204,7 +208,7 @@ class _PreparedKernel(PackedKernel):
         outgoing: Outgoing | None = None,
     ) -> Callable[[], None]:
         if residual is not None:
-            _check_in_place("residual", residual, channels_last(residual, "residual"))
+            check_in_place("residual", residual, channels_last(residual, "residual"))
         # Computes once as any call does, checks included.
         self._run(sources, residual, out, outgoing=outgoing)
         return self._prepared.bind(sources, self.packed_weight, self.bias, residual, out, outgoing)
@@ -325,7 +329,7 @@ class PartialConv2d(_PartialKernel):
         _check_count(segments, self.descriptor)
         sources = as_sources(segments, self.packed_weight.dtype)
         for s, (x, source) in enumerate(zip(segments, sources, strict=True)):
-            _check_in_place(f"segment {s}", x, source)
+            check_in_place(f"segment {s}", x, source)
         return self._bind(sources, residual, out, self._outgoing_of(messages, sources[0]))
 
 
@@ -453,7 +457,7 @@ class GatherConv2d(_GatherKernel):
     def bind(self, x: Tensor, residual: Tensor | None, out: Tensor) -> Callable[[], None]:
         """As `PartialConv2d.bind`."""
         sources = as_sources([self._input(x)], self.packed_weight.dtype)
-        _check_in_place("segment 0", x, sources[0])
+        check_in_place("segment 0", x, sources[0])
         return self._bind(sources, residual, out)
 
 
@@ -494,81 +498,6 @@ class GatherLinear(_GatherKernel):
         """As `PartialConv2d.bind`; ``out`` is contiguous."""
         self._input(tokens_as_image(x, "x"))
         return self._bind_tokens([x], residual, out)
-
-
-class MaxPool2d:
-    """Max pooling in channels-last memory, as ``torch.nn.functional.max_pool2d`` computes it.
-
-    Args:
-        window: kernel, stride, padding (at most half of the kernel) and dilation.
-        backend: a name, or None for the automatic choice (made at each call's dtype and device).
-    """
-
-    def __init__(self, window: ConvSpec, backend: str | None = None) -> None:
-        kernel, padding = window.kernel_size, window.padding
-        if any(2 * p > k for p, k in zip(padding, kernel, strict=True)):
-            raise ValueError(f"padding {padding} must be at most half of the kernel {kernel}")
-        self.window = window
-        self.backend = backend
-
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """``[B, C, H, W]`` -> ``[B, C, OH, OW]`` in channels-last memory, ``out`` if given."""
-        x = channels_last(x, "x")
-        shape = (*x.shape[:2], *self.window.output_size(x.shape[2], x.shape[3]))
-        if out is None:
-            out = empty_output(x, shape[1], shape[2], shape[3], x.dtype)
-        if tuple(out.shape) != shape or out.dtype != x.dtype or out.device != x.device:
-            raise ValueError(
-                f"out must be {list(shape)} {x.dtype} on {x.device}, given {list(out.shape)} "
-                f"{out.dtype} on {out.device}"
-            )
-        if channels_last(out, "out") is not out:
-            raise ValueError(f"out must have a channel stride of 1, given {out.stride()}")
-        backend = registry.get(registry.resolve(self.backend, x.device, x.dtype))
-        backend.max_pool2d_(x, self.window, out)
-        return out
-
-
-class GlobalAvgPool2d:
-    """The mean of every channel over the whole map, without leaving channels-last.
-
-    ``torch.nn.functional.adaptive_avg_pool2d(x, 1)``, its sums in float32.
-
-    Args:
-        backend: a name, or None for the automatic choice (made at each call's dtype and device).
-    """
-
-    def __init__(self, backend: str | None = None) -> None:
-        self.backend = backend
-
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """``[B, C, H, W]`` -> ``[B, C, 1, 1]`` in channels-last memory, ``out`` if given.
-
-        Raises ValueError for a map without pixels and for an ``out`` that does not fit.
-        """
-        return self._run(channels_last(x, "x"), out)[0]
-
-    def bind(self, x: Tensor, out: Tensor) -> Callable[[], None]:
-        """As `PartialConv2d.bind`."""
-        source = channels_last(x, "x")
-        _check_in_place("x", x, source)
-        return self._run(source, out)[1]
-
-    def _run(self, x: Tensor, out: Tensor | None) -> tuple[Tensor, Callable[[], None]]:
-        if min(x.shape[2:]) < 1:
-            raise ValueError(f"x must have at least one pixel, given {list(x.shape)}")
-        shape = (*x.shape[:2], 1, 1)
-        if out is None:
-            out = empty_output(x, x.shape[1], 1, 1, x.dtype)
-        if tuple(out.shape) != shape or out.dtype != x.dtype or out.device != x.device:
-            raise ValueError(
-                f"out must be {list(shape)} {x.dtype} on {x.device}, given {list(out.shape)} "
-                f"{out.dtype} on {out.device}"
-            )
-        if channels_last(out, "out") is not out:
-            raise ValueError(f"out must have a channel stride of 1, given {out.stride()}")
-        backend = registry.get(registry.resolve(self.backend, x.device, x.dtype))
-        return out, backend.global_avg_pool2d_(x, out)
 
 
 # Heads of attention are shared out as runs of queries, keys and values. Writing into a run costs
@@ -642,14 +571,6 @@ def _check_bias(bias: Tensor | None, weight: Tensor) -> None:
         raise ValueError(
             f"bias must be [{weight.shape[0]}] {weight.dtype} as the weight, given "
             f"{list(bias.shape)} {bias.dtype}"
-        )
-
-
-def _check_in_place(name: str, given: Tensor, read: Tensor) -> None:
-    if given.data_ptr() != read.data_ptr():
-        raise ValueError(
-            f"{name} {list(given.shape)} with strides {given.stride()} cannot be bound: the kernel "
-            "reads a copy of it; give it in channels-last memory"
         )
 
 

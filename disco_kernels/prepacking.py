@@ -10,7 +10,7 @@ from torch import Tensor
 
 from disco_kernels.memory import Pool
 from disco_kernels.registry import PreparedConv2d
-from disco_kernels.winograd import fit_packed_bytes, multiplications_saved
+from disco_kernels.winograd import fit_packed_bytes
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,3 @@ class Packing:
             kernel._finish(alternatives[choice].algorithm, self._pool)
         self.packed_bytes += sum(kernel.packed_bytes for kernel in self._kernels)
         self._kernels = []
-
-
-def saved_by(algorithm: str, pairs: int, pixels: int) -> float:
-    """Multiplications saved by a layer of so many pairs of an input and an output channel."""
-    return multiplications_saved(algorithm) * pairs * pixels

@@ -86,9 +86,10 @@ _BY_BYTES = ("f4", "f2", "off")
 _MULTIPLICATIONS = {"off": 9.0, "f2": 4.0, "f4": 2.25}
 
 
-def multiplications_saved(algorithm: str) -> float:
-    """An output pixel and pair of channels, against direct convolution."""
-    return _MULTIPLICATIONS["off"] - _MULTIPLICATIONS.get(algorithm, _MULTIPLICATIONS["off"])
+def multiplications_saved(algorithm: str, pairs: int, pixels: int) -> float:
+    """By a layer of so many pairs of an input and an output channel, against direct convolution."""
+    direct = _MULTIPLICATIONS["off"]
+    return (direct - _MULTIPLICATIONS.get(algorithm, direct)) * pairs * pixels
 
 
 def fit_packed_bytes(layers: Sequence[Sequence[tuple[int, float]]], limit: int | None) -> list[int]:

@@ -3,6 +3,7 @@
 
 #include "avx512_pairs.h"
 #include "conv_microkernel.h"
+#include "gather_words_avx512.h"
 
 namespace disco {
 namespace {
@@ -42,10 +43,7 @@ void quantise_float32(const QuadGather& call) {
     const int64_t first = p * call.to_stride;
     for (int64_t s = 0; s < call.num_steps; ++s) {
       const WordStep& step = call.steps[s];
-      const __m512i window = step.readable == ~0u
-                                 ? _mm512_loadu_si512(from + step.first_from)
-                                 : _mm512_maskz_loadu_epi16(step.readable, from + step.first_from);
-      const __m512i words = _mm512_permutexvar_epi16(_mm512_loadu_si512(step.lane), window);
+      const __m512i words = words_of(step, from);
       const __m512i steps =
           _mm512_add_epi32(nearest(_mm512_castsi512_ps(words), inverse), zero_point);
       const __m128i bytes = _mm512_cvtusepi32_epi8(_mm512_max_epi32(steps, _mm512_setzero_si512()));
@@ -71,10 +69,7 @@ void quantise_bfloat16(const QuadGather& call) {
     const int64_t first = p * call.to_stride;
     for (int64_t s = 0; s < call.num_steps; ++s) {
       const WordStep& step = call.steps[s];
-      const __m512i window = step.readable == ~0u
-                                 ? _mm512_loadu_si512(from + step.first_from)
-                                 : _mm512_maskz_loadu_epi16(step.readable, from + step.first_from);
-      const __m512i words = _mm512_permutexvar_epi16(_mm512_loadu_si512(step.lane), window);
+      const __m512i words = words_of(step, from);
       const __m512i even = nearest(_mm512_castsi512_ps(_mm512_slli_epi32(words, 16)), inverse);
       const __m512i odd = nearest(_mm512_castsi512_ps(_mm512_and_si512(words, upper)), inverse);
       const __m512i steps = _mm512_adds_epi16(_mm512_packs_epi32(even, odd), zero_point);

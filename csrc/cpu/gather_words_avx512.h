@@ -11,6 +11,14 @@
 namespace disco {
 namespace {
 
+// The listed words of one step, in order; what the row does not have reads as zero.
+inline __m512i words_of(const WordStep& step, const uint16_t* row) {
+  const uint16_t* from = row + step.first_from;
+  const __m512i window = step.readable == ~0u ? _mm512_loadu_si512(from)
+                                              : _mm512_maskz_loadu_epi16(step.readable, from);
+  return _mm512_permutexvar_epi16(_mm512_loadu_si512(step.lane), window);
+}
+
 // Unmasked stores of the next larger register are several times faster than masked ones, and the
 // short ones seldom cross a cache line. What they write too much belongs to a later step or pixel,
 // which overwrites it; only at the end of the row that would be somebody else's.
@@ -20,10 +28,7 @@ inline void gather_words(const WordGather& call) {
     const int64_t first = p * call.to_stride;
     for (int64_t s = 0; s < call.num_steps; ++s) {
       const WordStep& step = call.steps[s];
-      const __m512i window = step.readable == ~0u
-                                 ? _mm512_loadu_si512(from + step.first_from)
-                                 : _mm512_maskz_loadu_epi16(step.readable, from + step.first_from);
-      const __m512i words = _mm512_permutexvar_epi16(_mm512_loadu_si512(step.lane), window);
+      const __m512i words = words_of(step, from);
       uint16_t* to = call.to + first + step.first_to;
       if (first + step.first_to + kWordWindow > call.to_words) {
         _mm512_mask_storeu_epi16(to, step.written, words);

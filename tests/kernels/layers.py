@@ -15,6 +15,8 @@ import disco_kernels as dk
 from disco_kernels.core import as_sources, channels_last, execute
 from tests.kernels import oracle
 from tests.kernels.cases import (
+    OWNERSHIPS,
+    SEGMENT_LAYOUTS,
     image,
     in_dtype,
     output_of,
@@ -32,6 +34,28 @@ EPILOGUES: dict[str, Sequence[object]] = {
     "residual": ("none", "nhwc", "nchw", "slice"),
     "activation": dk.ACTIVATIONS,
     "out": ("fresh", "dense", "slice", "crop"),
+}
+
+
+# Of a layer in any dtype but float32, whose tests have more values an axis.
+AXES: dict[str, Sequence[object]] = {
+    "outputs": oracle.SOME_OUT_CHANNELS,
+    "inputs": oracle.SOME_IN_CHANNELS,
+    "gh": oracle.GEOMETRIES,
+    "h": oracle.ALL_MAPS,
+    "gw": oracle.GEOMETRIES,
+    "w": oracle.ALL_MAPS,
+    "batch": (0, 1, 3),
+    **EPILOGUES,
+}
+PARTIAL_AXES: dict[str, Sequence[object]] = {**AXES, "layout": SEGMENT_LAYOUTS}
+GATHER_AXES: dict[str, Sequence[object]] = {
+    **AXES,
+    "layout": ("w", "c", "v", "h", "x"),
+    "nodes": (1, 2, 3, 4),
+    "density": (0.0, 0.3, 1.0),
+    "owned_out": OWNERSHIPS,
+    "owned_in": OWNERSHIPS,
 }
 
 

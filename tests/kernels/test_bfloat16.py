@@ -7,8 +7,6 @@ set.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,10 +14,10 @@ from torch import Tensor, nn
 import disco_kernels as dk
 from disco_kernels.backends.cpu import extension_status
 from tests.kernels import oracle
-from tests.kernels.cases import OWNERSHIPS, SEGMENT_LAYOUTS, fits, fresh, image, in_dtype, run
+from tests.kernels.cases import fits, fresh, image, in_dtype, run
 from tests.kernels.cases import spec_of as spec_of_windows
 from tests.kernels.covering import Case, covered_pairs, pairwise, possible_pairs
-from tests.kernels.layers import EPILOGUES, run_gather, run_partial
+from tests.kernels.layers import GATHER_AXES, PARTIAL_AXES, run_gather, run_partial
 
 STATUS = extension_status()
 pytestmark = [
@@ -28,25 +26,6 @@ pytestmark = [
 ]
 
 BF16 = torch.bfloat16
-AXES: dict[str, Sequence[object]] = {
-    "outputs": oracle.SOME_OUT_CHANNELS,
-    "inputs": oracle.SOME_IN_CHANNELS,
-    "gh": oracle.GEOMETRIES,
-    "h": oracle.ALL_MAPS,
-    "gw": oracle.GEOMETRIES,
-    "w": oracle.ALL_MAPS,
-    "batch": (0, 1, 3),
-    **EPILOGUES,
-}
-PARTIAL_AXES = {**AXES, "layout": SEGMENT_LAYOUTS}
-GATHER_AXES = {
-    **AXES,
-    "layout": ("w", "c", "v", "h", "x"),
-    "nodes": (1, 2, 3, 4),
-    "density": (0.0, 0.3, 1.0),
-    "owned_out": OWNERSHIPS,
-    "owned_in": OWNERSHIPS,
-}
 
 
 def spec_of(case: Case) -> dk.ConvSpec:

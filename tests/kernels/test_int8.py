@@ -19,11 +19,11 @@ import disco_kernels as dk
 from disco_kernels import registry
 from disco_kernels.backends.cpu import extension_status
 from disco_kernels.quantisation import input_bytes, weight_bytes
-from tests.kernels import oracle
-from tests.kernels.cases import OWNERSHIPS, SEGMENT_LAYOUTS, fits, image, in_dtype, threads
+from tests.kernels import layers, oracle
+from tests.kernels.cases import fits, image, in_dtype, threads
 from tests.kernels.cases import spec_of as spec_of_windows
 from tests.kernels.covering import Case, covered_pairs, pairwise, possible_pairs
-from tests.kernels.layers import EPILOGUES, run_gather, run_partial
+from tests.kernels.layers import run_gather, run_partial
 
 STATUS = extension_status()
 needs_extension = pytest.mark.skipif(
@@ -35,27 +35,9 @@ HAS_QUADS = STATUS.error is None and registry.get("cpu").int8_refusal() is None
 BF16 = torch.bfloat16
 # All of normal inputs, half of them clipped, most of them clipped.
 INPUTS = (dk.InputBytes.of_range(-4, 5), dk.InputBytes.of_range(0, 3), dk.InputBytes(0.01, 200))
-AXES: dict[str, Sequence[object]] = {
-    "outputs": oracle.SOME_OUT_CHANNELS,
-    "inputs": oracle.SOME_IN_CHANNELS,
-    "gh": oracle.GEOMETRIES,
-    "h": oracle.ALL_MAPS,
-    "gw": oracle.GEOMETRIES,
-    "w": oracle.ALL_MAPS,
-    "batch": (0, 1, 3),
-    "dtype": (torch.float32, BF16),
-    "bytes": INPUTS,
-    **EPILOGUES,
-}
-PARTIAL_AXES = {**AXES, "layout": SEGMENT_LAYOUTS}
-GATHER_AXES = {
-    **AXES,
-    "layout": ("w", "c", "v", "h", "x"),
-    "nodes": (1, 2, 3, 4),
-    "density": (0.0, 0.3, 1.0),
-    "owned_out": OWNERSHIPS,
-    "owned_in": OWNERSHIPS,
-}
+OF_BYTES: dict[str, Sequence[object]] = {"dtype": (torch.float32, BF16), "bytes": INPUTS}
+PARTIAL_AXES = {**layers.PARTIAL_AXES, **OF_BYTES}
+GATHER_AXES = {**layers.GATHER_AXES, **OF_BYTES}
 SPEC = dk.ConvSpec((3, 3), padding=(1, 1), input_bytes=INPUTS[0])
 
 

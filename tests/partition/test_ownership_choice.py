@@ -17,7 +17,7 @@ from disco.partition import decide
 from disco.partition.ownership_choice import in_units
 from disco.partition.placement import Sharded
 from disco.partition.rules.reshape import map_through_view
-from disco.program import Ref
+from disco.program import WeightRef
 from disco_kernels import Ownership
 from tests.partition.harness import Case, check_exact
 
@@ -192,6 +192,7 @@ def test_shuffles_and_parts_are_spelt_out() -> None:
     assert kinds.count("disco.take") == 1 and kinds.count("aten.slice.Tensor") == 3
     assert not {"operator.getitem", "aten.view.default", "aten.transpose.int"} & set(kinds)
     (take,) = (op for op in captured.program.ops if op.kind == "disco.take")
-    assert isinstance(take.args[0], Ref)
-    order = captured.weights["view_1.order" if "view_1.order" in captured.weights else ""]
+    _, listed = take.args
+    assert isinstance(listed, WeightRef)
+    order = captured.weights[listed.name]
     assert order.tolist() == [0, 6, 1, 7, 2, 8, 3, 9, 4, 10, 5, 11]

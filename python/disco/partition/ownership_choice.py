@@ -9,7 +9,7 @@ nothing changes where they do as well.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import prod
 
@@ -182,17 +182,14 @@ def _split_of(
 def in_units(factors: Sequence[int], place: int, world_size: int) -> Ownership:
     """Channels seen as a product of ``factors``, shared out along one of them in equal runs."""
     inner, outer = prod(factors[place + 1 :]), prod(factors[:place])
-    shares: Mapping[int, Sequence[int]] = dict(
-        enumerate(Ownership.contiguous(factors[place], world_size).channels)
-    )
     return Ownership(
         tuple(
             tuple(
                 (before * factors[place] + own) * inner + behind
                 for before in range(outer)
-                for own in shares[rank]
+                for own in owned
                 for behind in range(inner)
             )
-            for rank in range(world_size)
+            for owned in Ownership.contiguous(factors[place], world_size).channels
         )
     )

@@ -44,25 +44,25 @@ def pad(op: Op, context: RuleContext) -> Lowering | None:
 @rule("aten.mean.dim", "aten.sum.dim_IntList", "aten.amax.default", "aten.amin.default")
 def reduce(op: Op, context: RuleContext) -> Lowering | None:
     """Reduction over dimensions other than the channels."""
-    placed = context.sharded(op.args[0])
-    num_dims = len(context.shape(op.args[0]))
-    dims = _dims(op.args[1] if len(op.args) > 1 else (), num_dims)
-    if placed is None or not dims or placed.dim in dims:
-        return None
-    keepdim = op.args[2] if len(op.args) > 2 else op.kwargs.get("keepdim", False)
-    gone = 0 if keepdim else sum(dim < placed.dim for dim in dims)
-    return same_op(Sharded(placed.ownership, placed.dim - gone))
+    return _reduced(op, context, position=1)
 
 
 @rule("aten.linalg_vector_norm.default")
 def vector_norm(op: Op, context: RuleContext) -> Lowering | None:
     """A norm over dimensions other than the channels."""
+    return _reduced(op, context, position=2)
+
+
+def _reduced(op: Op, context: RuleContext, position: int) -> Lowering | None:
+    """The dimensions that go are the argument at ``position``, whether they stay as 1 the next."""
     placed = context.sharded(op.args[0])
-    num_dims = len(context.shape(op.args[0]))
-    dims = _dims(op.args[2] if len(op.args) > 2 else (), num_dims)
+    dims = _dims(
+        op.args[position] if len(op.args) > position else (), len(context.shape(op.args[0]))
+    )
     if placed is None or not dims or placed.dim in dims:
         return None
-    keepdim = op.args[3] if len(op.args) > 3 else op.kwargs.get("keepdim", False)
+    after = op.args[position + 1 :]
+    keepdim = after[0] if after else op.kwargs.get("keepdim", False)
     gone = 0 if keepdim else sum(dim < placed.dim for dim in dims)
     return same_op(Sharded(placed.ownership, placed.dim - gone))
 
