@@ -425,8 +425,19 @@ class _GatherKernel(_PreparedKernel):
             for rows, columns in rows_and_columns:
                 yield weight.detach()[rows][:, columns]
 
+        def dense_weight() -> Iterator[Tensor]:
+            dense = torch.zeros_like(weight)
+            for (rows, columns), block in zip(rows_and_columns, node_weights(), strict=True):
+                dense[_positions(rows)[:, None], _positions(columns)] = block
+            yield dense
+
         descriptor = Conv2dDescriptor(spec, tuple(nodes))
-        super().__init__(descriptor, node_weights, weight, bias, backend, image_size, packing)
+        chosen = registry.get(registry.resolve(backend, weight.device, weight.dtype))
+        node_weights_of: NodeWeights = node_weights
+        if chosen.dense_is_faster(descriptor, weight.dtype):
+            whole = Node((Segment(0, Channels(weight.shape[1])),), Channels(weight.shape[0]))
+            descriptor, node_weights_of = Conv2dDescriptor(spec, (whole,)), dense_weight
+        super().__init__(descriptor, node_weights_of, weight, bias, backend, image_size, packing)
 
     def _input(self, image: Tensor) -> Tensor:
         # The nodes read listed channels: an input with more of them would go unnoticed.
@@ -539,6 +550,10 @@ def _segments_of(channels: Sequence[int], dtype: torch.dtype, spec: ConvSpec) ->
     taken = {channel for run in in_place for channel in run}
     others = [channel for channel in channels if channel not in taken]
     return [*in_place, others] if others or not in_place else in_place
+
+
+def _positions(channels: Sequence[int]) -> Tensor:
+    return torch.tensor(channels, dtype=torch.int64, device="cpu")
 
 
 def _check_products(descriptor: Conv2dDescriptor) -> None:

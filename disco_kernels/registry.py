@@ -102,6 +102,11 @@ class Backend(ABC):
         """What the layout of a packed weight depends on besides the weight."""
         return self.name
 
+    @property
+    def automatic(self) -> bool:
+        """Whether the automatic choice may take it; an explicit request always may."""
+        return True
+
     @abstractmethod
     def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why tensors of this device and dtype cannot be served, or None if they can."""
@@ -139,6 +144,10 @@ class Backend(ABC):
     ) -> PreparedConv2d:
         """``dtype`` is that of the weights, and of every tensor of the calls; ``pack`` has per
         message that a call may write beside its output the channels of it (int32)."""
+
+    def dense_is_faster(self, descriptor: Conv2dDescriptor, dtype: torch.dtype) -> bool:
+        """Whether the virtual nodes of a layer run faster as one that reads every channel."""
+        return False
 
     # A grouped convolution is a set of virtual nodes. A backend that has better overrides these.
 
@@ -180,7 +189,6 @@ class Backend(ABC):
 
 # Named even where they do not exist, so that an explicit request gets a reason.
 _PLANNED = {
-    "triton": "this release has no Triton kernels",
     "cuda": "this release has no CUDA kernels",
 }
 # The order in which the automatic choice asks.
@@ -233,14 +241,14 @@ def resolve(requested: str | None, device: torch.device, dtype: torch.dtype) -> 
     passed_over: list[str] = []
     for candidate in _ORDER:
         reason = refusal(candidate, device, dtype)
-        if reason is None:
+        if reason is None and get(candidate).automatic:
             if candidate == "reference":
                 _say_once(
                     f"disco_kernels: {dtype} on {device.type} runs on the plain-torch reference "
                     f"({'; '.join(passed_over)})"
                 )
             return candidate
-        if candidate not in _PLANNED:
+        if candidate not in _PLANNED and reason is not None:
             passed_over.append(f"{candidate}: {reason}")
     raise BackendUnavailable(_explain("any", device, dtype))
 

@@ -32,9 +32,9 @@ WIRE_DTYPES = (torch.float32, *NARROW_DTYPES)
 
 # Below this, a channel is sent as zeros: 127 / max would be beyond float32, and whether a CPU takes
 # denormals for zero would show (kSmallestMagnitude in csrc/cpu/gather_pack.cpp).
-_SMALLEST_MAGNITUDE = 2.0**-100
+SMALLEST_MAGNITUDE = 2.0**-100
 # The largest float32 whose 127-fold is finite.
-_LARGEST_SCALE = float.fromhex("0x1.020406p+121")
+LARGEST_SCALE = float.fromhex("0x1.020406p+121")
 
 
 def check_wire_dtype(dtype: torch.dtype) -> None:
@@ -114,11 +114,11 @@ def write_int8(message: Tensor, values: Tensor) -> None:
     rows = values.float().reshape(images, math.prod(leading) // max(images, 1), num_channels)
     largest = rows.abs().amax(1) if rows.shape[1] else torch.zeros_like(scale)
     known = largest.isfinite()
-    used = known & (largest >= _SMALLEST_MAGNITUDE)
+    used = known & (largest >= SMALLEST_MAGNITUDE)
     steps = torch.full_like(largest, 127)  # `127 / x` would multiply by a rounded reciprocal
     scale.copy_(
         torch.where(
-            used, (largest / steps).clamp(max=_LARGEST_SCALE), torch.where(known, 0.0, math.nan)
+            used, (largest / steps).clamp(max=LARGEST_SCALE), torch.where(known, 0.0, math.nan)
         )
     )
     inverse = torch.where(used, steps / largest, 0.0)

@@ -1,4 +1,5 @@
-"""Backends register themselves when imported; importing one initialises no device."""
+"""The backends; importing them registers them."""
 
-from disco_kernels.backends import cpu as cpu
-from disco_kernels.backends import reference as reference
+from disco_kernels.backends import cpu, reference, triton
+
+__all__ = ["cpu", "reference", "triton"]

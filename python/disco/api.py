@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from disco.capture import Captured, capture
+from disco.capture import Captured, capture, device_of
 from disco.errors import InputError
 from disco.executor import Executor, run_together
 from disco.partition import Decisions, Plan, RankProgram, build_all, decide
@@ -159,7 +159,8 @@ def compile(
 ) -> Compiled:
     """Make `model` fast on one machine: batch norms folded, epilogues fused, one layout.
 
-    Layers whose zeros are the pattern of `nodes` nodes skip them; others run dense.
+    Layers whose zeros are the pattern of `nodes` nodes skip them; others run dense. It runs where
+    the model's parameters are, on the CPU or on a GPU, and takes inputs there.
 
     Args:
         model: any module that `torch.export` can capture; it is not changed.
@@ -192,13 +193,15 @@ def compile(
         raise InputError(f"dtype is torch.float32, torch.bfloat16 or torch.int8, given {dtype}")
     if packed_bytes is not None:
         _check_whole("packed_bytes", packed_bytes)
+    device = device_of(model)
     if dtype == torch.int8:
         # Before the work of capturing, not after it.
-        registry.require_int8(registry.resolve(backend, torch.device("cpu"), torch.float32))
+        registry.require_int8(registry.resolve(backend, device, torch.float32))
     captured = capture(model, example_inputs)
     program = one_machine_program(decide(*captured, nodes))
     # Copies: what is not packed would otherwise follow the model when that is trained on.
-    weights = {name: captured.weights[name].clone() for name in program.weight_names()}
+    names = program.weight_names()
+    weights = {name: captured.weights[name].to(device, copy=True) for name in names}
     input_bytes = None
     if dtype == torch.int8:
         input_bytes = _input_bytes(captured, example_inputs)

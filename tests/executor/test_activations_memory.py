@@ -457,12 +457,12 @@ def test_pieces_do_not_overlap_and_are_aligned() -> None:
     for slot, shape in shapes.items():
         x = torch.empty(shape, dtype=torch.bfloat16 if slot == 5 else torch.float32)
         x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
-        layout[slot] = (x.shape, x.stride(), x.dtype)
+        layout[slot] = (x.shape, x.stride(), x.dtype, x.device)
     buffer_of = {1: 0, 2: 1, 3: 2, 4: 3, 5: 1}
     kept = Activations(layout, buffer_of)
     assert set(kept.out) == set(shapes)
     for slot, x in kept.out.items():
-        assert (x.shape, x.stride(), x.dtype) == layout[slot]
+        assert (x.shape, x.stride(), x.dtype, x.device) == layout[slot]
         assert not x.numel() or x.data_ptr() % 64 == 0
     assert kept.out[1].data_ptr() % PAGE_BYTES == 0
     for slot in (1, 2, 4):

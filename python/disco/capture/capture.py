@@ -11,6 +11,7 @@ from disco.capture.convert import convert
 from disco.capture.export import export
 from disco.capture.fold_batch_norm import fold_batch_norm
 from disco.capture.fuse import fuse_epilogues, lower_convolutions_and_linears
+from disco.capture.on_cpu import on_cpu
 from disco.capture.parts import spell_out_parts, spell_out_shuffles
 from disco.capture.prune import remove_copies, remove_dead
 from disco.program import Program
@@ -22,7 +23,7 @@ class Captured(NamedTuple):
     Attributes:
         program: the model's function, folded and fused.
         weights: what the program reads, by name, and under their own names the parameters behind
-            folded weights. Unfolded tensors share memory with the model.
+            folded weights. Unfolded tensors share memory with the model if that is on the CPU.
         origins: for every weight of the program that was folded, the model's parameter behind it.
     """
 
@@ -51,6 +52,7 @@ def capture(
         InputError: the model cannot be exported (with torch's reason), or the program would need an
             op outside the allow-list.
     """
+    model, example_inputs = on_cpu(model, example_inputs)
     program, weights = convert(export(model, example_inputs, dynamic_batch))
     origins: dict[str, str] = {}
     program = spell_out_parts(remove_copies(program))

@@ -42,7 +42,7 @@ _LINE_BYTES = 64
 
 # A value's shape, strides and dtype. The strides are those that its kernel chose, without gaps: a
 # map is channels-last, tokens `[B, H, W, C]` are contiguous, and the shape does not tell which.
-Placed = tuple[torch.Size, tuple[int, ...], torch.dtype]
+Placed = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
 # What a request of the same input shapes computed before, by slot.
 Layout = Mapping[int, Placed]
 
@@ -136,9 +136,11 @@ class Activations:
             total += -(-num_bytes // _LINE_BYTES) * _LINE_BYTES
         if total == 0:
             return
-        memory = large_pages(total)
+        device = layout[next(iter(buffer_of))][3]  # one program, one device
+        on_cpu = device.type == "cpu"
+        memory = large_pages(total) if on_cpu else _device_memory(total, device)
         for slot, number in buffer_of.items():
-            shape, strides, dtype = layout[slot]
+            shape, strides, dtype, _ = layout[slot]
             piece = memory[begin[number] : begin[number] + _num_bytes(layout[slot])]
             self.out[slot] = piece.view(dtype).as_strided(shape, strides)
 
@@ -155,8 +157,12 @@ class Activations:
         return self.views.get(slot) if found is None else found
 
 
+def _device_memory(num_bytes: int, device: torch.device) -> Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+
+
 def _num_bytes(placed: Placed) -> int:
-    shape, _, dtype = placed
+    shape, _, dtype, _ = placed
     return shape.numel() * dtype.itemsize
 
 

@@ -165,7 +165,7 @@ class Executor:
                     yield handle
             value = values[step.out] = step.run(values)
             if first and step.out in self._buffer_of:
-                layout[step.out] = (value.shape, value.stride(), value.dtype)
+                layout[step.out] = (value.shape, value.stride(), value.dtype, value.device)
             for slot in step.free:
                 values[slot] = None
             if step.progress and request.transport is not None:

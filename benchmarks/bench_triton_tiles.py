@@ -1,0 +1,238 @@
+"""Which tile suits which layer: every candidate on every shape, on the GPU at hand.
+
+    python -m benchmarks.bench_triton_tiles --batches 1,32,128 --json FILE
+
+Prints a row a layer: the fastest tile, the one that the backend chooses, both times, cuDNN's time
+for the dense convolution alone (no bias, no activation), and the time that the layer's bytes take
+at the measured copy rate. `disco_kernels/triton/tiles.py` holds what was learnt from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import disco_kernels as dk
+from benchmarks.cuda_time import copy_gb_s, describe_gpu, median_ms
+from benchmarks.shapes import ConvShape, resnet50_shapes
+from disco_kernels.pattern import Selected, find_selected
+from disco_kernels.triton.tiles import Tile
+
+GROUP = 8  # channels that are selected together
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# m, n, k, warps, stages
+CANDIDATES = (
+    (256, 128, 64, 8, 3),
+    (128, 256, 64, 8, 3),
+    (128, 128, 64, 8, 2),
+    (128, 128, 64, 8, 3),
+    (128, 128, 32, 8, 4),
+    (256, 64, 64, 8, 3),
+    (64, 256, 64, 8, 3),
+    (256, 64, 64, 4, 3),
+    (128, 64, 64, 4, 2),
+    (128, 64, 64, 4, 3),
+    (128, 64, 32, 4, 3),
+    (64, 128, 64, 4, 2),
+    (64, 128, 64, 4, 3),
+    (64, 128, 32, 4, 3),
+    (64, 64, 64, 4, 2),
+    (64, 64, 64, 4, 3),
+    (64, 64, 32, 4, 4),
+    (128, 32, 64, 4, 3),
+    (64, 32, 64, 4, 4),
+    (32, 64, 64, 4, 4),
+    (32, 128, 64, 4, 3),
+    (32, 32, 64, 4, 5),
+)
+LISTED = (16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of the benchmark, ready to run."""
+
+    shape: ConvShape
+    kernel: dk.GatherConv2d
+    x: Tensor
+    residual: Tensor | None
+    weight: Tensor
+    bias: Tensor
+    out: Tensor
+
+
+def selected_in_groups(shape: ConvShape, density: float) -> tuple[dk.Ownership, dk.Ownership, Any]:
+    """Two nodes; of every 8 channels that the other owns all or none, at least 8."""
+    out, inputs = (dk.Ownership.contiguous(n, 2) for n in (shape.out_channels, shape.in_channels))
+    rows = []
+    for receiver in range(2):
+        owned = inputs.channels[1 - receiver]
+        groups = [owned[i : i + GROUP] for i in range(0, len(owned), GROUP)]
+        count = max(1, round(density * len(groups)))
+        picked = torch.randperm(len(groups))[:count].sort().values.tolist()
+        taken = tuple(c for g in picked for c in groups[g])
+        rows.append(((), taken) if receiver == 0 else (taken, ()))
+    return out, inputs, tuple(rows)
+
+
+def make_layer(shape: ConvShape, batch: int, density: float, dtype: torch.dtype) -> Layer:
+    """Random values; the weights keep the pattern."""
+    out, inputs, selected = selected_in_groups(shape, density)
+    size = (shape.out_channels, shape.in_channels, shape.kernel, shape.kernel)
+    weight = torch.randn(size) / (shape.in_channels * shape.kernel**2) ** 0.5
+    weight *= _mask(size, out, inputs, selected)
+    weight = weight.to("cuda", dtype)
+    assert find_selected(weight.float().cpu(), out, inputs) == selected
+    bias = torch.randn(shape.out_channels, device="cuda", dtype=dtype)
+    spec = dk.ConvSpec(
+        (shape.kernel,) * 2, (shape.stride,) * 2, (shape.padding,) * 2, activation="relu"
+    )
+    kernel = dk.GatherConv2d(weight, out, inputs, selected, spec, bias=bias, backend="triton")
+    last = torch.channels_last
+    x = torch.randn(batch, shape.in_channels, shape.size, shape.size, device="cuda", dtype=dtype)
+    result = torch.empty(
+        (batch, shape.out_channels, shape.out_size, shape.out_size), device="cuda", dtype=dtype
+    ).to(memory_format=last)
+    # As in the network: what has four times the width ends a block.
+    ends_block = shape.kernel == 1 and shape.stride == 1 and shape.out_channels > shape.in_channels
+    residual = torch.randn_like(result) if ends_block else None
+    return Layer(shape, kernel, x.to(memory_format=last), residual, weight, bias, result)
+
+
+def _mask(
+    size: tuple[int, ...], out: dk.Ownership, inputs: dk.Ownership, selected: Selected
+) -> Tensor:
+    mask = torch.zeros(size[:2])
+    for rank, outputs in enumerate(out.channels):
+        read = [*inputs.channels[rank], *(c for row in selected[rank] for c in row)]
+        mask[torch.tensor(outputs)[:, None], torch.tensor(read)] = 1
+    return mask[:, :, None, None]
+
+
+def tiles_for(layer: Layer) -> list[Tile]:
+    """The candidates that make sense for a layer."""
+    columns = max(node.out_channels.count for node in layer.kernel.descriptor.nodes)
+    listed = layer.kernel._prepared.lists.longest_list  # type: ignore[attr-defined]
+    g = next(size for size in LISTED if size >= min(listed, LISTED[-1]))
+    return [
+        Tile(m, n, k, g, warps, stages)
+        for m, n, k, warps, stages in CANDIDATES
+        if n <= max(32, columns)
+    ]
+
+
+def run_with(layer: Layer, tile: Tile | None) -> Tensor:
+    """The layer with this tile, or with the backend's choice."""
+    layer.kernel._prepared.tile = tile  # type: ignore[attr-defined]
+    return layer.kernel(layer.x, layer.residual, layer.out)
+
+
+def relative_error(layer: Layer) -> float:
+    """Of what is in ``out``, against a float32 convolution of the same numbers."""
+    size = layer.shape
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        exact = F.conv2d(
+            layer.x.float(), layer.weight.float(), layer.bias.float(), size.stride, size.padding
+        )
+    if layer.residual is not None:
+        exact += layer.residual.float()
+    exact.relu_()
+    return float((layer.out.float() - exact).norm() / exact.norm())
+
+
+def warm(jobs: tuple[list[tuple[int, ...]], str]) -> None:
+    """Fills Triton's cache with the kernels of these tiles."""
+    tiles, dtype = jobs
+    for m, n, k, warps, stages in tiles:
+        for kernel in (1, 3):
+            for outputs in (64, 256):
+                layer = make_layer(ConvShape(outputs, 128, kernel, 1, 8), 1, 0.1, DTYPES[dtype])
+                for g in LISTED:
+                    try:
+                        run_with(layer, Tile(m, n, k, g, warps, stages))
+                    except Exception as error:  # noqa: BLE001 - reported where it is measured
+                        print(m, n, k, g, warps, stages, type(error).__name__, file=sys.stderr)
+
+
+def measure(shape: ConvShape, batch: int, args: argparse.Namespace, rate: float) -> dict[str, Any]:
+    """One row."""
+    torch.manual_seed(0)
+    layer = make_layer(shape, batch, args.density, DTYPES[args.dtype])
+    times: dict[str, float] = {}
+    worst = 0.0
+    for tile in tiles_for(layer):
+        layer.out.fill_(float("nan"))
+        try:
+            run_with(layer, tile)
+            error = relative_error(layer)
+            if not error < 2e-2:
+                print(f"WRONG: {shape} batch {batch} tile {tile}: {error}")
+                continue
+            worst = max(worst, error)
+            times[str(tile)] = median_ms(lambda tile=tile: run_with(layer, tile))
+        except Exception as error:  # noqa: BLE001 - a tile may not fit this GPU; the row says so
+            print(f"{shape} batch {batch} tile {tile}: {type(error).__name__} {error}"[:200])
+    layer.out.fill_(float("nan"))
+    run_with(layer, None)
+    chosen = layer.kernel._prepared.choose(  # type: ignore[attr-defined]
+        batch * shape.out_size**2, layer.x.device
+    )
+    chosen_ms = median_ms(lambda: run_with(layer, None))
+    torch.backends.cudnn.benchmark = True
+    dense_ms = median_ms(lambda: F.conv2d(layer.x, layer.weight, None, shape.stride, shape.padding))
+    moved = [layer.x, layer.out, layer.kernel.packed_weight]
+    moved += [] if layer.residual is None else [layer.residual]
+    best = min(times, key=lambda t: times[t])
+    return {
+        "shape": asdict(shape),
+        "batch": batch,
+        "best_tile": best,
+        "best_ms": times[best],
+        "chosen_tile": str(chosen),
+        "chosen_ms": chosen_ms,
+        "cudnn_conv_ms": dense_ms,
+        "copy_bound_ms": sum(t.nbytes for t in moved) / rate / 1e6,
+        "relative_error": worst,
+        "times_ms": times,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batches", default="1,32,128")
+    parser.add_argument("--density", type=float, default=0.1)
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
+    parser.add_argument("--processes", type=int, default=14)
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    parts = [(list(CANDIDATES[i :: args.processes]), args.dtype) for i in range(args.processes)]
+    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+        pool.map(warm, parts)
+    rate = copy_gb_s()
+    print(f"{torch.cuda.get_device_name()}, copy {rate:.0f} GB/s")
+    rows = []
+    for batch in (int(b) for b in args.batches.split(",")):
+        for shape in resnet50_shapes():
+            row = measure(shape, batch, args, rate)
+            rows.append(row)
+            print(
+                f"{batch:4d} {shape!s:28s} best {row['best_ms']:.4f} ({row['best_tile']})  chosen "
+                f"{row['chosen_ms']:.4f}  cudnn {row['cudnn_conv_ms']:.4f}  copy "
+                f"{row['copy_bound_ms']:.4f}"
+            )
+    if args.json:
+        content = {"machine": describe_gpu(), "copy_gb_s": rate, "rows": rows}
+        with open(args.json, "w") as file:
+            json.dump(content, file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, on a machine as it is found: builds, tests, measures. About eight
+# minutes on an H100. Writes JSON and logs to the folder given (default: gpu-results).
+#
+#     bash benchmarks/gpu.sh [FOLDER]
+#
+# Nothing is fetched: torch, triton, scikit-build-core, pybind11 and pytest have to be there.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+results=$(mkdir -p "${1:-gpu-results}" && cd "${1:-gpu-results}" && pwd)
+export DISCO_KERNELS_REQUIRE_GPU=1 PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+
+say() { printf '\n=== %s\n' "$*"; }
+
+say "install"
+python3 -m pip install --quiet --no-build-isolation --no-deps --target "$results/site" .
+export PYTHONPATH="$results/site:$PWD"
+python3 -m disco_kernels
+
+say "tests"
+# Kernels are compiled as they are met: side by side where pytest-xdist is there.
+parallel=$(python3 -c 'import xdist' 2>/dev/null && echo "-n 12" || true)
+# shellcheck disable=SC2086
+python3 -m pytest tests/triton/test_kernels.py -m "not slow" -q $parallel 2>&1 |
+  tee "$results/tests.log" | tail -n 5
+
+if command -v compute-sanitizer >/dev/null; then
+  say "compute-sanitizer"
+  timeout 120 compute-sanitizer --tool memcheck --error-exitcode 1 \
+    python3 -m pytest tests/triton/test_kernels.py -q \
+    -k "groups_of_16_bytes or few_channels or messages_beside" >"$results/sanitizer.log" 2>&1 &&
+    tail -n 2 "$results/sanitizer.log" ||
+    { echo "compute-sanitizer found something or does not work here:"; tail -n 5 "$results/sanitizer.log"; }
+fi
+
+run() { # name, time limit, module, arguments
+  say "$1"
+  local name=$1 limit=$2 module=$3
+  shift 3
+  timeout "$limit" python3 -m "benchmarks.$module" "$@" --json "$results/$name.json" 2>&1 |
+    tee "$results/$name.log" | grep -E "times the speed|useful|GB/s|Error" || echo "$name: no result"
+}
+
+run resnet50-bf16 90 bench_gpu_model --batches 1,32,128
+run deit-small-bf16 60 bench_gpu_model --source timm --model deit_small_patch16_224 --batches 1,32,128
+run resnet50-tf32 90 bench_gpu_model --dtype float32 --tf32 --batches 32,128
+run gather-pack 60 bench_gpu_gather_pack
+# The search over convolutions that is not cuDNN's takes minutes a model and finds nothing faster.
+export TORCHINDUCTOR_MAX_AUTOTUNE_CONV_BACKENDS=ATEN TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS=ATEN
+run resnet50-bf16-max-autotune 150 bench_gpu_model --batches 128 --max-autotune

@@ -1,0 +1,28 @@
+"""Models on other devices are captured from a copy in CPU memory: a program names no device."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+_CPU = torch.device("cpu")
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter or buffer is; the CPU if it has none."""
+    first = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return _CPU if first is None else first.device
+
+
+def on_cpu(model: nn.Module, inputs: Sequence[Any]) -> tuple[nn.Module, Sequence[Any]]:
+    """The same objects if everything is in CPU memory already, else copies there."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    if any(t.device != _CPU for t in tensors):
+        model = copy.deepcopy(model).cpu()
+    return model, pytree.tree_map_only(Tensor, Tensor.cpu, inputs)
