@@ -147,7 +147,8 @@ def main() -> None:
             + f"; {row['ratio']:.2f} times the speed of {row['baseline']}"
         )
     if args.json:
-        content = {"machine": describe_gpu(), "arguments": vars(args), "rows": rows}
+        kept = {name: value for name, value in vars(args).items() if name != "json"}
+        content = {"machine": describe_gpu(), "arguments": kept, "rows": rows}
         content["kernels"] = ours.kernel_backends
         with open(args.json, "w") as file:
             json.dump(content, file)

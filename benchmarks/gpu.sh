@@ -4,7 +4,8 @@
 #
 #     bash benchmarks/gpu.sh [FOLDER]
 #
-# Nothing is fetched: torch, triton, scikit-build-core, pybind11 and pytest have to be there.
+# Nothing is fetched: torch, triton, scikit-build-core, pybind11 and pytest have to be there. STEPS
+# chooses among the steps; without "install" the sources are used as they lie, without C++ kernels.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 results=$(mkdir -p "${1:-gpu-results}" && cd "${1:-gpu-results}" && pwd)
@@ -12,19 +13,31 @@ export DISCO_KERNELS_REQUIRE_GPU=1 PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CH
 
 say() { printf '\n=== %s\n' "$*"; }
 
-say "install"
-python3 -m pip install --quiet --no-build-isolation --no-deps --target "$results/site" .
-export PYTHONPATH="$results/site:$PWD"
+wanted() { [[ " ${STEPS:-install tests sanitizer models gather-pack tf32 max-autotune} " == *" $1 "* ]]; }
+
+export PYTHONPATH="$PWD/python:$PWD"
+if wanted install; then
+  say "install"
+  site=$(mktemp -d)
+  trap 'rm -rf "$site"' EXIT
+  python3 -m pip install --quiet --no-build-isolation --no-deps --target "$site" .
+  # The tests and benchmarks lie in this folder, and so do the sources, which must not be found.
+  cp -r tests benchmarks "$site"
+  export PYTHONPATH="$site"
+  cd "$site"
+fi
 python3 -m disco_kernels
 
-say "tests"
-# Kernels are compiled as they are met: side by side where pytest-xdist is there.
-parallel=$(python3 -c 'import xdist' 2>/dev/null && echo "-n 12" || true)
-# shellcheck disable=SC2086
-python3 -m pytest tests/triton/test_kernels.py -m "not slow" -q $parallel 2>&1 |
-  tee "$results/tests.log" | tail -n 5
+if wanted tests; then
+  say "tests"
+  # Kernels are compiled as they are met: side by side where pytest-xdist is there.
+  parallel=$(python3 -c 'import xdist' 2>/dev/null && echo "-n 12" || true)
+  # shellcheck disable=SC2086
+  python3 -m pytest tests/triton/test_kernels.py -m "not slow" -q -p no:cacheprovider $parallel 2>&1 |
+    tee "$results/tests.log" | tail -n 5
+fi
 
-if command -v compute-sanitizer >/dev/null; then
+if wanted sanitizer && command -v compute-sanitizer >/dev/null; then
   say "compute-sanitizer"
   timeout 120 compute-sanitizer --tool memcheck --error-exitcode 1 \
     python3 -m pytest tests/triton/test_kernels.py -q \
@@ -41,10 +54,18 @@ run() { # name, time limit, module, arguments
     tee "$results/$name.log" | grep -E "times the speed|useful|GB/s|Error" || echo "$name: no result"
 }
 
-run resnet50-bf16 90 bench_gpu_model --batches 1,32,128
-run deit-small-bf16 60 bench_gpu_model --source timm --model deit_small_patch16_224 --batches 1,32,128
-run resnet50-tf32 90 bench_gpu_model --dtype float32 --tf32 --batches 32,128
-run gather-pack 60 bench_gpu_gather_pack
-# The search over convolutions that is not cuDNN's takes minutes a model and finds nothing faster.
-export TORCHINDUCTOR_MAX_AUTOTUNE_CONV_BACKENDS=ATEN TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS=ATEN
-run resnet50-bf16-max-autotune 150 bench_gpu_model --batches 128 --max-autotune
+deit=(--source timm --model deit_small_patch16_224)
+if wanted models; then
+  run resnet50-bf16 90 bench_gpu_model --batches 1,32,128
+  run deit-small-bf16 60 bench_gpu_model "${deit[@]}" --batches 1,32,128
+fi
+if wanted gather-pack; then run gather-pack 60 bench_gpu_gather_pack; fi
+if wanted tf32; then
+  run resnet50-tf32 90 bench_gpu_model --dtype float32 --tf32 --batches 32,128
+fi
+if wanted max-autotune; then
+  # Searching among convolutions that are not cuDNN's takes minutes, and Triton's templates took twice
+  # cuDNN's time wherever they were tried.
+  export TORCHINDUCTOR_MAX_AUTOTUNE_CONV_BACKENDS=ATEN TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS=ATEN
+  run resnet50-bf16-max-autotune 150 bench_gpu_model --batches 128 --max-autotune
+fi

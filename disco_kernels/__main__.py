@@ -41,6 +41,24 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+_OPTIONAL = {"triton": "installed", "cupy": "installed, not used by this release"}
+
+
+def _backends(device: torch.device) -> list[str]:
+    """Which backends serve float32 there, why others do not, and which is chosen."""
+    where = "in CPU memory" if device.type == "cpu" else f"on {torch.cuda.get_device_name(device)}"
+    variable = os.environ.get(registry.BACKEND_VARIABLE) or "not set"
+    lines = [f"backends for float32 tensors {where} ({registry.BACKEND_VARIABLE}={variable}):"]
+    for name in registry.names():
+        reason = registry.refusal(name, device, torch.float32)
+        lines.append(f"  {name:<10} {'available' if reason is None else reason}")
+    try:
+        chosen = registry.resolve(None, device, torch.float32)
+    except registry.BackendUnavailable as error:
+        chosen = f"none: {error}"
+    return [*lines, f"chosen: {chosen}"]
+
+
 def report() -> str:
     status = extension_status()
     lines = [
@@ -53,22 +71,16 @@ def report() -> str:
         f"{', '.join(status.available_isas) or 'none'} (DISCO_KERNELS_ISA forces one)",
         f"openmp        {', '.join(openmp_runtimes()) or 'none loaded, or not to be seen here'}",
         "",
-        "backends for float32 tensors in CPU memory "
-        f"({registry.BACKEND_VARIABLE}={os.environ.get(registry.BACKEND_VARIABLE) or 'not set'}):",
     ]
-    cpu = torch.device("cpu")
-    for name in registry.names():
-        reason = registry.refusal(name, cpu, torch.float32)
-        lines.append(f"  {name:<10} {'available' if reason is None else reason}")
-    try:
-        chosen = registry.resolve(None, cpu, torch.float32)
-    except registry.BackendUnavailable as error:
-        chosen = f"none: {error}"
-    lines.append(f"chosen: {chosen}")
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices.append(torch.device("cuda"))
+    for device in devices:
+        lines += _backends(device)
     lines.append("")
-    for package in ("triton", "cupy"):
+    for package in _OPTIONAL:
         found = importlib.util.find_spec(package) is not None
-        state = "installed, not used by this release" if found else "not installed"
+        state = _OPTIONAL[package] if found else "not installed"
         lines.append(f"optional: {package:<8} {state}")
     return "\n".join(lines)
 

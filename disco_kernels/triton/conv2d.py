@@ -95,8 +95,10 @@ def _add_products(
 def _word(nodes, base, step, node, NODE_WORDS: tl.constexpr, PLACE: tl.constexpr):
     """A word of a node's record: computed where the records are evenly spaced, else loaded."""
     if base is None:
-        return tl.load(nodes + node * NODE_WORDS + PLACE)
-    return base[PLACE] + node * step[PLACE]
+        word = tl.load(nodes + node * NODE_WORDS + PLACE)
+    else:
+        word = base[PLACE] + node * step[PLACE]
+    return word
 
 
 @triton.jit(do_not_specialize=_PLAIN)

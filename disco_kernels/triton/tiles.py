@@ -51,7 +51,7 @@ def choose_tile(
         n = max(16, min(64, _power_of_two(columns)))
         m = _fitting(64, pixels, columns, n, multiprocessors)
         return Tile(m, n, k, g, 4, 3)
-    n = max(16, min(128, _power_of_two(columns)))
+    n = max(16, min(128 if k > 16 else 64, _power_of_two(columns)))
     long_sum = inputs * taps >= _LONG_SUM
     # Long sums are worth a tile that reads less for each product, as long as all multiprocessors
     # have two of them in turn; short ones are over before a large tile has filled.

@@ -50,7 +50,7 @@ def test_automatic_choice_falls_back_and_says_so_once(monkeypatch: pytest.Monkey
     [
         ("cpu", torch.float64, "cpu: float32 and bfloat16 only, given torch.float64"),
         ("cuda", torch.float32, "cuda: this release has no CUDA kernels"),
-        ("triton", torch.float32, "triton: this release has no Triton kernels"),
+        ("triton", torch.float32, "triton: tensors on cuda devices only, given cpu"),
         ("nonsense", torch.float32, "nonsense: no such backend; allowed: cuda, triton, cpu, ref"),
         ("reference", torch.int32, "reference: floating dtypes only, given torch.int32"),
     ],
