@@ -18,7 +18,7 @@ from disco.errors import InputError
 from disco.images import Preprocessing, find_images, load_image
 from disco.partition.shards import check_target, load_manifest
 from disco.recipe import Recipe, rebuild
-from disco.runtime import Cluster
+from disco.runtime import RankProcesses
 from disco.zoo import weights_digest
 
 
@@ -110,16 +110,16 @@ def run(args: argparse.Namespace) -> None:
     if args.top < 1:
         raise InputError(f"--top {args.top} was given; at least 1 class can be shown")
     _check_json(args.json)
-    cluster = _cluster(args)
-    recipe = Recipe.from_description(cluster.manifest.model, args.directory)
+    processes = _processes(args)
+    recipe = Recipe.from_description(processes.manifest.model, args.directory)
     images = find_images(args.input)
     results = []
     for image in images:
         load_image(image, recipe.preprocessing)  # a bad one shows before anything is started
-    with cluster:
-        cluster.run(load_image(images[0], recipe.preprocessing))  # the first pass is slow
+    with processes:
+        processes.run(load_image(images[0], recipe.preprocessing))  # the first pass is slow
         for image in images:
-            done = cluster.run(load_image(image, recipe.preprocessing))
+            done = processes.run(load_image(image, recipe.preprocessing))
             result: dict[str, Any] = {
                 "image": str(image),
                 "latency_ms": done.latency_ms,
@@ -143,15 +143,15 @@ def run(args: argparse.Namespace) -> None:
 def verify(args: argparse.Namespace) -> bool:
     """`disco verify`; False if an output differs or bytes are not as planned."""
     _check_json(args.json)
-    cluster = _cluster(args)
-    description = cluster.manifest.model
+    processes = _processes(args)
+    description = processes.manifest.model
     recipe = Recipe.from_description(description, args.directory)
     images = find_images(args.input)
     for image in images:
         load_image(image, recipe.preprocessing)
     model = rebuild(description, args.directory, args.weights)
-    with cluster:
-        checks = verify_images(cluster, model, images, recipe.preprocessing, _say)
+    with processes:
+        checks = verify_images(processes, model, images, recipe.preprocessing, _say)
     failed = [check for check in checks if not check.passed]
     _say(f"{len(checks) - len(failed)} of {len(checks)} images equal up to rounding")
     _write_json(
@@ -171,10 +171,10 @@ def verify(args: argparse.Namespace) -> bool:
     return not failed
 
 
-def _cluster(args: argparse.Namespace) -> Cluster:
+def _processes(args: argparse.Namespace) -> RankProcesses:
     if args.threads is not None and args.threads < 1:
         raise InputError(f"--threads {args.threads} was given; a process needs at least 1")
-    return Cluster(args.directory, nodes=args.nodes, threads=args.threads)
+    return RankProcesses(args.directory, nodes=args.nodes, threads=args.threads)
 
 
 def _find_pattern(args: argparse.Namespace) -> dk.Pattern | None:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from disco.errors import InputError
 from disco.executor import exchange, kernels
-from disco.executor.activations import Placed, plan_buffers
+from disco.executor.activations import Placed
 from disco.executor.request import BufferPool, Request, ShapeKey
 from disco.executor.steps import REQUEST_SLOT, Preparation, Step, Values, prepare_pure
 from disco.executor.transport import Handle, Transport
-from disco.program import Op, Program, Ref, WeightRef, evaluate_dim, map_leaves
+from disco.program import Op, Program, Ref, WeightRef, evaluate_dim, map_leaves, plan_buffers
 from disco_kernels import InputBytes, Packing
 
 DEADLINE_S = 30.0
