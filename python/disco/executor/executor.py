@@ -42,7 +42,7 @@ class Executor:
 
     Args:
         program: a rank's program, or a whole one (then there is nothing to exchange).
-        weights: what it reads. They are packed here; the Executor keeps no matrix unpacked.
+        weights: what it reads. They are packed or copied here; nothing keeps the given tensors alive.
         transport: to the other ranks; None for a program without exchanges, or to be given later.
         backend: of the kernels, or None for the automatic choice.
         deadline_s: longest wait for any one message.
@@ -248,7 +248,7 @@ def _output(leaf: Any, prepare: Preparation) -> Callable[[Values], Any]:
         slot = prepare.slot(leaf.name)
         return lambda values: values[slot]
     if isinstance(leaf, WeightRef):
-        weight = prepare.weights[leaf.name]
+        weight = prepare.weights[leaf.name].clone()
         return lambda values: weight.clone()
     return lambda values: leaf
 
