@@ -43,7 +43,7 @@ def large_pages(num_bytes: int) -> Tensor:
 def return_freed_memory() -> None:
     """Give the operating system what has been freed, where the C library can (glibc).
 
-    It keeps up to twice the largest block that was ever freed: 17 MB after packing half a ResNet-50.
+    It keeps up to twice the largest block ever freed: 17 MB after packing half a ResNet-50.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:

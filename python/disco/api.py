@@ -19,9 +19,9 @@ from disco.partition import (
     Plan,
     Problem,
     RankProgram,
-    choose_shares,
     decide,
     plan_for,
+    shares_for,
 )
 from disco.partition.one_machine import GATHERED_KINDS, one_machine_program
 from disco.partition.shards import load_manifest, load_shard, save_artifact
@@ -265,7 +265,7 @@ def sparsify_(
     Args:
         model: its parameters are changed; gradients are not recorded.
         nodes: number of equal nodes, or a `Cluster`: the shares of a layer's outputs are those that
-            `partition` would choose for the model as it is.
+            make the predicted latency lowest at this density and fit into its memories.
         density: in [0, 1].
         example_inputs: as for `partition`.
         score: "l2" or "l1", of a channel's weights in the blocks that read it.
@@ -280,7 +280,7 @@ def sparsify_(
     cluster = Cluster.of(nodes)
     captured = capture(model, example_inputs)
     problem = Problem(*captured, out_ownership={})
-    readers = _readers(problem.decide(choose_shares(problem, cluster)))
+    readers = _readers(problem.decide(shares_for(problem, cluster, density)))
     groups = groups_of(readers)
     if not groups:
         raise InputError(

@@ -16,6 +16,7 @@ from disco.bench.throughput import ThroughputOptions, run_throughput
 from disco.bench.verify import verify as verify_images
 from disco.errors import InputError
 from disco.images import Preprocessing, find_images, load_image
+from disco.partition import Cluster
 from disco.partition.shards import check_target, load_manifest
 from disco.recipe import Recipe, rebuild
 from disco.runtime import RankProcesses
@@ -74,14 +75,16 @@ def partition(args: argparse.Namespace) -> None:
     """`disco partition`."""
     check_target(args.out, args.overwrite)  # before the work, not after it
     pattern = _find_pattern(args)
+    cluster = None if args.cluster is None else Cluster.from_yaml(args.cluster)
     recipe = Recipe(
         source=args.source,
         name=args.model,
-        nodes=args.nodes,
+        nodes=(2 if args.nodes is None else args.nodes) if cluster is None else cluster.world_size,
         seed=args.seed,
         weights_sha256=weights_digest(args.weights),
         density=args.density,
         preprocessing=Preprocessing.for_size(args.image_size),
+        cluster=cluster,
     )
     if args.weights is None:
         _say(f"no --weights: random weights of seed {args.seed}")
@@ -89,7 +92,9 @@ def partition(args: argparse.Namespace) -> None:
     if args.density is not None:
         _say(f"one-shot magnitude sparsification at density {args.density:g}, without training")
         pattern = recipe.sparsify_(model)
-    partitioned = api.partition(model, (recipe.example_input,), nodes=args.nodes, pattern=pattern)
+    partitioned = api.partition(
+        model, (recipe.example_input,), cluster or recipe.nodes, pattern=pattern
+    )
     partitioned.save(args.out, model_description=recipe.describe(model), overwrite=args.overwrite)
     _say(str(partitioned.plan))
     _say("")

@@ -26,8 +26,8 @@ linux_only = pytest.mark.skipif(
 )
 
 # Beside what the plan counts: the manifest, the program and its prepared steps as Python objects,
-# weights and activations rounded up to pages of 2 MB, code that is used for the first time, kernels'
-# tables and scratch. Measured 9.7 after packing and 16.2 after four requests.
+# weights and activations rounded up to pages of 2 MB, code that is used for the first time, tables
+# and scratch of the kernels. Measured 9.7 after packing and 16.2 after four requests.
 UNCOUNTED_LOADED_MB = 12.0
 UNCOUNTED_RUNNING_MB = 18.0
 

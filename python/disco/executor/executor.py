@@ -42,7 +42,7 @@ class Executor:
 
     Args:
         program: a rank's program, or a whole one (then there is nothing to exchange).
-        weights: what it reads. They are packed or copied here; nothing keeps the given tensors alive.
+        weights: what it reads. They are packed or copied here; the given tensors are not kept.
         transport: to the other ranks; None for a program without exchanges, or to be given later.
         backend: of the kernels, or None for the automatic choice.
         deadline_s: longest wait for any one message.

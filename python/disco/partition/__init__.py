@@ -1,10 +1,11 @@
 """Ownership, rules, plan and shards: which rank computes, holds and sends what."""
 
 from disco.partition.cluster import Cluster, Link, Node
-from disco.partition.cluster_plan import Problem, choose_shares, plan_for
+from disco.partition.cluster_plan import plan_for, shares_for
 from disco.partition.plan import ExchangePlan, LayerPlan, Plan
 from disco.partition.planner import Decisions, build_all, decide
 from disco.partition.rank_builder import RankProgram
+from disco.partition.share_choice import Problem
 
 __all__ = [
     "Cluster",
@@ -17,7 +18,7 @@ __all__ = [
     "Problem",
     "RankProgram",
     "build_all",
-    "choose_shares",
     "decide",
     "plan_for",
+    "shares_for",
 ]

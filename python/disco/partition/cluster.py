@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from disco.errors import InputError
 
@@ -64,6 +65,11 @@ class Node:
             raise InputError(f"{what}memory_bytes is a whole number, given {self.memory_bytes!r}")
         if not isinstance(self.link, Link):
             raise InputError(f"{what}link is a disco.Link, given {type(self.link).__name__}")
+
+    @classmethod
+    def from_plain(cls, data: Mapping[str, Any]) -> Node:
+        """The inverse of `dataclasses.asdict`."""
+        return cls(**{**data, "link": Link(**data["link"])})
 
 
 @dataclass(frozen=True, init=False)

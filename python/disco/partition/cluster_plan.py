@@ -1,62 +1,28 @@
-"""The plan for a cluster: shares of its nodes that make it fast and that fit into their memories.
+"""The plan for a cluster: shares that make it fast (`disco.partition.share_choice`) and that fit.
 
-Shares are tried out, not computed: a plan takes a tenth of a second, and only a plan knows the
-units that outputs are shared out in, the zeros of the weights and what they leave to be sent.
-First come shares by speed and equal shares (a pattern may have been made for them), then small
-steps from the better one. Where a node's memory does not do, it gives up shares of layers
-(`disco.partition.lighten`).
+Where a node's memory does not do, it gives up shares of layers (`disco.partition.lighten`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
-
-from torch import Tensor
 
 from disco.errors import InputError
 from disco.partition.cluster import Cluster
 from disco.partition.cost import predict_latency
 from disco.partition.lighten import lighten
 from disco.partition.plan import Plan
-from disco.partition.planner import Decisions, build_all, decide
+from disco.partition.planner import Decisions, build_all
 from disco.partition.prediction import FewerNodes
 from disco.partition.rank_builder import RankProgram
+from disco.partition.share_choice import Problem, choose_shares
 from disco.partition.shares import Shares
-from disco.program import Program
-from disco_kernels.pattern import Ownership
+from disco.partition.thin import thinned, thinned_memory
 
-# A node's share is tried this much larger and smaller, then by half of it. A fifth of a layer of 64
-# channels on two nodes is 6 of them, which is what roundings of a few channels cannot undo.
-_STEPS = (1.2, 1.1)
 # Memory that has to be found is found in a few rounds: what is moved adds activations elsewhere.
 _ROUNDS = 12
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is to be partitioned, as for `decide`."""
-
-    program: Program
-    weights: Mapping[str, Tensor]
-    origins: Mapping[str, str]
-    out_ownership: Mapping[str, Ownership]
-    tolerance: float = 0.0
-    dense_exchange: bool = False
-
-    def decide(self, shares: Shares) -> Decisions:
-        """With these shares."""
-        return decide(
-            self.program,
-            self.weights,
-            self.origins,
-            len(shares.everywhere),
-            out_ownership=self.out_ownership,
-            tolerance=self.tolerance,
-            dense_exchange=self.dense_exchange,
-            shares=shares,
-        )
 
 
 class _Built(NamedTuple):
@@ -81,31 +47,21 @@ def plan_for(problem: Problem, cluster: Cluster) -> tuple[Plan, tuple[RankProgra
     return plan, built.ranks
 
 
-def choose_shares(problem: Problem, cluster: Cluster) -> Shares:
-    """Those of the lowest predicted latency, memory aside; equal ones if speeds are not known."""
-    equal = Shares.equal(cluster.world_size)
-    if not cluster.speeds_known or cluster.world_size == 1:
-        return equal
-
-    def latency(shares: Shares) -> float:
-        return predict_latency(problem.decide(shares).plan(), cluster.nodes).total_ms
-
-    by_speed = Shares(cluster.speeds)
-    best, least = equal, latency(equal)
-    if (found := latency(by_speed)) < least:
-        best, least = by_speed, found
-    if len({(node.speed_gflops, node.link) for node in cluster.nodes}) == 1:
-        return best
-    for step in _STEPS:
-        for rank in range(cluster.world_size):
-            for factor in (step, 1 / step):
-                weights = list(best.everywhere)
-                weights[rank] *= factor
-                trial = Shares(tuple(weights))
-                if (found := latency(trial)) < least:
-                    best, least = trial, found
-                    break
-    return best
+def shares_for(problem: Problem, cluster: Cluster, density: float) -> Shares:
+    """Shares for a model that is to be sparsified to this density, as far as they can fit."""
+    shares = choose_shares(problem, cluster, density)
+    limits = [node.memory_bytes for node in cluster.nodes]
+    if not any(limits):
+        return shares
+    for _ in range(_ROUNDS):
+        decisions = problem.decide(shares)
+        plan, _ = build_all(decisions)
+        memory = thinned_memory(decisions, plan, thinned(plan, density))
+        lighter = lighten(decisions, shares, memory, limits)
+        if lighter is None:
+            break
+        shares = lighter
+    return shares
 
 
 def _fitting(problem: Problem, shares: Shares, cluster: Cluster) -> _Built:

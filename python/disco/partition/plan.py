@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from disco.errors import InputError
-from disco.partition.cluster import Link, Node
+from disco.partition.cluster import Node
 from disco.partition.prediction import FewerNodes, Latency, NodeMemory
 
 # Minor versions add fields with defaults; a reader takes every minor of its own major, up to its
@@ -208,9 +208,7 @@ def _predictions(content: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of version 1.2, where they are."""
     latency = content.get("latency")
     return {
-        "nodes": tuple(
-            Node(**{**node, "link": Link(**node["link"])}) for node in content.get("nodes", ())
-        ),
+        "nodes": tuple(Node.from_plain(node) for node in content.get("nodes", ())),
         "memory": tuple(NodeMemory(**memory) for memory in content.get("memory", ())),
         "latency": None if latency is None else Latency(**latency),
         "fewer_nodes": tuple(FewerNodes(**fewer) for fewer in content.get("fewer_nodes", ())),

@@ -73,12 +73,12 @@ def _totals(plan: Plan) -> list[str]:
 def _predictions(plan: Plan) -> list[str]:
     lines = []
     if plan.memory:
-        total, weights, activations, messages = (
+        needed, weights, activations, messages = (
             _megabytes([getattr(memory, part) for memory in plan.memory])
             for part in ("total_bytes", "weight_bytes", "activation_bytes", "message_bytes")
         )
         lines.append(
-            f"memory for one image: {total} MB per node (packed weights {weights}, activations "
+            f"memory for one image: {needed} MB per node (packed weights {weights}, activations "
             f"{activations}, messages {messages})"
         )
     if any(node.memory_bytes is not None for node in plan.nodes):
