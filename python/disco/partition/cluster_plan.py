@@ -29,6 +29,7 @@ class _Built(NamedTuple):
     plan: Plan
     ranks: tuple[RankProgram, ...]
     too_heavy: tuple[int, ...]
+    lightened: bool
 
 
 def plan_for(problem: Problem, cluster: Cluster) -> tuple[Plan, tuple[RankProgram, ...]]:
@@ -43,7 +44,7 @@ def plan_for(problem: Problem, cluster: Cluster) -> tuple[Plan, tuple[RankProgra
         raise InputError(_why_too_heavy(built, cluster))
     fewer = tuple(_on_fewer(problem, cluster)) if cluster.speeds_known else ()
     plan = replace(built.plan, fewer_nodes=fewer)
-    _check_work(plan)
+    _check_work(plan, built.lightened)
     return plan, built.ranks
 
 
@@ -69,7 +70,7 @@ def _fitting(problem: Problem, shares: Shares, cluster: Cluster) -> _Built:
     limits = [node.memory_bytes for node in cluster.nodes]
     for _ in range(_ROUNDS):
         decisions = problem.decide(shares)
-        built = _build(decisions, cluster)
+        built = _build(decisions, cluster, bool(shares.of_layer))
         if not built.too_heavy:
             break
         lighter = lighten(decisions, shares, built.plan.memory, limits)
@@ -79,7 +80,7 @@ def _fitting(problem: Problem, shares: Shares, cluster: Cluster) -> _Built:
     return built
 
 
-def _build(decisions: Decisions, cluster: Cluster) -> _Built:
+def _build(decisions: Decisions, cluster: Cluster, lightened: bool) -> _Built:
     plan, ranks = build_all(decisions)
     latency = predict_latency(plan, cluster.nodes) if cluster.speeds_known else None
     too_heavy = tuple(
@@ -87,7 +88,7 @@ def _build(decisions: Decisions, cluster: Cluster) -> _Built:
         for rank, (node, memory) in enumerate(zip(cluster.nodes, plan.memory, strict=True))
         if node.memory_bytes is not None and memory.total_bytes > node.memory_bytes
     )
-    return _Built(replace(plan, nodes=cluster.nodes, latency=latency), ranks, too_heavy)
+    return _Built(replace(plan, nodes=cluster.nodes, latency=latency), ranks, too_heavy, lightened)
 
 
 def _on_fewer(problem: Problem, cluster: Cluster) -> Iterator[FewerNodes]:
@@ -120,14 +121,20 @@ def _why_too_heavy(built: _Built, cluster: Cluster) -> str:
     )
 
 
-def _check_work(plan: Plan) -> None:
-    if plan.flops_dense == 0:
+def _check_work(plan: Plan, lightened: bool) -> None:
+    if plan.flops_dense == 0 or plan.faster_on is not None:
         return
-    for rank, flops in enumerate(plan.flops_per_rank):
-        if flops == 0 and plan.faster_on is None:
-            busy = sum(map(bool, plan.flops_per_rank))
+    for rank, (node, flops) in enumerate(zip(plan.nodes, plan.flops_per_rank, strict=True)):
+        if flops:
+            continue
+        if lightened and node.memory_bytes is not None:
             raise InputError(
-                f"node {plan.nodes[rank].name!r} (rank {rank}) is left without any work: the "
-                f"model's layers can be shared out to {busy} of these {plan.world_size} nodes; "
-                f"leave it out"
+                f"node {node.name!r} (rank {rank}) is left without any work: all of it was moved "
+                f"away to fit into its {node.memory_bytes / 1e6:.2f} MB; give it more memory, or "
+                "leave it out"
             )
+        busy = sum(map(bool, plan.flops_per_rank))
+        raise InputError(
+            f"node {node.name!r} (rank {rank}) is left without any work: the model's layers can be "
+            f"shared out to {busy} of these {plan.world_size} nodes; leave it out"
+        )

@@ -8,16 +8,18 @@ maps are small. Layers that are tied by residuals or groups share one ownership 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from math import ceil
 
+from disco.partition.memory import PANEL
 from disco.partition.placement import Sharded
 from disco.partition.planner import MATRIX_OPS, Decisions, dense_flops, open_dim
 from disco.partition.prediction import NodeMemory
 from disco.partition.shares import Shares
 from disco.program import Ref
 
-# Moved beyond the need: whole channels are moved, and the need of the others grows a little.
-_MARGIN = 1.02
+# Moved beyond what is missing, as a part of the limit: whole channels are moved.
+_MARGIN = 0.01
 
 
 @dataclass
@@ -27,12 +29,14 @@ class _Tied:
     Attributes:
         layer: the value of the one that decides.
         flops: of all, dense.
-        held: per rank the bytes of weights.
+        held: per rank the bytes of packed weights.
+        panel: per rank those of one panel of each layer; moving less may free nothing.
     """
 
     layer: str
+    held: list[float]
+    panel: list[float]
     flops: int = 0
-    held: list[float] = field(default_factory=list)
 
 
 def lighten(
@@ -56,17 +60,22 @@ def lighten(
     groups = sorted(_tied(decisions), key=lambda g: g.flops / max(sum(g.held), 1.0))
     of_layer = dict(shares.of_layer)
     for rank in range(len(needs)):
-        missing = -room[rank] * _MARGIN
+        limit = limits[rank]
+        if limit is None or room[rank] >= 0:
+            continue
+        # With weights go activations and messages; the next try finds what is missing then.
+        missing = (_MARGIN * limit - room[rank]) * memory[rank].weight_bytes / needs[rank]
         for group in groups:
             receivers = [r for r, free in enumerate(room) if free > 0]
             if missing <= 0 or not receivers:
                 break
-            moved = min(missing, group.held[rank], sum(room[r] for r in receivers))
-            if moved <= 0:
+            held, panel = group.held[rank], group.panel[rank]
+            if not held:
                 continue
+            moved = min(ceil(missing / panel) * panel, held, sum(room[r] for r in receivers))
             weights = of_layer.get(group.layer, shares.everywhere)
             parts = _parts(receivers, shares.everywhere)
-            of_layer[group.layer] = _moved(weights, rank, moved / group.held[rank], parts)
+            of_layer[group.layer] = _moved(weights, rank, moved / held, parts)
             for receiver, part in parts.items():
                 room[receiver] -= moved * part
             missing -= moved
@@ -110,12 +119,17 @@ def _tied(decisions: Decisions) -> list[_Tied]:
             if found is not None:
                 root_of[op.name] = found
         root = root_of.get(op.name)
-        if not matrix or root is None:
+        out = lowering.out_ownership
+        if not matrix or root is None or out is None:
             continue
-        group = groups.setdefault(root, _Tied(root, held=[0.0] * context.world_size))
+        none = [0.0] * context.world_size
+        group = groups.setdefault(root, _Tied(root, none[:], none[:]))
         weight = context.weights[next(op.weight_refs())]
         dense = max(dense_flops(op, context), 1)
         group.flops += dense
-        for rank, flops in enumerate(lowering.flops):
-            group.held[rank] += weight.nbytes * flops / dense
+        for rank, (count, flops) in enumerate(zip(out.counts, lowering.flops, strict=True)):
+            if count:
+                panel = weight.nbytes * flops / dense / count * PANEL
+                group.panel[rank] += panel
+                group.held[rank] += ceil(count / PANEL) * panel
     return list(groups.values())

@@ -30,7 +30,7 @@ _MATRIX_KINDS = frozenset(
 )
 # The kernels pad a matrix's outputs to panels of this many, AVX-512's narrowest; narrower vectors
 # pad less.
-_PANEL = 16
+PANEL = 16
 _LINE_BYTES = 64
 # Results that share memory with their first argument.
 _VIEWS = frozenset(
@@ -94,7 +94,7 @@ def _packed_bytes(part: RankProgram) -> int:
 
 def _padded(weight: Tensor) -> int:
     outputs = weight.shape[0]
-    return weight.nbytes // max(outputs, 1) * (-(-outputs // _PANEL) * _PANEL)
+    return weight.nbytes // max(outputs, 1) * (-(-outputs // PANEL) * PANEL)
 
 
 def _message_bytes(exchange: Exchange, rank: int) -> int:

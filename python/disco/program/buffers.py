@@ -42,14 +42,14 @@ def plan_buffers(program: Program, kept: Mapping[str, str | None]) -> dict[str, 
         program: to be run op by op.
         kept: the values that kernels write where they are told to -> the residual that they add.
     """
-    roots: dict[str, frozenset[str]] = {}
+    roots: dict[str, tuple[str, ...]] = {}
     last_read: dict[str, int] = {}
     for position, op in enumerate(program.ops):
         behind = _behind(op, roots)
         for root in behind:
             last_read[root] = position
         if op.name in kept:
-            roots[op.name] = frozenset({op.name})
+            roots[op.name] = (op.name,)
         elif op.kind not in _FRESH:
             roots[op.name] = behind
     for name in program.output_names():
@@ -63,7 +63,7 @@ def plan_buffers(program: Program, kept: Mapping[str, str | None]) -> dict[str, 
         # A value that nothing reads is not kept; it would never be given back.
         if op.name in kept and position < last_read.get(op.name, -1) < len(program.ops):
             residual = kept[op.name]
-            behind = roots.get(residual, frozenset()) if residual is not None else frozenset()
+            behind = roots.get(residual, ()) if residual is not None else ()
             reused = [r for r in behind if r == residual and last_read[r] == position]
             if reused and reused[0] in buffer_of and not _read_otherwise(op, reused[0], roots):
                 buffer_of[op.name] = buffer_of[reused[0]]
@@ -80,15 +80,15 @@ def plan_buffers(program: Program, kept: Mapping[str, str | None]) -> dict[str, 
     return buffer_of
 
 
-def _behind(op: Op, roots: Mapping[str, frozenset[str]]) -> frozenset[str]:
-    """The kernel results whose memory the op may read."""
-    found: set[str] = set()
-    for name in op.refs():
-        found |= roots.get(name, frozenset())
-    return frozenset(found)
+def _behind(op: Op, roots: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """The kernel results whose memory the op may read, each once.
+
+    In order of reading: buffers are given back in it, so a set would make plans that differ.
+    """
+    return tuple(dict.fromkeys(root for name in op.refs() for root in roots.get(name, ())))
 
 
-def _read_otherwise(op: Op, root: str, roots: Mapping[str, frozenset[str]]) -> bool:
+def _read_otherwise(op: Op, root: str, roots: Mapping[str, tuple[str, ...]]) -> bool:
     """Whether the op reads `root` also as something else than its last argument, the residual."""
     others = [leaf for leaf in leaves(op.args[:-1]) if isinstance(leaf, Ref)]
     return any(root in roots.get(other.name, ()) for other in others)
