@@ -54,13 +54,16 @@ class Problem:
         )
 
 
-def choose_shares(problem: Problem, cluster: Cluster, density: float | None = None) -> Shares:
+def choose_shares(
+    problem: Problem, cluster: Cluster, density: float | None = None, refine: bool = True
+) -> Shares:
     """Those of the lowest predicted latency; equal ones if speeds are not known.
 
     Args:
         problem: with the weights as they are.
         cluster: its nodes share the layers out.
         density: that the weights will be sparsified to; None if they stay.
+        refine: take small steps from the best power of the speeds.
     """
     if not cluster.speeds_known or cluster.world_size == 1:
         return Shares.equal(cluster.world_size)
@@ -76,7 +79,7 @@ def choose_shares(problem: Problem, cluster: Cluster, density: float | None = No
     latencies = [latency(shares) for shares in tried]
     least = min(latencies)
     best = tried[latencies.index(least)]
-    for step in () if alike else _STEPS:
+    for step in _STEPS if refine and not alike else ():
         for rank in range(cluster.world_size):
             for trial in _neighbours(best, rank, step):
                 if (found := latency(trial)) < least:
