@@ -155,7 +155,7 @@ def partition(
     captured = capture(model, example_inputs)
     fixed = _fixed_ownership(captured, cluster.world_size, ownership or {}, pattern, tolerance)
     problem = Problem(*captured, fixed, tolerance, dense_exchange)
-    return Partitioned(*plan_for(problem, cluster))
+    return Partitioned(*plan_for(problem, cluster, idle_allowed=bool(ownership)))
 
 
 def compile(

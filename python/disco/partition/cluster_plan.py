@@ -32,8 +32,15 @@ class _Built(NamedTuple):
     lightened: bool
 
 
-def plan_for(problem: Problem, cluster: Cluster) -> tuple[Plan, tuple[RankProgram, ...]]:
+def plan_for(
+    problem: Problem, cluster: Cluster, *, idle_allowed: bool = False
+) -> tuple[Plan, tuple[RankProgram, ...]]:
     """The plan for all nodes of `cluster`, and the ranks.
+
+    Args:
+        problem: what to partition.
+        cluster: for which nodes.
+        idle_allowed: a node may be left without any work, as the user's own ownership may do.
 
     Raises:
         InputError: it does not fit into a node's memory, or a node would have nothing to do
@@ -44,7 +51,8 @@ def plan_for(problem: Problem, cluster: Cluster) -> tuple[Plan, tuple[RankProgra
         raise InputError(_why_too_heavy(built, cluster))
     fewer = tuple(_on_fewer(problem, cluster)) if cluster.speeds_known else ()
     plan = replace(built.plan, fewer_nodes=fewer)
-    _check_work(plan, built.lightened)
+    if not idle_allowed:
+        _check_work(plan, built.lightened)
     return plan, built.ranks
 
 
