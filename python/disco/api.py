@@ -26,7 +26,7 @@ from disco.partition import (
 from disco.partition.one_machine import GATHERED_KINDS, one_machine_program
 from disco.partition.shards import load_manifest, load_shard, save_artifact
 from disco.program import input_ranges, lower_precision
-from disco.sparsify import sparsify_weights_
+from disco.sparsify import check_density, sparsify_weights_
 from disco.sparsify.groups import Reader, groups_of
 from disco_kernels import WINOGRAD, InputBytes, Ownership, Pattern, choose_int8, registry
 
@@ -278,6 +278,7 @@ def sparsify_(
         dropped.
     """
     cluster = Cluster.of(nodes)
+    check_density(density)
     captured = capture(model, example_inputs)
     problem = Problem(*captured, out_ownership={})
     readers = _readers(problem.decide(shares_for(problem, cluster, density)))

@@ -292,3 +292,10 @@ def test_a_small_memory_is_used(kilobytes: int) -> None:
     nodes = [Node("small", memory_bytes=limit), Node("large")]
     need = disco.partition(_heavy_tail(), x, Cluster(nodes)).plan.memory[0].total_bytes
     assert 0.8 * limit <= need <= limit
+
+
+@pytest.mark.parametrize("density", [-0.1, 1.5, float("nan")])
+def test_a_density_that_is_none_is_one_line(density: float) -> None:
+    cluster = uneven((2.0, 1.0), (10**9, None))
+    with pytest.raises(InputError, match=r"density must be in \[0, 1\]"):
+        disco.sparsify_(_heavy_tail(), cluster, density, (torch.randn(1, 3, 32, 32),))
