@@ -8,6 +8,7 @@ ResNet-50 for two nodes, one thread of a Zen 5: 21.9 ms on small pages, 20.5 on 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import sys
 
@@ -37,6 +38,16 @@ def large_pages(num_bytes: int) -> Tensor:
     raw = torch.frombuffer(mapping, dtype=torch.uint8)
     begin = -raw.data_ptr() % PAGE_BYTES
     return raw[begin : begin + num_bytes]
+
+
+def return_freed_memory() -> None:
+    """Give the operating system what has been freed, where the C library can (glibc).
+
+    It keeps up to twice the largest block ever freed: 17 MB after packing half a ResNet-50.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 class Pool:

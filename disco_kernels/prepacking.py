@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from disco_kernels.memory import Pool
+from disco_kernels.memory import Pool, return_freed_memory
 from disco_kernels.registry import PreparedConv2d
 from disco_kernels.winograd import fit_packed_bytes
 
@@ -141,3 +141,4 @@ class Packing:
             kernel._finish(alternatives[choice].algorithm, self._pool)
         self.packed_bytes += sum(kernel.packed_bytes for kernel in self._kernels)
         self._kernels = []
+        return_freed_memory()

@@ -9,11 +9,15 @@ Importing the package is light: model zoos and optional backends are loaded on u
 # bound before the function's and never again, whatever is imported later and in which order.
 from disco.api import Compiled, Partitioned, compile, load, partition, sparsify_
 from disco.errors import DeadlineError, InputError, TransportError
+from disco.partition.cluster import Cluster, Link, Node
 
 __all__ = [
+    "Cluster",
     "Compiled",
     "DeadlineError",
     "InputError",
+    "Link",
+    "Node",
     "Partitioned",
     "TransportError",
     "compile",

@@ -13,11 +13,20 @@ from torch import Tensor, nn
 from disco.capture import Captured, capture, device_of
 from disco.errors import InputError
 from disco.executor import Executor, run_together
-from disco.partition import Decisions, Plan, RankProgram, build_all, decide
+from disco.partition import (
+    Cluster,
+    Decisions,
+    Plan,
+    Problem,
+    RankProgram,
+    decide,
+    plan_for,
+    shares_for,
+)
 from disco.partition.one_machine import GATHERED_KINDS, one_machine_program
 from disco.partition.shards import load_manifest, load_shard, save_artifact
 from disco.program import input_ranges, lower_precision
-from disco.sparsify import sparsify_weights_
+from disco.sparsify import check_density, sparsify_weights_
 from disco.sparsify.groups import Reader, groups_of
 from disco_kernels import WINOGRAD, InputBytes, Ownership, Pattern, choose_int8, registry
 
@@ -111,7 +120,7 @@ class Compiled(nn.Module):
 def partition(
     model: nn.Module,
     example_inputs: Sequence[Tensor],
-    nodes: int = 2,
+    nodes: int | Cluster = 2,
     *,
     ownership: Mapping[str, Ownership] | None = None,
     pattern: Pattern | None = None,
@@ -120,31 +129,33 @@ def partition(
 ) -> Partitioned:
     """Cut `model` into `nodes` parts that together compute what it computes (arXiv 2302.11180).
 
-    What is zero in the weights is not exchanged; what is not zero is, so the result is exact.
+    What is zero in the weights is not exchanged; what is not zero is, so the result is exact. Nodes
+    that differ get parts that differ: as much of each layer as makes the predicted latency lowest
+    and fits into each node's memory. `plan` tells what is predicted, also for fewer nodes; all that
+    were asked for are used.
 
     Args:
         model: any module that `torch.export` can capture; it is not changed.
         example_inputs: positional inputs, batch first; other sizes are fixed by them.
-        nodes: number of ranks, 1 or more.
-        ownership: layer ("layer1.0.conv1") -> who computes which of its outputs; equal shares
-            otherwise.
+        nodes: a number of equal nodes, 1 or more, or a `Cluster` that describes them.
+        ownership: layer ("layer1.0.conv1") -> who computes which of its outputs, where that is
+            not to be chosen.
         pattern: a recorded one, whose ownership is used and which the weights must keep.
         tolerance: a weight counts as zero up to this. Above 0 the result is not exact.
         dense_exchange: exchange every channel, whatever the weights are: the baseline.
 
     Raises:
         InputError: the model cannot be captured, weights that contradict the pattern (naming layer,
-            block and largest value), an ownership that does not fit.
+            block and largest value), an ownership that does not fit, a node without the memory for
+            its part (with need and limit) or left without any work.
     """
-    _check_nodes(nodes)
+    cluster = Cluster.of(nodes)
     if tolerance < 0:
         raise InputError(f"tolerance must be 0 or more, given {tolerance}")
     captured = capture(model, example_inputs)
-    fixed = _fixed_ownership(captured, nodes, ownership or {}, pattern, tolerance)
-    decisions = decide(
-        *captured, nodes, out_ownership=fixed, tolerance=tolerance, dense_exchange=dense_exchange
-    )
-    return Partitioned(*build_all(decisions))
+    fixed = _fixed_ownership(captured, cluster.world_size, ownership or {}, pattern, tolerance)
+    problem = Problem(*captured, fixed, tolerance, dense_exchange)
+    return Partitioned(*plan_for(problem, cluster, idle_allowed=bool(ownership)))
 
 
 def compile(
@@ -243,7 +254,7 @@ def load(directory: PathLike) -> Partitioned:
 
 def sparsify_(
     model: nn.Module,
-    nodes: int,
+    nodes: int | Cluster,
     density: float,
     example_inputs: Sequence[Tensor],
     score: str = "l2",
@@ -257,7 +268,8 @@ def sparsify_(
 
     Args:
         model: its parameters are changed; gradients are not recorded.
-        nodes: number of nodes, each owning equal contiguous shares of a layer's outputs.
+        nodes: number of equal nodes, or a `Cluster`: the shares of a layer's outputs are those that
+            make the predicted latency lowest at this density and fit into its memories.
         density: in [0, 1].
         example_inputs: as for `partition`.
         score: "l2" or "l1", of a channel's weights in the blocks that read it.
@@ -272,9 +284,11 @@ def sparsify_(
         InputError: a density outside [0, 1], another score or group size, or a model that exchanges
         nothing that could be dropped.
     """
-    _check_nodes(nodes)
+    cluster = Cluster.of(nodes)
+    check_density(density)
     captured = capture(model, example_inputs)
-    readers = _readers(decide(*captured, nodes))
+    problem = Problem(*captured, out_ownership={})
+    readers = _readers(problem.decide(shares_for(problem, cluster, density)))
     groups = groups_of(readers)
     if not groups:
         raise InputError(

@@ -214,7 +214,15 @@ def _add_model_options(parser: argparse.ArgumentParser, *, positional: bool) -> 
     else:
         parser.add_argument("--model", default="resnet50", help="default: %(default)s")
     parser.add_argument("--source", default="torchvision", help="torchvision (default) or timm")
-    parser.add_argument("--nodes", type=int, default=2, help="default: %(default)s")
+    if positional:
+        nodes = parser.add_mutually_exclusive_group()
+        # No default: given one, argparse does not see a `--nodes 2` beside a cluster.
+        nodes.add_argument("--nodes", type=int, help="so many equal ones (default: 2)")
+        nodes.add_argument(
+            "--cluster", type=Path, metavar="FILE", help="YAML with speed, memory, link of each"
+        )
+    else:
+        parser.add_argument("--nodes", type=int, default=2, help="default: %(default)s")
     parser.add_argument(
         "--weights", type=Path, metavar="FILE", help=".safetensors, .pth, .pt (default: random)"
     )

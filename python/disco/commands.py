@@ -16,9 +16,10 @@ from disco.bench.throughput import ThroughputOptions, run_throughput
 from disco.bench.verify import verify as verify_images
 from disco.errors import InputError
 from disco.images import Preprocessing, find_images, load_image
+from disco.partition import Cluster
 from disco.partition.shards import check_target, load_manifest
 from disco.recipe import Recipe, rebuild
-from disco.runtime import Cluster
+from disco.runtime import RankProcesses
 from disco.zoo import weights_digest
 
 
@@ -74,14 +75,16 @@ def partition(args: argparse.Namespace) -> None:
     """`disco partition`."""
     check_target(args.out, args.overwrite)  # before the work, not after it
     pattern = _find_pattern(args)
+    cluster = None if args.cluster is None else Cluster.from_yaml(args.cluster)
     recipe = Recipe(
         source=args.source,
         name=args.model,
-        nodes=args.nodes,
+        nodes=(2 if args.nodes is None else args.nodes) if cluster is None else cluster.world_size,
         seed=args.seed,
         weights_sha256=weights_digest(args.weights),
         density=args.density,
         preprocessing=Preprocessing.for_size(args.image_size),
+        cluster=cluster,
     )
     if args.weights is None:
         _say(f"no --weights: random weights of seed {args.seed}")
@@ -89,7 +92,9 @@ def partition(args: argparse.Namespace) -> None:
     if args.density is not None:
         _say(f"one-shot magnitude sparsification at density {args.density:g}, without training")
         pattern = recipe.sparsify_(model)
-    partitioned = api.partition(model, (recipe.example_input,), nodes=args.nodes, pattern=pattern)
+    partitioned = api.partition(
+        model, (recipe.example_input,), cluster or recipe.nodes, pattern=pattern
+    )
     partitioned.save(args.out, model_description=recipe.describe(model), overwrite=args.overwrite)
     _say(str(partitioned.plan))
     _say("")
@@ -110,16 +115,16 @@ def run(args: argparse.Namespace) -> None:
     if args.top < 1:
         raise InputError(f"--top {args.top} was given; at least 1 class can be shown")
     _check_json(args.json)
-    cluster = _cluster(args)
-    recipe = Recipe.from_description(cluster.manifest.model, args.directory)
+    processes = _processes(args)
+    recipe = Recipe.from_description(processes.manifest.model, args.directory)
     images = find_images(args.input)
     results = []
     for image in images:
         load_image(image, recipe.preprocessing)  # a bad one shows before anything is started
-    with cluster:
-        cluster.run(load_image(images[0], recipe.preprocessing))  # the first pass is slow
+    with processes:
+        processes.run(load_image(images[0], recipe.preprocessing))  # the first pass is slow
         for image in images:
-            done = cluster.run(load_image(image, recipe.preprocessing))
+            done = processes.run(load_image(image, recipe.preprocessing))
             result: dict[str, Any] = {
                 "image": str(image),
                 "latency_ms": done.latency_ms,
@@ -143,15 +148,15 @@ def run(args: argparse.Namespace) -> None:
 def verify(args: argparse.Namespace) -> bool:
     """`disco verify`; False if an output differs or bytes are not as planned."""
     _check_json(args.json)
-    cluster = _cluster(args)
-    description = cluster.manifest.model
+    processes = _processes(args)
+    description = processes.manifest.model
     recipe = Recipe.from_description(description, args.directory)
     images = find_images(args.input)
     for image in images:
         load_image(image, recipe.preprocessing)
     model = rebuild(description, args.directory, args.weights)
-    with cluster:
-        checks = verify_images(cluster, model, images, recipe.preprocessing, _say)
+    with processes:
+        checks = verify_images(processes, model, images, recipe.preprocessing, _say)
     failed = [check for check in checks if not check.passed]
     _say(f"{len(checks) - len(failed)} of {len(checks)} images equal up to rounding")
     _write_json(
@@ -171,10 +176,10 @@ def verify(args: argparse.Namespace) -> bool:
     return not failed
 
 
-def _cluster(args: argparse.Namespace) -> Cluster:
+def _processes(args: argparse.Namespace) -> RankProcesses:
     if args.threads is not None and args.threads < 1:
         raise InputError(f"--threads {args.threads} was given; a process needs at least 1")
-    return Cluster(args.directory, nodes=args.nodes, threads=args.threads)
+    return RankProcesses(args.directory, nodes=args.nodes, threads=args.threads)
 
 
 def _find_pattern(args: argparse.Namespace) -> dk.Pattern | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import disco_kernels as dk
 from disco import api
 from disco.errors import InputError
 from disco.images import Preprocessing
+from disco.partition import Cluster, Node
 from disco.zoo import build_model, state_digest, weights_digest
 
 
@@ -28,6 +29,7 @@ class Recipe:
         density: one-shot magnitude sparsification at this density, None if there was none.
         nodes: number of nodes.
         preprocessing: how photographs become inputs.
+        cluster: the nodes, None for equal ones.
     """
 
     source: str
@@ -37,6 +39,7 @@ class Recipe:
     weights_sha256: str | None = None
     density: float | None = None
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    cluster: Cluster | None = None
 
     @property
     def example_input(self) -> Tensor:
@@ -51,7 +54,7 @@ class Recipe:
         """Give the model its structure in place, if the recipe says so, and return its pattern."""
         if self.density is None:
             return None
-        return api.sparsify_(model, self.nodes, self.density, (self.example_input,))
+        return api.sparsify_(model, self.cluster or self.nodes, self.density, (self.example_input,))
 
     def describe(self, model: nn.Module) -> dict[str, Any]:
         """The manifest's model description; `model` is the finished one."""
@@ -63,6 +66,7 @@ class Recipe:
             "weights_sha256": self.weights_sha256,
             "density": self.density,
             "input": self.preprocessing.to_json(),
+            "cluster": None if self.cluster is None else [asdict(n) for n in self.cluster.nodes],
             "state_sha256": state_digest(model.state_dict()),
         }
 
@@ -83,12 +87,17 @@ class Recipe:
                 weights_sha256=data["weights_sha256"],
                 density=None if data["density"] is None else float(data["density"]),
                 preprocessing=Preprocessing.from_json(data["input"]),
+                cluster=_cluster(data.get("cluster")),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"the model description in {where} is not usable ({error!r}): "
                 "partition the model again"
             ) from error
+
+
+def _cluster(nodes: Any) -> Cluster | None:
+    return None if nodes is None else Cluster([Node.from_plain(node) for node in nodes])
 
 
 def rebuild(

@@ -86,7 +86,7 @@ class Upscale(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b = nn.Conv2d(3, 5 * 4, 3, padding=1), nn.Conv2d(5, 3, 3, padding=1)
+        self.a, self.b = nn.Conv2d(3, 9 * 4, 3, padding=1), nn.Conv2d(9, 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.b(nn.functional.pixel_shuffle(torch.relu(self.a(x)), 2))
@@ -169,7 +169,7 @@ def test_a_zero_pattern_outweighs_a_gather() -> None:
 def test_units_and_views_agree(factors: list[int], data: st.DataObject, nodes: int) -> None:
     """What is shared out along a factor lies along that dimension after the view."""
     place = data.draw(st.integers(0, len(factors) - 1))
-    ownership = in_units(factors, place, nodes)
+    ownership = in_units(factors, place, (1.0,) * nodes)
     assert sorted(c for own in ownership.channels for c in own) == list(range(prod(factors)))
     mapped = map_through_view(Sharded(ownership, 1), ("s0", prod(factors), 5), ("s0", *factors, 5))
     wanted = Ownership.contiguous(factors[place], nodes)

@@ -18,7 +18,7 @@ import pytest
 from torch import Tensor
 
 from disco.errors import InputError
-from disco.runtime import Cluster
+from disco.runtime import RankProcesses
 
 IN_OPEN = 0x20
 
@@ -64,8 +64,8 @@ def test_each_rank_opens_its_own_shard_only(
     for folder in folders:
         shutil.copytree(tiny_folder, folder)
     shards = [folder / f"rank-{rank}.safetensors" for folder in folders for rank in range(2)]
-    with opens_of(shards) as opened, Cluster(folders) as cluster:
-        cluster.run(tiny_input)
+    with opens_of(shards) as opened, RankProcesses(folders) as processes:
+        processes.run(tiny_input)
     own = {folder / f"rank-{rank}.safetensors" for rank, folder in enumerate(folders)}
     assert own <= set(opened), "the positive control: a rank's own shard is opened"
     assert set(opened) == own
@@ -78,8 +78,8 @@ def test_a_rank_runs_without_the_others_shard(
     for rank, folder in enumerate(folders):
         shutil.copytree(tiny_folder, folder)
         (folder / f"rank-{1 - rank}.safetensors").unlink()
-    with Cluster(folders) as cluster:
-        assert len(cluster.run(tiny_input).outputs) == 2
+    with RankProcesses(folders) as processes:
+        assert len(processes.run(tiny_input).outputs) == 2
     (folders[1] / "rank-1.safetensors").unlink()
-    with pytest.raises(InputError, match=r"rank-1\.safetensors"), Cluster(folders):
+    with pytest.raises(InputError, match=r"rank-1\.safetensors"), RankProcesses(folders):
         pass

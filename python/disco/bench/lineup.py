@@ -13,9 +13,9 @@ from torch import Tensor
 
 from disco.bench.engine import LocalEngine
 from disco.bench.timing import Timing, interleave
-from disco.runtime import Cluster, RunResult
-from disco.runtime.cluster import available_cores
+from disco.runtime import RankProcesses, RunResult
 from disco.runtime.launched import Launched
+from disco.runtime.rank_processes import available_cores
 
 # A turn: untimed passes that bring an engine's weights back into the caches, then timed ones.
 _WARMUP = 2
@@ -106,7 +106,7 @@ class Engines:
 
 
 class Lineup(Engines):
-    """The engines of `disco demo`: two clusters and three engines of one process each.
+    """The engines of `disco demo`: two partitions and three engines of one process each.
 
     Args:
         folder: with the partitions "dense" and "disco", the weights "dense.safetensors" and
@@ -135,9 +135,9 @@ class Lineup(Engines):
             "threads": available_cores(),
         }
         sparse, pattern = folder / "sparse.safetensors", folder / "sparse.pattern.json"
-        self._clusters = {
-            "two_nodes_dense": Cluster(folder / "dense"),
-            "two_nodes_disco": Cluster(folder / "disco"),
+        self._by_engine = {
+            "two_nodes_dense": RankProcesses(folder / "dense"),
+            "two_nodes_disco": RankProcesses(folder / "disco"),
         }
         self._locals = {
             "torch_eager": LocalEngine(
@@ -146,12 +146,12 @@ class Lineup(Engines):
             "swapped": LocalEngine("swapped", weights=sparse, pattern=pattern, **common),
             "compiled": LocalEngine("compiled", weights=sparse, pattern=None, **common),
         }
-        everyone: dict[str, Launched] = {**self._clusters, **self._locals}
+        everyone: dict[str, Launched] = {**self._by_engine, **self._locals}
         super().__init__({name: everyone[name] for name in LABELS}, progress)
 
     def run_nodes(self, engine: str, x: Tensor) -> RunResult:
         """One pass of "two_nodes_dense" or "two_nodes_disco"."""
-        return self._clusters[engine].run(x)
+        return self._by_engine[engine].run(x)
 
     def run_local(self, x: Tensor) -> dict[str, Any]:
         """One pass of each engine that is one process, by name."""

@@ -9,7 +9,7 @@ import sys
 from importlib import metadata
 from typing import Any
 
-from disco.runtime.cluster import available_cores
+from disco.runtime.rank_processes import available_cores
 
 _PACKAGES = ("disco-kernels", "torch", "torchvision")
 

@@ -21,8 +21,8 @@ from disco.errors import InputError
 from disco.images import Preprocessing
 from disco.partition.plan import Plan
 from disco.recipe import Recipe
-from disco.runtime.cluster import available_cores
 from disco.runtime.launched import Launched
+from disco.runtime.rank_processes import available_cores
 from disco.zoo import save_weights, weights_digest
 from disco_kernels import registry
 from disco_kernels.backends.cpu import extension_status, fma_peak_gflops

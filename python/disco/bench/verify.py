@@ -10,7 +10,7 @@ from torch import nn
 
 from disco.bench.compare import Comparison, compare, whole_model
 from disco.images import Preprocessing, load_image
-from disco.runtime import Cluster
+from disco.runtime import RankProcesses
 
 
 @dataclass(frozen=True)
@@ -38,22 +38,22 @@ class ImageCheck:
 
 
 def verify(
-    cluster: Cluster,
+    processes: RankProcesses,
     model: nn.Module,
     images: Sequence[Path],
     preprocessing: Preprocessing,
     say: Callable[[str], None],
 ) -> list[ImageCheck]:
-    """Run each image through the cluster and through the whole model in this process."""
+    """Run each image through the processes and through the whole model in this process."""
     checks = []
     for image in images:
         x = load_image(image, preprocessing)
         reference = whole_model(model, x)
-        run = cluster.run(x)
+        run = processes.run(x)
         check = ImageCheck(
             image=image,
             comparisons=tuple(compare(output, reference) for output in run.outputs),
-            bytes_planned=cluster.manifest.plan.bytes_per_image,
+            bytes_planned=processes.manifest.plan.bytes_per_image,
             bytes_counted=sum(run.bytes_sent),
         )
         say(str(check))

@@ -12,31 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from disco.program import Op, Program, Ref, leaves
 from disco_kernels.memory import large_pages
 
-# Pure functions whose result never shares memory with an argument; any other may return a view.
-_FRESH = frozenset(
-    {
-        "aten.adaptive_avg_pool2d.default",
-        "aten.add.Tensor",
-        "aten.avg_pool2d.default",
-        "aten.cat.default",
-        "aten.gelu.default",
-        "aten.hardsigmoid.default",
-        "aten.hardswish.default",
-        "aten.layer_norm.default",
-        "aten.matmul.default",
-        "aten.max_pool2d.default",
-        "aten.mean.dim",
-        "aten.mul.Tensor",
-        "aten.relu.default",
-        "aten.sigmoid.default",
-        "aten.silu.default",
-        "aten.softmax.int",
-        "aten.sym_size.int",
-    }
-)
 _LINE_BYTES = 64
 
 
@@ -45,65 +22,6 @@ _LINE_BYTES = 64
 Placed = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
 # What a request of the same input shapes computed before, by slot.
 Layout = Mapping[int, Placed]
-
-
-def plan_buffers(program: Program, kept: Mapping[str, str | None]) -> dict[str, int]:
-    """Value -> number of the buffer that it is written to, by a scan over the program.
-
-    Args:
-        program: to be run op by op.
-        kept: the values that kernels write where they are told to -> the residual that they add.
-    """
-    roots: dict[str, frozenset[str]] = {}
-    last_read: dict[str, int] = {}
-    for position, op in enumerate(program.ops):
-        behind = _behind(op, roots)
-        for root in behind:
-            last_read[root] = position
-        if op.name in kept:
-            roots[op.name] = frozenset({op.name})
-        elif op.kind not in _FRESH:
-            roots[op.name] = behind
-    for name in program.output_names():
-        for root in roots.get(name, ()):
-            last_read[root] = len(program.ops)  # leaves the program: the caller's from then on
-
-    buffer_of: dict[str, int] = {}
-    free: list[int] = []
-    count = 0
-    for position, op in enumerate(program.ops):
-        # A value that nothing reads is not kept; it would never be given back.
-        if op.name in kept and position < last_read.get(op.name, -1) < len(program.ops):
-            residual = kept[op.name]
-            behind = roots.get(residual, frozenset()) if residual is not None else frozenset()
-            reused = [r for r in behind if r == residual and last_read[r] == position]
-            if reused and reused[0] in buffer_of and not _read_otherwise(op, reused[0], roots):
-                buffer_of[op.name] = buffer_of[reused[0]]
-            elif free:
-                buffer_of[op.name] = free.pop()
-            else:
-                buffer_of[op.name] = count
-                count += 1
-        for root in _behind(op, roots):
-            taken = buffer_of.get(root)
-            handed_on = taken is not None and buffer_of.get(op.name) == taken
-            if last_read[root] == position and taken is not None and not handed_on:
-                free.append(taken)
-    return buffer_of
-
-
-def _behind(op: Op, roots: Mapping[str, frozenset[str]]) -> frozenset[str]:
-    """The kernel results whose memory the op may read."""
-    found: set[str] = set()
-    for name in op.refs():
-        found |= roots.get(name, frozenset())
-    return frozenset(found)
-
-
-def _read_otherwise(op: Op, root: str, roots: Mapping[str, frozenset[str]]) -> bool:
-    """Whether the op reads `root` also as something else than its last argument, the residual."""
-    others = [leaf for leaf in leaves(op.args[:-1]) if isinstance(leaf, Ref)]
-    return any(root in roots.get(other.name, ()) for other in others)
 
 
 class Activations:

@@ -42,7 +42,7 @@ def prepare_exchange(op: Op, prepare: Preparation) -> Step:
     receive = _pairs(op, "receive", int)
     send = _pairs(op, "send", WeightRef)
     peers = [peer for peer, _ in send]
-    pack = dk.GatherPack([prepare.weight(ref, op) for _, ref in send])
+    pack = dk.GatherPack([prepare.kept_weight(ref, op) for _, ref in send])
     counts = [prepare.weight(ref, op).numel() for _, ref in send]
 
     def run(values: Values) -> Received:
@@ -91,7 +91,7 @@ def prepare_assemble(op: Op, prepare: Preparation) -> Step:
     if not isinstance(pieces, tuple) or not isinstance(dim, int):
         raise InputError(f"op {op.name!r} ({op.kind}) needs a tuple of pieces and a dim")
     slots = [prepare.slot_of(piece, op) for piece in pieces]
-    order = prepare.optional_weight(op.kwargs["order"], op)
+    order = prepare.optional_kept_weight(op.kwargs["order"], op)
 
     def run(values: Values) -> Tensor:
         whole = torch.cat([values[slot] for slot in slots], dim)

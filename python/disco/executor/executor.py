@@ -12,11 +12,11 @@ from torch import Tensor
 
 from disco.errors import InputError
 from disco.executor import exchange, kernels
-from disco.executor.activations import Placed, plan_buffers
+from disco.executor.activations import Placed
 from disco.executor.request import BufferPool, Request, ShapeKey
 from disco.executor.steps import REQUEST_SLOT, Preparation, Step, Values, prepare_pure
 from disco.executor.transport import Handle, Transport
-from disco.program import Op, Program, Ref, WeightRef, evaluate_dim, map_leaves
+from disco.program import Op, Program, Ref, WeightRef, evaluate_dim, map_leaves, plan_buffers
 from disco_kernels import InputBytes, Packing
 
 DEADLINE_S = 30.0
@@ -42,7 +42,7 @@ class Executor:
 
     Args:
         program: a rank's program, or a whole one (then there is nothing to exchange).
-        weights: what it reads. They are packed here; the Executor keeps no matrix unpacked.
+        weights: what it reads. They are packed or copied here; the given tensors are not kept.
         transport: to the other ranks; None for a program without exchanges, or to be given later.
         backend: of the kernels, or None for the automatic choice.
         deadline_s: longest wait for any one message.
@@ -248,7 +248,7 @@ def _output(leaf: Any, prepare: Preparation) -> Callable[[Values], Any]:
         slot = prepare.slot(leaf.name)
         return lambda values: values[slot]
     if isinstance(leaf, WeightRef):
-        weight = prepare.weights[leaf.name]
+        weight = prepare.weights[leaf.name].clone()
         return lambda values: weight.clone()
     return lambda values: leaf
 

@@ -251,7 +251,7 @@ def _segments(op: Op, prepare: Preparation) -> tuple[list[Tensor | None], list[i
         raise InputError(
             f"op {op.name!r} ({op.kind}) has {len(segments)} segments, but {len(listed)} indices"
         )
-    index = [prepare.optional_weight(item, op) for item in listed]
+    index = [prepare.optional_kept_weight(item, op) for item in listed]
     channels = [int(count) for count in held if isinstance(count, int)]
     counts = [n if i is None else i.numel() for n, i in zip(channels, index, strict=True)]
     return index, counts, channels

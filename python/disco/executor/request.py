@@ -12,6 +12,7 @@ from torch import Tensor
 
 from disco.executor.activations import Activations, Layout
 from disco.executor.transport import Handle, Transport
+from disco_kernels.memory import return_freed_memory
 
 ShapeKey = tuple[tuple[int, ...], ...]
 
@@ -96,6 +97,7 @@ class BufferPool:
             kept: from `take`.
             layout: of the values in ``buffer_of``, as they have been computed.
         """
+        first = not kept.activations.out and bool(layout)
         with self._lock:
             known = self._known.setdefault(shapes, _Shape())
             if not kept.activations.out:
@@ -108,3 +110,5 @@ class BufferPool:
             self._known.move_to_end(shapes)
             if len(self._known) > _SHAPES_KEPT:
                 self._known.popitem(last=False)
+        if first:
+            return_freed_memory()  # the fresh tensors of the first request

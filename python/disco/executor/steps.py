@@ -54,6 +54,7 @@ class Preparation:
         kernels: of convolutions and linears, by the value that they compute.
         slots: value -> slot.
         sizes: the values that sizes of tensors and arithmetic on them have given so far.
+        copies: of the weights that are kept as they are.
     """
 
     weights: Mapping[str, Tensor]
@@ -65,6 +66,7 @@ class Preparation:
     kernels: dict[str, PackedKernel] = field(default_factory=dict)
     slots: dict[str, int] = field(default_factory=dict)
     sizes: set[str] = field(default_factory=set)
+    copies: dict[str, Tensor] = field(default_factory=dict)
 
     def sized(self, args: Any) -> bool:
         """Whether all values among the arguments are sizes, so that shapes decide them."""
@@ -91,6 +93,19 @@ class Preparation:
         if arg.name not in self.weights:
             raise InputError(f"op {op.name!r} reads weight {arg.name!r}, which is not there")
         return self.weights[arg.name]
+
+    def kept_weight(self, arg: Any, op: Op) -> Tensor:
+        """A weight that stays as it is: a copy, made once. A tensor read from a shard is a view of
+        the whole file, which would stay in memory with it."""
+        weight = self.weight(arg, op)
+        assert isinstance(arg, WeightRef)
+        if arg.name not in self.copies:
+            self.copies[arg.name] = weight.detach().clone()
+        return self.copies[arg.name]
+
+    def optional_kept_weight(self, arg: Any, op: Op) -> Tensor | None:
+        """The same for an argument that may be None."""
+        return None if arg is None else self.kept_weight(arg, op)
 
     def image_size(self, arg: Any) -> tuple[int, int] | None:
         """Height and width of a map ``[B, C, H, W]``, or None where they are not fixed."""
@@ -196,7 +211,7 @@ def _bind(arg: Any, op: Op, prepare: Preparation) -> Any:
     if isinstance(arg, Ref):
         return _Slot(prepare.slot(arg.name))
     if isinstance(arg, WeightRef):
-        return prepare.weight(arg, op)
+        return prepare.kept_weight(arg, op)
     if isinstance(arg, Dtype):
         return dtype_of(arg)
     if isinstance(arg, tuple):

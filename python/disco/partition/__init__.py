@@ -1,7 +1,24 @@
 """Ownership, rules, plan and shards: which rank computes, holds and sends what."""
 
+from disco.partition.cluster import Cluster, Link, Node
+from disco.partition.cluster_plan import plan_for, shares_for
 from disco.partition.plan import ExchangePlan, LayerPlan, Plan
 from disco.partition.planner import Decisions, build_all, decide
 from disco.partition.rank_builder import RankProgram
+from disco.partition.share_choice import Problem
 
-__all__ = ["Decisions", "ExchangePlan", "LayerPlan", "Plan", "RankProgram", "build_all", "decide"]
+__all__ = [
+    "Cluster",
+    "Decisions",
+    "ExchangePlan",
+    "LayerPlan",
+    "Link",
+    "Node",
+    "Plan",
+    "Problem",
+    "RankProgram",
+    "build_all",
+    "decide",
+    "plan_for",
+    "shares_for",
+]

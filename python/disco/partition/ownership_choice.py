@@ -3,7 +3,7 @@
 Attention is split by whole heads, a grouped convolution by whole groups. The outputs of the layer
 before are then shared out in such units; cut through them, the values would have to be gathered.
 Candidates are read off the ops that follow, up to the next layers; each is tried by asking the
-rules, and the one that moves the fewest bytes is taken. Equal contiguous shares come first, so
+rules, and the one that moves the fewest bytes is taken. Plain contiguous shares come first, so
 nothing changes where they do as well.
 """
 
@@ -15,6 +15,7 @@ from math import prod
 
 from disco.partition.placement import Placement, Replicated, Sharded
 from disco.partition.rules import RuleContext, lower
+from disco.partition.shares import share_out
 from disco.program import Op, Program, Ref, WeightRef
 from disco_kernels.pattern import Ownership
 
@@ -33,7 +34,7 @@ class OwnershipChoice:
                 self._readers.setdefault(name, []).append(i)
 
     def choose(self, op: Op, dim: int, context: RuleContext) -> Ownership | None:
-        """The ownership of the outputs of ``op`` along ``dim``; None for equal shares.
+        """The ownership of the outputs of ``op`` along ``dim``; None for plain shares.
 
         Args:
             op: a convolution without groups or a linear, whose outputs nothing else decides.
@@ -42,15 +43,15 @@ class OwnershipChoice:
         channels = context.shape(Ref(op.name))[dim]
         assert isinstance(channels, int)
         followers = self._followers(op)
-        equal = Ownership.contiguous(channels, context.world_size)
+        plain = context.share_out(op.name, channels)
         candidates = [
             c
             for c in dict.fromkeys(self._candidates(op, dim, followers, channels, context))
-            if c != equal
+            if c != plain
         ]
         if not candidates:
             return None
-        best, least = None, self._cost(op, equal, dim, followers, context)
+        best, least = None, self._cost(op, plain, dim, followers, context)
         for candidate in candidates:
             cost = self._cost(op, candidate, dim, followers, context)
             if cost < least:
@@ -90,7 +91,7 @@ class OwnershipChoice:
             for part in sorted(parts):
                 for factors, place in self._units(follower, part):
                     whole = (channels // part, *factors)
-                    yield in_units(whole, place + 1, context.world_size)
+                    yield in_units(whole, place + 1, context.weights_of_ranks(op.name))
             if _is_layer(follower):
                 continue
             for name in follower.refs():
@@ -179,8 +180,9 @@ def _split_of(
     return ()
 
 
-def in_units(factors: Sequence[int], place: int, world_size: int) -> Ownership:
-    """Channels seen as a product of ``factors``, shared out along one of them in equal runs."""
+def in_units(factors: Sequence[int], place: int, weights: Sequence[float]) -> Ownership:
+    """Channels seen as a product of ``factors``, shared out along one of them in runs, in the
+    proportion of the ranks' ``weights``."""
     inner, outer = prod(factors[place + 1 :]), prod(factors[:place])
     return Ownership(
         tuple(
@@ -190,6 +192,6 @@ def in_units(factors: Sequence[int], place: int, world_size: int) -> Ownership:
                 for own in owned
                 for behind in range(inner)
             )
-            for owned in Ownership.contiguous(factors[place], world_size).channels
+            for owned in share_out(factors[place], weights).channels
         )
     )

@@ -9,13 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from disco.errors import InputError
+from disco.partition.cluster import Node
+from disco.partition.prediction import FewerNodes, Latency, NodeMemory
 
-# Minor versions add fields with defaults; a reader takes every minor of its own major.
-PLAN_VERSION = (1, 1)
+# Minor versions add fields with defaults; a reader takes every minor of its own major, up to its
+# own minor. A field says since when it is there, and a plan that was read is written as it came, so
+# that its digest stays.
+PLAN_VERSION = (1, 2)
 
 Channels = tuple[tuple[int, ...], ...]
 
@@ -91,12 +95,19 @@ class LayerPlan:
     flops: tuple[int, ...]
     flops_dense: int
     note: str
-    activation: str = ""  # since 1.1
+    activation: str = field(default="", metadata={"since": (1, 1)})
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole plan; `print` it for a table with a row a layer."""
+    """The whole plan; `print` it for a table with a row a layer.
+
+    Attributes:
+        nodes: the cluster's, by rank.
+        memory: per rank what it takes, for requests of one image.
+        latency: predicted, if the nodes' speeds are known.
+        fewer_nodes: then also that of the same model on the 1, 2, .. fastest nodes.
+    """
 
     world_size: int
     dense_exchange: bool
@@ -106,6 +117,10 @@ class Plan:
     weight_bytes_dense: int
     weight_bytes_per_rank: tuple[int, ...]
     version: tuple[int, int] = PLAN_VERSION
+    nodes: tuple[Node, ...] = field(default=(), metadata={"since": (1, 2)})
+    memory: tuple[NodeMemory, ...] = field(default=(), metadata={"since": (1, 2)})
+    latency: Latency | None = field(default=None, metadata={"since": (1, 2)})
+    fewer_nodes: tuple[FewerNodes, ...] = field(default=(), metadata={"since": (1, 2)})
 
     @property
     def bytes_matrix(self) -> Channels:
@@ -137,6 +152,14 @@ class Plan:
         return tuple(sum(la.flops[r] for la in self.layers if la.flops) for r in ranks)
 
     @property
+    def faster_on(self) -> FewerNodes | None:
+        """The fewer nodes that are predicted to be fastest, if that is faster than all of them."""
+        if self.latency is None:
+            return None
+        faster = [f for f in self.fewer_nodes if f.fits and f.latency_ms < self.latency.total_ms]
+        return min(faster, key=lambda f: f.latency_ms, default=None)
+
+    @property
     def replicated(self) -> tuple[LayerPlan, ...]:
         """The ops that gather their inputs because no rule covers them."""
         return tuple(
@@ -145,7 +168,7 @@ class Plan:
 
     def to_json(self) -> str:
         """One line of JSON; equal plans give equal text."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        return json.dumps(_plain(self, self.version), sort_keys=True, separators=(",", ":"))
 
     @property
     def digest(self) -> str:
@@ -170,6 +193,7 @@ class Plan:
             content = _tuples(content)
             content["layers"] = tuple(LayerPlan(**layer) for layer in content["layers"])
             content["exchanges"] = tuple(ExchangePlan(**e) for e in content["exchanges"])
+            content |= _predictions(content)
             return cls(**content)
         except (TypeError, KeyError, ValueError) as error:
             raise InputError(f"damaged plan: {type(error).__name__} {error}") from None
@@ -178,6 +202,25 @@ class Plan:
         from disco.partition.table import format_plan
 
         return format_plan(self)
+
+
+def _predictions(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of version 1.2, where they are."""
+    latency = content.get("latency")
+    return {
+        "nodes": tuple(Node.from_plain(node) for node in content.get("nodes", ())),
+        "memory": tuple(NodeMemory(**memory) for memory in content.get("memory", ())),
+        "latency": None if latency is None else Latency(**latency),
+        "fewer_nodes": tuple(FewerNodes(**fewer) for fewer in content.get("fewer_nodes", ())),
+    }
+
+
+def _plain(value: Any, version: tuple[int, int]) -> Any:
+    """What JSON can hold, without the fields that this version does not have."""
+    if is_dataclass(value):
+        known = (f for f in fields(value) if f.metadata.get("since", version) <= version)
+        return {f.name: _plain(getattr(value, f.name), version) for f in known}
+    return [_plain(item, version) for item in value] if isinstance(value, tuple) else value
 
 
 def _tuples(value: Any) -> Any:

@@ -14,6 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from disco.partition.memory import predict_memory
 from disco.partition.norms import split_norms
 from disco.partition.ownership_choice import OwnershipChoice
 from disco.partition.placement import Placement, Replicated, Sharded, all_selected, union_of
@@ -21,12 +22,13 @@ from disco.partition.plan import ExchangePlan, LayerPlan, Plan
 from disco.partition.rank_builder import Exchange, RankBuilder, RankProgram
 from disco.partition.rules import Lowering, RuleContext, lower
 from disco.partition.rules.matrix import matrix_flops
+from disco.partition.shares import Shares
 from disco.program import Op, Program, Ref
 from disco_kernels.pattern import Ownership, Selected
 
 OUTPUT = "output"
 
-_MATRIX_OPS = ("disco.conv2d", "disco.linear")
+MATRIX_OPS = ("disco.conv2d", "disco.linear")
 
 
 @dataclass
@@ -90,10 +92,10 @@ class Decisions:
 
     def _layer(self, op: Op, lowering: Lowering) -> LayerPlan | None:
         numbers = self._numbers_first_read_by(op.name)
-        matrix = op.kind in _MATRIX_OPS
+        matrix = op.kind in MATRIX_OPS
         if not (matrix or numbers or lowering.reason):
             return None
-        dense = _dense_flops(op, self.context) if matrix else 0
+        dense = dense_flops(op, self.context) if matrix else 0
         flops = lowering.flops or ((dense,) * self.context.world_size if matrix else ())
         out = lowering.out_ownership
         if out is None and isinstance(lowering.placement, Sharded):
@@ -158,6 +160,7 @@ def decide(
     out_ownership: Mapping[str, Ownership] | None = None,
     tolerance: float = 0.0,
     dense_exchange: bool = False,
+    shares: Shares | None = None,
 ) -> Decisions:
     """Decide about every op of `program` for `world_size` ranks.
 
@@ -166,6 +169,7 @@ def decide(
         out_ownership: layer -> who computes which of its outputs, where that is fixed.
         tolerance: weights up to this count as zero when channels are selected.
         dense_exchange: exchange every channel, whatever the weights are (the baseline).
+        shares: how much each rank is to compute; equal shares if None.
     """
     program = split_norms(program)
     placements: dict[str, Placement] = {name: Replicated() for name in program.inputs}
@@ -181,11 +185,12 @@ def decide(
         tolerance,
         dense_exchange,
         chosen,
+        shares,
     )
     lowerings = []
     needs: dict[str, _Needs] = {}
     for op in program.ops:
-        dim = _open_dim(op, context)
+        dim = open_dim(op, context)
         if dim is not None and (ownership := choice.choose(op, dim, context)) is not None:
             chosen[op.name] = ownership
         lowering = lower(op, context)
@@ -212,12 +217,18 @@ def build_all(decisions: Decisions) -> tuple[Plan, tuple[RankProgram, ...]]:
     """The plan with every rank's weights counted, and the ranks."""
     ranks = tuple(decisions.build_rank(r) for r in range(decisions.context.world_size))
     plan = decisions.plan()
-    return replace(plan, weight_bytes_per_rank=tuple(r.weight_bytes for r in ranks)), ranks
+    context, exchanges = decisions.context, decisions.exchanges
+    counted = replace(
+        plan,
+        weight_bytes_per_rank=tuple(r.weight_bytes for r in ranks),
+        memory=tuple(predict_memory(part, r, context, exchanges) for r, part in enumerate(ranks)),
+    )
+    return counted, ranks
 
 
-def _open_dim(op: Op, context: RuleContext) -> int | None:
+def open_dim(op: Op, context: RuleContext) -> int | None:
     """The outputs' dimension of a layer whose ownership nothing has decided yet, else None."""
-    if op.kind not in _MATRIX_OPS or op.kwargs.get("groups", 1) != 1:
+    if op.kind not in MATRIX_OPS or op.kwargs.get("groups", 1) != 1:
         return None
     residual = op.args[3]
     if context.layer_of(op) in context.out_ownership or context.sharded(residual) is not None:
@@ -259,6 +270,7 @@ def _exchange_plan(exchange: Exchange) -> ExchangePlan:
     )
 
 
-def _dense_flops(op: Op, context: RuleContext) -> int:
+def dense_flops(op: Op, context: RuleContext) -> int:
+    """Of one image of a convolution or linear, zeros counted."""
     outputs, inputs = (int(size) for size in context.shape(op.args[1])[:2])
     return matrix_flops(op, context, outputs, inputs)

@@ -61,12 +61,55 @@ def _totals(plan: Plan) -> list[str]:
             f"weights: {_counts([f'{w / 1e6:.2f}' for w in weights])} MB per node, "
             f"whole model {plan.weight_bytes_dense / 1e6:.2f} MB{share}"
         )
+    lines += _predictions(plan)
     for layer in plan.replicated:
         lines.append(
             f"runs on every node: {layer.name} ({layer.op}), {layer.note}; gathering its inputs "
             f"costs {layer.bytes_per_image / 1e3:.1f} kB per image"
         )
     return lines
+
+
+def _predictions(plan: Plan) -> list[str]:
+    lines = []
+    if plan.memory:
+        needed, weights, activations, messages = (
+            _megabytes([getattr(memory, part) for memory in plan.memory])
+            for part in ("total_bytes", "weight_bytes", "activation_bytes", "message_bytes")
+        )
+        lines.append(
+            f"memory for one image: {needed} MB per node (packed weights {weights}, activations "
+            f"{activations}, messages {messages})"
+        )
+    if any(node.memory_bytes is not None for node in plan.nodes):
+        lines.append(f"memory limits: {_megabytes([n.memory_bytes for n in plan.nodes])} MB")
+    if plan.latency is None:
+        return lines
+    latency, total = plan.latency, plan.latency.total_ms
+    lines.append(
+        f"predicted latency: {total:.2f} ms an image (computing {latency.compute_ms:.2f}, "
+        f"exchanging {latency.exchange_ms:.2f}, nothing overlapped)"
+    )
+    for fewer in plan.fewer_nodes:
+        lines.append(
+            f"predicted on {_nodes(fewer.nodes)}: {fewer.latency_ms:.2f} ms"
+            + ("" if fewer.fits else ", but it does not fit there")
+        )
+    if plan.faster_on is not None:
+        lines.append(
+            f"fewer nodes are faster: {_nodes(plan.faster_on.nodes)} take "
+            f"{plan.faster_on.latency_ms:.2f} ms; this plan is for all {plan.world_size} that were "
+            f"asked for"
+        )
+    return lines
+
+
+def _megabytes(amounts: Sequence[int | None]) -> str:
+    return _counts(["any" if n is None else f"{n / 1e6:.2f}" for n in amounts])
+
+
+def _nodes(names: Sequence[str]) -> str:
+    return f"{len(names)} node{'s' if len(names) > 1 else ''} ({', '.join(names)})"
 
 
 def _counts(counts: Sequence[int | str]) -> str:

@@ -1,5 +1,6 @@
 """The program IR: what captured models, plans and shards are written in. See `disco.program.ir`."""
 
+from disco.program.buffers import plan_buffers
 from disco.program.interpret import interpret
 from disco.program.ir import (
     PROGRAM_VERSION,
@@ -38,6 +39,7 @@ __all__ = [
     "leaves",
     "lower_precision",
     "map_leaves",
+    "plan_buffers",
     "program_from_json",
     "program_to_json",
     "pure_function",

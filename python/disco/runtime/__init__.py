@@ -1,8 +1,8 @@
-"""Ranks in processes of their own: transports, the worker, launching. See `disco.runtime.cluster`.
+"""Ranks in processes of their own: transports, the worker, launching (`rank_processes`).
 
 Only this package touches `torch.distributed` or a socket.
 """
 
-from disco.runtime.cluster import Cluster, RunResult
+from disco.runtime.rank_processes import RankProcesses, RunResult
 
-__all__ = ["Cluster", "RunResult"]
+__all__ = ["RankProcesses", "RunResult"]

@@ -20,7 +20,7 @@ Self = TypeVar("Self", bound="Launched")
 
 
 class Launched(ABC):
-    """Base of `Cluster` and of a benchmark's engines. Use as a context manager.
+    """Base of `RankProcesses` and of a benchmark's engines. Use as a context manager.
 
     The children end with the block, with an exception in it, and when this process dies.
 

@@ -1,4 +1,4 @@
-"""One rank in a process of its own: `python -m disco.runtime.worker`, started by a `Cluster`."""
+"""One rank in a process of its own, as `RankProcesses` starts it."""
 
 from __future__ import annotations
 

@@ -43,10 +43,7 @@ def sparsify_weights_(
     Returns:
         The selection as a pattern, by layer.
     """
-    if not 0.0 <= density <= 1.0:
-        raise InputError(
-            f"density must be in [0, 1] (a share of the sender's channels), given {density}"
-        )
+    check_density(density)
     if score not in SCORES:
         raise InputError(f"score must be one of {', '.join(SCORES)}; given {score!r}")
     if type(group_size) is not int or group_size not in GROUP_SIZES:
@@ -63,6 +60,14 @@ def sparsify_weights_(
                 layer = LayerPattern(out, group.in_ownership, _without_idle(selected, out))
                 pattern.layers[name.removesuffix(".weight")] = layer
     return pattern
+
+
+def check_density(density: float) -> None:
+    """Raise InputError unless it is in [0, 1]."""
+    if not 0.0 <= density <= 1.0:
+        raise InputError(
+            f"density must be in [0, 1] (a share of the sender's channels), given {density}"
+        )
 
 
 def _select(

@@ -45,12 +45,12 @@ def cat(op: Op, context: RuleContext) -> Lowering | None:
 
 
 def _own(piece: Arg, context: RuleContext, dim: int) -> Ownership:
-    """A piece's ownership along `dim`: its own, or equal shares if it has none there."""
+    """A piece's ownership along `dim`: its own, or the ranks' shares if it has none there."""
     assert isinstance(piece, (Ref, WeightRef))
     placed = context.sharded(piece)
     if placed is not None and placed.dim == dim:
         return placed.ownership
-    return Ownership.contiguous(int(context.shape(piece)[dim]), context.world_size)
+    return context.share_out(piece.name, int(context.shape(piece)[dim]))
 
 
 def _joined(pieces: list[Ownership], world_size: int) -> Ownership:

@@ -38,7 +38,7 @@ def choose_ownership(
     op: Op, context: RuleContext, num_channels: int, residual: Arg, dim: int
 ) -> Ownership:
     """Who computes which outputs: as fixed by the user, else as the residual, else as what follows
-    asks for, else equal shares."""
+    asks for, else in the ranks' shares."""
     layer = context.layer_of(op)
     fixed = context.out_ownership.get(layer)
     if fixed is not None:
@@ -52,7 +52,7 @@ def choose_ownership(
     tied = context.sharded(residual)
     if tied is not None and tied.dim == dim:
         return tied.ownership
-    return context.chosen.get(op.name) or Ownership.contiguous(num_channels, context.world_size)
+    return context.chosen.get(op.name) or context.share_out(op.name, num_channels)
 
 
 def matrix_flops(op: Op, context: RuleContext, num_outputs: int, num_inputs: int) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from disco.partition.placement import Placement, Replicated, Sharded
 from disco.partition.rank_builder import RankBuilder
+from disco.partition.shares import Shares, share_out
 from disco.program import Arg, Op, Ref, ValueInfo, WeightRef, evaluate_dim
 from disco.program.symbols import symbols_of
 from disco_kernels.pattern import Ownership, Selected, find_selected
@@ -57,6 +58,7 @@ class RuleContext:
         tolerance: a weight counts as zero up to this.
         dense_exchange: take no notice of zeros: every channel is needed everywhere.
         chosen: layer's value -> ownership of its outputs, where what follows asks for one.
+        shares: how much each rank is to compute; equal shares if None.
     """
 
     world_size: int
@@ -68,6 +70,15 @@ class RuleContext:
     tolerance: float = 0.0
     dense_exchange: bool = False
     chosen: Mapping[str, Ownership] = field(default_factory=dict)
+    shares: Shares | None = None
+
+    def share_out(self, value: str, num_channels: int) -> Ownership:
+        """So many channels in contiguous runs, in the ranks' shares of the layer of this value."""
+        return share_out(num_channels, self.weights_of_ranks(value))
+
+    def weights_of_ranks(self, value: str) -> tuple[float, ...]:
+        """The ranks' shares of the layer that computes this value, in proportion."""
+        return (self.shares or Shares.equal(self.world_size)).of(value)
 
     def sharded(self, arg: Arg) -> Sharded | None:
         """The placement of a value if it is sharded; None for replicated ones, weights, numbers."""

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from disco.bench.compare import compare, whole_model
 from disco.errors import InputError
-from disco.runtime import Cluster
+from disco.runtime import RankProcesses
 from disco.runtime.children import WorkerError
 
 
 @pytest.fixture(scope="module")
-def cluster(tiny_folder: Path) -> Iterator[Cluster]:
-    with Cluster(tiny_folder) as started:
+def processes(tiny_folder: Path) -> Iterator[RankProcesses]:
+    with RankProcesses(tiny_folder) as started:
         yield started
 
 
@@ -49,20 +49,20 @@ def wait_until_gone(pids: Sequence[int], within_s: float) -> None:
 
 
 def test_every_rank_has_the_whole_models_output(
-    cluster: Cluster, tiny: nn.Module, tiny_input: Tensor
+    processes: RankProcesses, tiny: nn.Module, tiny_input: Tensor
 ) -> None:
-    run = cluster.run(tiny_input)
+    run = processes.run(tiny_input)
     assert len(run.outputs) == 2
     for output in run.outputs:
         comparison = compare(output, whole_model(tiny, tiny_input))
         assert comparison.equal, str(comparison)
 
 
-def test_counted_bytes_are_the_planned_ones(cluster: Cluster, tiny_input: Tensor) -> None:
-    plan = cluster.manifest.plan
+def test_counted_bytes_are_the_planned_ones(processes: RankProcesses, tiny_input: Tensor) -> None:
+    plan = processes.manifest.plan
     assert 0 < plan.bytes_per_image < plan.bytes_dense_exchange
     for batch in (1, 3):
-        run = cluster.run(tiny_input.repeat(batch, 1, 1, 1))
+        run = processes.run(tiny_input.repeat(batch, 1, 1, 1))
         sent = tuple(batch * sum(row) for row in plan.bytes_matrix)
         received = tuple(batch * sum(column) for column in zip(*plan.bytes_matrix, strict=True))
         assert run.bytes_sent == sent
@@ -70,27 +70,27 @@ def test_counted_bytes_are_the_planned_ones(cluster: Cluster, tiny_input: Tensor
         assert sum(sent) == batch * plan.bytes_per_image
 
 
-def test_the_planned_weights_are_the_loaded_ones(cluster: Cluster) -> None:
-    loaded = tuple(message["weight_bytes"] for message in cluster.ready)
-    assert loaded == cluster.manifest.plan.weight_bytes_per_rank
+def test_the_planned_weights_are_the_loaded_ones(processes: RankProcesses) -> None:
+    loaded = tuple(message["weight_bytes"] for message in processes.ready)
+    assert loaded == processes.manifest.plan.weight_bytes_per_rank
 
 
 def test_requests_repeat_and_change_size(
-    cluster: Cluster, tiny: nn.Module, tiny_input: Tensor
+    processes: RankProcesses, tiny: nn.Module, tiny_input: Tensor
 ) -> None:
     for batch, scale in ((2, 1.0), (1, -2.0), (2, 0.5), (4, 1.0)):
         x = tiny_input.repeat(batch, 1, 1, 1) * scale
-        for output in cluster.run(x).outputs:
+        for output in processes.run(x).outputs:
             assert compare(output, whole_model(tiny, x)).equal
 
 
-def test_measure_gives_one_latency_a_pass(cluster: Cluster, tiny_input: Tensor) -> None:
-    latencies = cluster.measure(tiny_input, warmup=1, repeats=3)
+def test_measure_gives_one_latency_a_pass(processes: RankProcesses, tiny_input: Tensor) -> None:
+    latencies = processes.measure(tiny_input, warmup=1, repeats=3)
     assert len(latencies) == 3 and min(latencies) > 0
 
 
 def test_the_processes_end_with_the_block(tiny_folder: Path) -> None:
-    with Cluster(tiny_folder) as started:
+    with RankProcesses(tiny_folder) as started:
         pids = started.pids
         assert len(alive(pids)) == 2
         assert {message["rank"] for message in started.ready} == {0, 1}
@@ -99,7 +99,7 @@ def test_the_processes_end_with_the_block(tiny_folder: Path) -> None:
 
 def test_the_processes_end_with_an_interrupt(tiny_folder: Path) -> None:
     pids: list[int] = []
-    with pytest.raises(KeyboardInterrupt), Cluster(tiny_folder) as started:
+    with pytest.raises(KeyboardInterrupt), RankProcesses(tiny_folder) as started:
         pids = started.pids
         raise KeyboardInterrupt
     assert len(pids) == 2 and not alive(pids)
@@ -111,7 +111,7 @@ def test_a_killed_rank_is_one_clear_error(
 ) -> None:
     begin = 0.0
     pids: list[int] = []
-    with pytest.raises(WorkerError) as caught, Cluster(tiny_folder) as started:
+    with pytest.raises(WorkerError) as caught, RankProcesses(tiny_folder) as started:
         started.run(tiny_input)
         pids = started.pids
         os.kill(pids[victim], signal.SIGKILL)
@@ -130,7 +130,7 @@ def test_a_stopped_rank_is_an_error_after_the_timeout(
     begin = 0.0
     with (
         pytest.raises(WorkerError, match="rank 0 failed"),
-        Cluster(tiny_folder, timeout_s=1.0) as started,
+        RankProcesses(tiny_folder, timeout_s=1.0) as started,
     ):
         pids = started.pids
         os.kill(pids[1], signal.SIGSTOP)
@@ -143,9 +143,9 @@ def test_a_stopped_rank_is_an_error_after_the_timeout(
 def test_no_orphans_when_the_launcher_is_killed(tiny_folder: Path, tmp_path: Path) -> None:
     code = (
         "import sys, time\n"
-        "from disco.runtime import Cluster\n"
-        "with Cluster(sys.argv[1]) as cluster:\n"
-        "    print(*cluster.pids, flush=True)\n"
+        "from disco.runtime import RankProcesses\n"
+        "with RankProcesses(sys.argv[1]) as processes:\n"
+        "    print(*processes.pids, flush=True)\n"
         "    time.sleep(60)\n"
     )
     launcher = subprocess.Popen(
@@ -166,9 +166,9 @@ def test_no_orphans_when_the_launcher_is_killed(tiny_folder: Path, tmp_path: Pat
 
 def test_another_number_of_nodes_is_refused(tiny_folder: Path) -> None:
     with pytest.raises(InputError, match=r"3 nodes were asked for, and the plan in .* is for 2"):
-        Cluster(tiny_folder, nodes=3)
+        RankProcesses(tiny_folder, nodes=3)
     with pytest.raises(InputError, match="3 directories were given for a plan of 2"):
-        Cluster([tiny_folder] * 3)
+        RankProcesses([tiny_folder] * 3)
 
 
 def test_a_changed_byte_is_refused_before_anything_runs(tiny_folder: Path, tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_a_changed_byte_is_refused_before_anything_runs(tiny_folder: Path, tmp_p
     content = bytearray(shard.read_bytes())
     content[-5] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(InputError, match=r"rank-1\.safetensors") as caught, Cluster(folder):
+    with pytest.raises(InputError, match=r"rank-1\.safetensors") as caught, RankProcesses(folder):
         pass
     assert "\n" not in str(caught.value)
 
@@ -186,7 +186,7 @@ def test_a_changed_byte_is_refused_before_anything_runs(tiny_folder: Path, tmp_p
 def test_ranks_with_shards_of_different_plans_refuse(tiny_folder: Path, other_folder: Path) -> None:
     with (
         pytest.raises(InputError, match="give every rank its shard of one partition"),
-        Cluster([tiny_folder, other_folder]),
+        RankProcesses([tiny_folder, other_folder]),
     ):
         pass
 
@@ -197,13 +197,13 @@ def test_a_shard_of_another_plan_is_refused(
     folder = tmp_path / "out"
     shutil.copytree(tiny_folder, folder)
     shutil.copy(other_folder / "rank-1.safetensors", folder / "rank-1.safetensors")
-    with pytest.raises(InputError, match=r"rank-1\.safetensors"), Cluster(folder):
+    with pytest.raises(InputError, match=r"rank-1\.safetensors"), RankProcesses(folder):
         pass
 
 
 def test_an_input_that_the_model_refuses_is_one_line(tiny_folder: Path) -> None:
     pids: list[int] = []
-    with pytest.raises((WorkerError, InputError)) as caught, Cluster(tiny_folder) as started:
+    with pytest.raises((WorkerError, InputError)) as caught, RankProcesses(tiny_folder) as started:
         pids = started.pids
         started.run(torch.zeros(1, 4, 24, 24))
     assert "\n" not in str(caught.value) and not alive(pids)

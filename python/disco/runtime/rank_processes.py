@@ -35,7 +35,7 @@ class RunResult:
     latency_ms: float
 
 
-class Cluster(Launched):
+class RankProcesses(Launched):
     """Start one process per rank of the plan in `directory`; use as a context manager.
 
     Each process loads its own shard and no other, and they exchange payloads over gloo on loopback.
