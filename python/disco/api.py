@@ -288,13 +288,14 @@ def _readers(decisions: Decisions) -> list[Reader]:
         for tensor in lowering.select:
             assert lowering.out_ownership is not None and lowering.in_ownership is not None
             weight = next(op.weight_refs())
+            exchange = decisions.exchange_of(tensor)
             readers.append(
                 Reader(
-                    tensor=tensor,
+                    tensor=exchange.value,
                     parameter=decisions.context.origins.get(weight, weight),
                     out_ownership=lowering.out_ownership,
                     in_ownership=lowering.in_ownership,
-                    gathered=bool(decisions.exchanges[tensor].gathered_by),
+                    gathered=bool(exchange.gathered_by),
                 )
             )
     return readers

@@ -334,8 +334,15 @@ def test_layer_norm_over_channels(
             assert float((found - expected).abs().max()) <= 1e-7 * float(expected.abs().max())
     assert not plan.replicated
     if world_size > 1:
-        (exchange,) = (e for e in plan.exchanges if e.value == "n.moments")
-        assert exchange.bytes_per_image == world_size * (world_size - 1) * 4 * 2 * 8
+        moments = world_size * (world_size - 1) * 4 * 2 * 8
+        if any(map(any, plan.layers[-2].selected_counts)):
+            (exchange,) = (e for e in plan.exchanges if e.value == "a")
+            assert exchange.statistics == ("n.moments",), "raw channels and statistics in one"
+            assert sum(map(sum, exchange.statistics_bytes)) == moments
+        else:
+            (exchange,) = (e for e in plan.exchanges if e.value == "n.moments")
+            assert exchange.bytes_per_image == moments
+        assert not any(e.value == "n" for e in plan.exchanges)
 
 
 def test_norms_in_two_ops_and_in_one_again() -> None:

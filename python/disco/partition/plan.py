@@ -15,7 +15,7 @@ from typing import Any
 from disco.errors import InputError
 
 # Minor versions add fields with defaults; a reader takes every minor of its own major.
-PLAN_VERSION = (1, 1)
+PLAN_VERSION = (1, 2)
 
 Channels = tuple[tuple[int, ...], ...]
 
@@ -32,6 +32,11 @@ class ExchangePlan:
         sent: ``sent[i][j]``: channels that rank j sends rank i.
         consumers: layers that read received channels.
         gathered_by: ops that need the value whole ("output" for the model's result).
+        form: "inputs" of layers, or "partial sums" of one layer's outputs, which the receiver adds.
+        dense_bytes: of one image, had every rank got all channels of the others; None for what
+            follows from the ownership.
+        statistics: values that travel in the same messages, and are small.
+        statistics_bytes: ``[receiver][sender]``, of one image; empty for none.
     """
 
     number: int
@@ -43,21 +48,30 @@ class ExchangePlan:
     sent: tuple[Channels, ...]
     consumers: tuple[str, ...]
     gathered_by: tuple[str, ...]
+    form: str = "inputs"  # this and what follows since 1.2
+    dense_bytes: int | None = None
+    statistics: tuple[str, ...] = ()
+    statistics_bytes: Channels = ()
 
     def bytes_between(self, receiver: int, sender: int) -> int:
         """Payload bytes of one image from `sender` to `receiver`."""
-        return len(self.sent[receiver][sender]) * self.bytes_per_channel
+        channels = len(self.sent[receiver][sender]) * self.bytes_per_channel
+        return channels + (self.statistics_bytes[receiver][sender] if self.statistics else 0)
 
     @property
     def bytes_per_image(self) -> int:
         """Over all pairs of ranks."""
-        return sum(len(channels) for row in self.sent for channels in row) * self.bytes_per_channel
+        ranks = range(len(self.ownership))
+        return sum(self.bytes_between(i, j) for i in ranks for j in ranks)
 
     @property
     def bytes_dense(self) -> int:
         """The same, had every rank got all channels of the others."""
+        if self.dense_bytes is not None:
+            return self.dense_bytes
         owned = sum(len(channels) for channels in self.ownership)
-        return owned * (len(self.ownership) - 1) * self.bytes_per_channel
+        dense = owned * (len(self.ownership) - 1) * self.bytes_per_channel
+        return dense + sum(sum(row) for row in self.statistics_bytes)
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,8 @@ class LayerPlan:
         flops_dense: of the whole layer.
         note: why it runs replicated, or that it shares an exchange.
         activation: that is fused into it, "none" if none is; empty for ops that take none.
+        form: how a convolution or linear gets what it needs of other ranks, "inputs" or "partial
+            sums"; empty if it needs nothing. Of partial sums `selected_counts` are those received.
     """
 
     name: str
@@ -92,6 +108,7 @@ class LayerPlan:
     flops_dense: int
     note: str
     activation: str = ""  # since 1.1
+    form: str = ""  # since 1.2
 
 
 @dataclass(frozen=True)

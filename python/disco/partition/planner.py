@@ -7,36 +7,30 @@ exchange, and the second pass writes each rank's ops.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from math import prod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
-import torch
 from torch import Tensor
 
+from disco.partition.exchanges import (
+    OUTPUT,
+    Sources,
+    collect_needs,
+    exchange_plan,
+    make_exchanges,
+)
 from disco.partition.norms import split_norms
 from disco.partition.ownership_choice import OwnershipChoice
-from disco.partition.placement import Placement, Replicated, Sharded, all_selected, union_of
-from disco.partition.plan import ExchangePlan, LayerPlan, Plan
+from disco.partition.placement import Placement, Replicated, Sharded
+from disco.partition.plan import LayerPlan, Plan
 from disco.partition.rank_builder import Exchange, RankBuilder, RankProgram
 from disco.partition.rules import Lowering, RuleContext, lower
 from disco.partition.rules.matrix import matrix_flops
 from disco.program import Op, Program, Ref
-from disco_kernels.pattern import Ownership, Selected
-
-OUTPUT = "output"
+from disco_kernels.pattern import Ownership
 
 _MATRIX_OPS = ("disco.conv2d", "disco.linear")
-
-
-@dataclass
-class _Needs:
-    """What the ops want of one value of other ranks."""
-
-    selected: list[Selected] = field(default_factory=list)
-    consumers: list[str] = field(default_factory=list)
-    gathered_by: list[str] = field(default_factory=list)
-    first_reader: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,6 +42,7 @@ class Decisions:
         lowerings: per op of the program, in order.
         exchanges: per exchanged value, in order.
         first_reader: per exchanged value the op that needs it first.
+        sources: which value is exchanged where one is needed.
     """
 
     program: Program
@@ -55,6 +50,7 @@ class Decisions:
     lowerings: tuple[Lowering, ...]
     exchanges: Mapping[str, Exchange]
     first_reader: Mapping[str, str]
+    sources: Sources
 
     def plan(self) -> Plan:
         """The plan, without the weights of the ranks (they are not cut yet)."""
@@ -70,14 +66,20 @@ class Decisions:
             dense_exchange=self.context.dense_exchange,
             tolerance=self.context.tolerance,
             layers=tuple(layer for layer in layers if layer is not None),
-            exchanges=tuple(_exchange_plan(e) for e in self.exchanges.values()),
+            exchanges=tuple(exchange_plan(e) for e in self.exchanges.values()),
             weight_bytes_dense=self._weight_bytes_dense(),
             weight_bytes_per_rank=(),
         )
 
     def build_rank(self, rank: int) -> RankProgram:
         """Cut one rank's weights and write its program."""
-        builder = RankBuilder(rank, self.context.weights, self.context.placements, self.exchanges)
+        builder = RankBuilder(
+            rank,
+            self.context.weights,
+            self.context.placements,
+            self.exchanges,
+            self.sources.replayed,
+        )
         for op, lowering in zip(self.program.ops, self.lowerings, strict=True):
             placed, info = lowering.placement, self.program.values[op.name]
             if isinstance(placed, Sharded) and not placed.ownership.channels[rank]:
@@ -87,6 +89,14 @@ class Decisions:
             # Sending starts as soon as the value is there, to overlap with what comes next.
             builder.exchange(op.name)
         return builder.finish(self.program.inputs, self.program.outputs, self.program.values)
+
+    def exchange_of(self, value: str) -> Exchange:
+        """The exchange that a value is in, or is computed from."""
+        return self._by_part[self.sources.root(value)]
+
+    @cached_property
+    def _by_part(self) -> dict[str, Exchange]:
+        return {part.value: e for e in self.exchanges.values() for part in e.parts}
 
     def _layer(self, op: Op, lowering: Lowering) -> LayerPlan | None:
         numbers = self._numbers_first_read_by(op.name)
@@ -98,11 +108,10 @@ class Decisions:
         out = lowering.out_ownership
         if out is None and isinstance(lowering.placement, Sharded):
             out = lowering.placement.ownership
-        shared = [
-            self.exchanges[name].number
-            for name in (*lowering.select, *lowering.whole)
-            if self.first_reader[name] != op.name
-        ]
+        read = dict.fromkeys(
+            self.exchange_of(name) for name in (*lowering.select, *lowering.whole)
+        )
+        shared = [e.number for e in read if self.first_reader[e.value] != op.name]
         notes = [lowering.reason] if lowering.reason else []
         notes += [f"shares exchange {number}" for number in shared]
         return LayerPlan(
@@ -119,6 +128,7 @@ class Decisions:
             flops_dense=dense,
             note=", ".join(notes),
             activation=str(op.kwargs.get("activation", "")),
+            form=lowering.form if lowering.select else "",
         )
 
     def _output_layer(self, numbers: list[int]) -> LayerPlan:
@@ -141,7 +151,7 @@ class Decisions:
         return [e.number for n, e in self.exchanges.items() if self.first_reader[n] == reader]
 
     def _bytes(self, numbers: list[int]) -> int:
-        plans = [_exchange_plan(e) for e in self.exchanges.values() if e.number in numbers]
+        plans = [exchange_plan(e) for e in self.exchanges.values() if e.number in numbers]
         return sum(plan.bytes_per_image for plan in plans)
 
     def _weight_bytes_dense(self) -> int:
@@ -183,7 +193,6 @@ def decide(
         chosen,
     )
     lowerings = []
-    needs: dict[str, _Needs] = {}
     for op in program.ops:
         dim = _open_dim(op, context)
         if dim is not None and (ownership := choice.choose(op, dim, context)) is not None:
@@ -191,21 +200,16 @@ def decide(
         lowering = lower(op, context)
         lowerings.append(lowering)
         placements[op.name] = lowering.placement
-        for name, selected in lowering.select.items():
-            need = needs.setdefault(name, _Needs(first_reader=op.name))
-            need.selected.append(selected)
-            need.consumers.append(context.layer_of(op))
-        for name in lowering.whole:
-            need = needs.setdefault(name, _Needs(first_reader=op.name))
-            need.gathered_by.append(context.layer_of(op))
-    for name in program.output_names():
-        if isinstance(placements[name], Sharded):
-            needs.setdefault(name, _Needs(first_reader=OUTPUT)).gathered_by.append(OUTPUT)
-    # Numbered in the order in which the values come into being, which is the order on every rank.
-    produced = [op.name for op in program.ops if op.name in needs]
-    exchanges = {n: _exchange(i, n, needs[n], context) for i, n in enumerate(produced)}
-    first = {name: need.first_reader for name, need in needs.items()}
-    return Decisions(program, context, tuple(lowerings), exchanges, first)
+    return _decisions(program, context, lowerings)
+
+
+def _decisions(program: Program, context: RuleContext, lowerings: Sequence[Lowering]) -> Decisions:
+    sources = Sources(program, lowerings, context)
+    needs = collect_needs(program, lowerings, context, sources)
+    exchanges = make_exchanges(program, lowerings, context, needs, sources)
+    readers = [*(op.name for op in program.ops), OUTPUT]
+    first = {name: readers[min(needs[name].readers)] for name in exchanges}
+    return Decisions(program, context, tuple(lowerings), exchanges, first, sources)
 
 
 def build_all(decisions: Decisions) -> tuple[Plan, tuple[RankProgram, ...]]:
@@ -223,40 +227,6 @@ def _open_dim(op: Op, context: RuleContext) -> int | None:
     if context.layer_of(op) in context.out_ownership or context.sharded(residual) is not None:
         return None
     return 1 if op.kind == "disco.conv2d" else len(context.shape(Ref(op.name))) - 1
-
-
-def _exchange(number: int, name: str, needs: _Needs, context: RuleContext) -> Exchange:
-    placement = context.placements[name]
-    assert isinstance(placement, Sharded)
-    tables = [*needs.selected]
-    if needs.gathered_by:
-        tables.append(all_selected(placement.ownership))
-    others = [s for dim, s in enumerate(context.sizes(name)) if dim != placement.dim]
-    return Exchange(
-        number=number,
-        value=name,
-        placement=placement,
-        sent=union_of(tables, placement.ownership),
-        dtype=context.values[name].dtype,
-        elements_per_channel=prod(others),
-        consumers=tuple(dict.fromkeys(needs.consumers)),
-        gathered_by=tuple(dict.fromkeys(needs.gathered_by)),
-    )
-
-
-def _exchange_plan(exchange: Exchange) -> ExchangePlan:
-    item_bytes = torch.empty(0, dtype=getattr(torch, exchange.dtype)).element_size()
-    return ExchangePlan(
-        number=exchange.number,
-        value=exchange.value,
-        dim=exchange.placement.dim,
-        dtype=exchange.dtype,
-        bytes_per_channel=exchange.elements_per_channel * item_bytes,
-        ownership=exchange.placement.ownership.channels,
-        sent=exchange.sent,
-        consumers=exchange.consumers,
-        gathered_by=exchange.gathered_by,
-    )
 
 
 def _dense_flops(op: Op, context: RuleContext) -> int:

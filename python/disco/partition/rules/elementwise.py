@@ -6,7 +6,7 @@ from math import prod
 
 from disco.partition.placement import Replicated, Sharded
 from disco.partition.rank_builder import RankBuilder
-from disco.partition.rules.registry import Lowering, RuleContext, rule, same_op
+from disco.partition.rules.registry import Lowering, RuleContext, per_channel, rule, same_op
 from disco.program import Arg, Op, Ref, WeightRef
 
 _UNARY = """
@@ -34,7 +34,7 @@ def unary(op: Op, context: RuleContext) -> Lowering | None:
     placed = context.sharded(op.args[0])
     if placed is None or len(list(op.refs())) != 1:
         return None
-    return same_op(placed)
+    return per_channel(placed)
 
 
 @rule(*(f"aten.{name}" for name in _BINARY.split()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from disco.partition.placement import Sharded
 from disco.partition.rank_builder import RankBuilder
 from disco.partition.rules.registry import Lowering, RuleContext, rule, same_op
-from disco.program import Op, Ref
+from disco.program import Op, Ref, WeightRef
 from disco_kernels.pattern import Ownership
 
 
@@ -38,4 +38,16 @@ def normalize(op: Op, context: RuleContext) -> Lowering | None:
         args = (x, rank.whole(given), scale, shift)
         rank.add(Op(op.kind, op.name, args, {**op.kwargs, "counts": owned.counts}))
 
-    return Lowering(placed, emit, whole=(given.name,))
+    constant = not any(isinstance(w, Ref) for w in (weight, bias))
+
+    def replay(
+        op: Op, rank: RankBuilder, piece: Ref, channels: tuple[int, ...], name: str
+    ) -> None:
+        scale, shift = (
+            rank.taken(w, channels) if isinstance(w, WeightRef) else None for w in (weight, bias)
+        )
+        args = (piece, rank.whole(given), scale, shift)
+        counts = placed.ownership.counts
+        rank.add(Op(op.kind, name, args, {**op.kwargs, "counts": counts}))
+
+    return Lowering(placed, emit, whole=(given.name,), replay=replay if constant else None)

@@ -19,6 +19,11 @@ from disco.program.symbols import symbols_of
 from disco_kernels.pattern import Ownership, Selected, find_selected
 
 
+# Called with the op, the rank, the piece (a value with some channels of the first argument), these
+# channels, and the name to give to the op's result on them.
+Replay = Callable[[Op, RankBuilder, Ref, tuple[int, ...], str], None]
+
+
 @dataclass(frozen=True)
 class Lowering:
     """A rule's answer for one op.
@@ -31,6 +36,10 @@ class Lowering:
         flops: 2 x multiply-accumulates per image of convolutions and linears, per rank.
         out_ownership, in_ownership, selected: of a convolution or linear, for the plan.
         reason: why the op runs replicated although an input is sharded; empty if it does not.
+        replay: makes some channels of the result out of the same channels of the first argument,
+            wherever they are; None if that cannot be. A tensor that an op makes larger is then
+            exchanged before the op.
+        form: how the value that it selects is exchanged: "inputs" or "partial sums".
     """
 
     placement: Placement
@@ -42,6 +51,8 @@ class Lowering:
     in_ownership: Ownership | None = None
     selected: Selected = ()
     reason: str = ""
+    replay: Replay | None = None
+    form: str = "inputs"
 
 
 @dataclass(frozen=True)
@@ -133,6 +144,18 @@ def lower(op: Op, context: RuleContext) -> Lowering:
 def same_op(placement: Placement) -> Lowering:
     """The same op on each rank's own part of every input."""
     return Lowering(placement, _emit_local)
+
+
+def per_channel(placement: Placement) -> Lowering:
+    """The same op on each rank's own part, and on any other channels of its first argument."""
+    return Lowering(placement, _emit_local, replay=_replay_same)
+
+
+def _replay_same(
+    op: Op, rank: RankBuilder, piece: Ref, channels: tuple[int, ...], name: str
+) -> None:
+    local = op.replace_leaves(rank.localise)
+    rank.add(Op(op.kind, name, (piece, *local.args[1:]), local.kwargs))
 
 
 def _emit_local(op: Op, rank: RankBuilder) -> None:

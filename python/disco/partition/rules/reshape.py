@@ -9,7 +9,7 @@ import torch
 
 from disco.partition.placement import Replicated, Sharded
 from disco.partition.rank_builder import RankBuilder
-from disco.partition.rules.registry import Lowering, RuleContext, rule, same_op
+from disco.partition.rules.registry import Lowering, RuleContext, per_channel, rule, same_op
 from disco.program import Arg, Op, WeightRef, evaluate_shape
 from disco.program.symbols import symbols_of
 from disco_kernels.pattern import Ownership
@@ -49,7 +49,7 @@ def permute(op: Op, context: RuleContext) -> Lowering | None:
     if placed is None or not isinstance(order, tuple):
         return None
     dims = [dim % len(order) for dim in order if isinstance(dim, int)]
-    return same_op(Sharded(placed.ownership, dims.index(placed.dim)))
+    return per_channel(Sharded(placed.ownership, dims.index(placed.dim)))
 
 
 @rule("aten.transpose.int")
@@ -61,7 +61,7 @@ def transpose(op: Op, context: RuleContext) -> Lowering | None:
     num_dims = len(context.shape(op.args[0]))
     a, b = (dim % num_dims for dim in op.args[1:3] if isinstance(dim, int))
     moved = {a: b, b: a}.get(placed.dim, placed.dim)
-    return same_op(Sharded(placed.ownership, moved))
+    return per_channel(Sharded(placed.ownership, moved))
 
 
 @rule("aten.unsqueeze.default")
@@ -71,7 +71,7 @@ def unsqueeze(op: Op, context: RuleContext) -> Lowering | None:
     if placed is None or not isinstance(dim, int):
         return None
     new = dim % (len(context.shape(op.args[0])) + 1)
-    return same_op(Sharded(placed.ownership, placed.dim + (new <= placed.dim)))
+    return per_channel(Sharded(placed.ownership, placed.dim + (new <= placed.dim)))
 
 
 @rule("aten.squeeze.dim", "aten.squeeze.dims")
