@@ -117,6 +117,7 @@ def partition(
     pattern: Pattern | None = None,
     tolerance: float = 0.0,
     dense_exchange: bool = False,
+    partial_sums: bool = True,
 ) -> Partitioned:
     """Cut `model` into `nodes` parts that together compute what it computes (arXiv 2302.11180).
 
@@ -131,6 +132,8 @@ def partition(
         pattern: a recorded one, whose ownership is used and which the weights must keep.
         tolerance: a weight counts as zero up to this. Above 0 the result is not exact.
         dense_exchange: exchange every channel, whatever the weights are: the baseline.
+        partial_sums: let a layer exchange partial sums of its outputs where those are fewer bytes
+            than its inputs; False for inputs only.
 
     Raises:
         InputError: the model cannot be captured, weights that contradict the pattern (naming layer,
@@ -142,7 +145,12 @@ def partition(
     captured = capture(model, example_inputs)
     fixed = _fixed_ownership(captured, nodes, ownership or {}, pattern, tolerance)
     decisions = decide(
-        *captured, nodes, out_ownership=fixed, tolerance=tolerance, dense_exchange=dense_exchange
+        *captured,
+        nodes,
+        out_ownership=fixed,
+        tolerance=tolerance,
+        dense_exchange=dense_exchange,
+        partial_sums=partial_sums,
     )
     return Partitioned(*build_all(decisions))
 

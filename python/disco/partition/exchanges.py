@@ -18,6 +18,7 @@ from disco.partition.placement import Sharded, all_selected, union_of
 from disco.partition.plan import ExchangePlan
 from disco.partition.rank_builder import Exchange, Replayed
 from disco.partition.rules import Lowering, RuleContext
+from disco.partition.rules.partial_sums import PARTIAL_SUMS
 from disco.program import Op, Program, Ref
 from disco_kernels.pattern import Selected
 
@@ -156,6 +157,30 @@ def exchange_plan(exchange: Exchange, dense_bytes: int | None = None) -> Exchang
         if riders
         else (),
     )
+
+
+def exchange_plans(
+    program: Program, context: RuleContext, exchanges: Mapping[str, Exchange], sources: Sources
+) -> tuple[ExchangePlan, ...]:
+    """All exchanges as the plan describes them.
+
+    A dense exchange would send a layer's inputs where partial sums are sent, and each tensor once.
+    """
+    inputs = {op.name: op.args[0] for op in program.ops if op.kind == PARTIAL_SUMS}
+    counted = set(exchanges)
+    found = []
+    for name, exchange in exchanges.items():
+        x = inputs.get(name)
+        dense_bytes = None
+        if isinstance(x, Ref):
+            root = sources.root(x.name)
+            placement = context.placements[root]
+            assert isinstance(placement, Sharded)
+            copies = placement.ownership.num_channels * (context.world_size - 1)
+            dense_bytes = 0 if root in counted else copies * bytes_per_channel(root, context)
+            counted.add(root)
+        found.append(exchange_plan(exchange, dense_bytes))
+    return tuple(found)
 
 
 def _replayed_from(op: Op, lowering: Lowering, context: RuleContext) -> Ref | None:

@@ -13,11 +13,13 @@ from functools import cached_property
 
 from torch import Tensor
 
+from disco.partition.exchange_form import with_cheapest_forms
 from disco.partition.exchanges import (
     OUTPUT,
     Sources,
     collect_needs,
     exchange_plan,
+    exchange_plans,
     make_exchanges,
 )
 from disco.partition.norms import split_norms
@@ -66,7 +68,7 @@ class Decisions:
             dense_exchange=self.context.dense_exchange,
             tolerance=self.context.tolerance,
             layers=tuple(layer for layer in layers if layer is not None),
-            exchanges=tuple(exchange_plan(e) for e in self.exchanges.values()),
+            exchanges=exchange_plans(self.program, self.context, self.exchanges, self.sources),
             weight_bytes_dense=self._weight_bytes_dense(),
             weight_bytes_per_rank=(),
         )
@@ -108,9 +110,7 @@ class Decisions:
         out = lowering.out_ownership
         if out is None and isinstance(lowering.placement, Sharded):
             out = lowering.placement.ownership
-        read = dict.fromkeys(
-            self.exchange_of(name) for name in (*lowering.select, *lowering.whole)
-        )
+        read = dict.fromkeys(self.exchange_of(name) for name in (*lowering.select, *lowering.whole))
         shared = [e.number for e in read if self.first_reader[e.value] != op.name]
         notes = [lowering.reason] if lowering.reason else []
         notes += [f"shares exchange {number}" for number in shared]
@@ -168,6 +168,7 @@ def decide(
     out_ownership: Mapping[str, Ownership] | None = None,
     tolerance: float = 0.0,
     dense_exchange: bool = False,
+    partial_sums: bool = False,
 ) -> Decisions:
     """Decide about every op of `program` for `world_size` ranks.
 
@@ -176,6 +177,7 @@ def decide(
         out_ownership: layer -> who computes which of its outputs, where that is fixed.
         tolerance: weights up to this count as zero when channels are selected.
         dense_exchange: exchange every channel, whatever the weights are (the baseline).
+        partial_sums: let layers send partial sums where that is less than their inputs.
     """
     program = split_norms(program)
     placements: dict[str, Placement] = {name: Replicated() for name in program.inputs}
@@ -200,6 +202,8 @@ def decide(
         lowering = lower(op, context)
         lowerings.append(lowering)
         placements[op.name] = lowering.placement
+    if partial_sums and not dense_exchange:
+        program, context, lowerings = with_cheapest_forms(program, lowerings, context)
     return _decisions(program, context, lowerings)
 
 

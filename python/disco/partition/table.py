@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 _HEADER = (
     *("layer", "op", "in", "out", "selected"),
-    *("activation", "kB/image", "MFLOP/rank", "note"),
+    *("activation", "exchanged", "kB/image", "MFLOP/rank", "note"),
 )
 
 
@@ -33,6 +33,7 @@ def _row(layer: LayerPlan) -> tuple[str, ...]:
         _counts(layer.out_counts) if layer.out_counts else "whole",
         _selected(layer.selected_counts),
         layer.activation or "-",
+        layer.form or "-",
         f"{layer.bytes_per_image / 1e3:.1f}" if layer.exchanges else "-",
         _counts([f"{flops / 1e6:.1f}" for flops in layer.flops]) if layer.flops else "-",
         layer.note,

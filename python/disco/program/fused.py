@@ -88,6 +88,33 @@ def take(x: Tensor, index: Tensor, *, dim: int) -> Tensor:
     return x.index_select(dim, index)
 
 
+def add_partial_sums(
+    base: Tensor | None,
+    pieces: tuple[Tensor, ...],
+    *,
+    index: tuple[Tensor | None, ...],
+    dim: int,
+    channels: int,
+) -> Tensor:
+    """What other ranks have computed of this rank's outputs, and a residual, added up.
+
+    Args:
+        base: ``[.., channels, ..]`` or None.
+        pieces: one or more, with entries along `dim` for some of the channels.
+        index: of each piece the channels (int32) that it is for; None for all of them.
+        dim: that of the channels.
+        channels: of the result.
+    """
+    if base is None:
+        shape = list(pieces[0].shape)
+        shape[dim] = channels
+        # Laid out as the pieces are: messages have their channels last.
+        base = pieces[0].new_zeros(shape).movedim(dim, -1).contiguous().movedim(-1, dim)
+    for piece, positions in zip(pieces, index, strict=True):
+        base = base + piece if positions is None else base.index_add(dim, positions, piece)
+    return base
+
+
 def _epilogue(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
     if residual is not None:
         y = y + residual

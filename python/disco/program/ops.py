@@ -93,6 +93,7 @@ EXECUTOR_KINDS = frozenset(
 
 _functions: dict[str, Function] = {
     **_PYTHON,
+    "disco.add_partial_sums": fused.add_partial_sums,
     "disco.conv2d": fused.conv2d,
     "disco.linear": fused.linear,
     "disco.channel_affine": fused.channel_affine,

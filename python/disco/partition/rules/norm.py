@@ -40,9 +40,7 @@ def normalize(op: Op, context: RuleContext) -> Lowering | None:
 
     constant = not any(isinstance(w, Ref) for w in (weight, bias))
 
-    def replay(
-        op: Op, rank: RankBuilder, piece: Ref, channels: tuple[int, ...], name: str
-    ) -> None:
+    def replay(op: Op, rank: RankBuilder, piece: Ref, channels: tuple[int, ...], name: str) -> None:
         scale, shift = (
             rank.taken(w, channels) if isinstance(w, WeightRef) else None for w in (weight, bias)
         )
