@@ -118,6 +118,7 @@ def partition(
     tolerance: float = 0.0,
     dense_exchange: bool = False,
     partial_sums: bool = True,
+    permute: bool = True,
 ) -> Partitioned:
     """Cut `model` into `nodes` parts that together compute what it computes (arXiv 2302.11180).
 
@@ -134,6 +135,8 @@ def partition(
         dense_exchange: exchange every channel, whatever the weights are: the baseline.
         partial_sums: let a layer exchange partial sums of its outputs where those are fewer bytes
             than its inputs; False for inputs only.
+        permute: let nodes hold a layer's outputs in an order in which those that they send are
+            runs; False for that of the model. An order given in `ownership` is kept.
 
     Raises:
         InputError: the model cannot be captured, weights that contradict the pattern (naming layer,
@@ -151,6 +154,8 @@ def partition(
         tolerance=tolerance,
         dense_exchange=dense_exchange,
         partial_sums=partial_sums,
+        permute=permute,
+        kept_order=tuple(ownership or ()),
     )
     return Partitioned(*build_all(decisions))
 

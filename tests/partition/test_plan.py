@@ -16,6 +16,11 @@ from disco.program import Ref
 from disco_kernels import LayerPattern, Ownership, Pattern
 from tests.partition.harness import Case, cut
 
+NEW_IN_1_2 = (
+    *("form", "dense_bytes", "statistics", "statistics_bytes"),
+    *("gather", "gather_before"),
+)
+
 
 def _two_layers() -> nn.Sequential:
     torch.manual_seed(0)
@@ -103,7 +108,14 @@ def test_plans_of_the_first_version_are_read() -> None:
     for layer in content["layers"]:
         del layer["form"]
     for exchange in content["exchanges"]:
-        for key in ("form", "dense_bytes", "statistics", "statistics_bytes"):
+        for key in (
+            "form",
+            "dense_bytes",
+            "statistics",
+            "statistics_bytes",
+            "gather",
+            "gather_before",
+        ):
             del exchange[key]
     old = Plan.from_json(json.dumps(content))
     assert old.version == (1, 0) and [layer.activation for layer in old.layers] == [""] * 3

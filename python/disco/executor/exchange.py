@@ -53,7 +53,7 @@ class _Part:
         return (*x.shape[: self.dim], *x.shape[self.dim + 1 :])
 
     def pack(self, x: Tensor, messages: list[Tensor]) -> None:
-        """The kernel reads four dimensions as ``[B, C, H, W]``, any other number as ``[..., C]``."""
+        """The kernel reads 4 dimensions as ``[B, C, H, W]``, any other number as ``[..., C]``."""
         if x.dim() == 4 and self.dim != 1:
             moved = [message.unsqueeze(0) for message in messages]
             self._pack(x.movedim(self.dim, -1).unsqueeze(0), moved)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +18,21 @@ from disco.errors import InputError
 PLAN_VERSION = (1, 2)
 
 Channels = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class GatherRuns:
+    """What the senders of an exchange read, over all its messages, for one pixel or token.
+
+    Attributes:
+        channels: that are sent.
+        runs: of neighbouring channels that they lie in.
+        lines: of 64 bytes that hold them, where each pixel begins with a line.
+    """
+
+    channels: int = 0
+    runs: int = 0
+    lines: int = 0
 
 
 @dataclass(frozen=True)
@@ -37,6 +52,8 @@ class ExchangePlan:
             follows from the ownership.
         statistics: values that travel in the same messages, and are small.
         statistics_bytes: ``[receiver][sender]``, of one image; empty for none.
+        gather: what senders read; zeros for values that travel whole and for partial sums.
+        gather_before: the same, had channels not been put into an order for it.
     """
 
     number: int
@@ -52,6 +69,8 @@ class ExchangePlan:
     dense_bytes: int | None = None
     statistics: tuple[str, ...] = ()
     statistics_bytes: Channels = ()
+    gather: GatherRuns = GatherRuns()
+    gather_before: GatherRuns = GatherRuns()
 
     def bytes_between(self, receiver: int, sender: int) -> int:
         """Payload bytes of one image from `sender` to `receiver`."""
@@ -143,6 +162,16 @@ class Plan:
         return sum(exchange.bytes_dense for exchange in self.exchanges)
 
     @property
+    def gather(self) -> GatherRuns:
+        """What all senders read of one pixel of every tensor that is sent in part."""
+        return _sum_of([exchange.gather for exchange in self.exchanges])
+
+    @property
+    def gather_before(self) -> GatherRuns:
+        """The same, had channels not been put into an order for it."""
+        return _sum_of([exchange.gather_before for exchange in self.exchanges])
+
+    @property
     def flops_dense(self) -> int:
         """FLOPs of one image of the whole model, zeros counted."""
         return sum(layer.flops_dense for layer in self.layers)
@@ -186,7 +215,7 @@ class Plan:
         try:
             content = _tuples(content)
             content["layers"] = tuple(LayerPlan(**layer) for layer in content["layers"])
-            content["exchanges"] = tuple(ExchangePlan(**e) for e in content["exchanges"])
+            content["exchanges"] = tuple(_exchange(e) for e in content["exchanges"])
             return cls(**content)
         except (TypeError, KeyError, ValueError) as error:
             raise InputError(f"damaged plan: {type(error).__name__} {error}") from None
@@ -195,6 +224,19 @@ class Plan:
         from disco.partition.table import format_plan
 
         return format_plan(self)
+
+
+def _exchange(content: Mapping[str, Any]) -> ExchangePlan:
+    runs = {
+        key: GatherRuns(**content[key]) for key in ("gather", "gather_before") if key in content
+    }
+    return ExchangePlan(**{**content, **runs})
+
+
+def _sum_of(runs: Sequence[GatherRuns]) -> GatherRuns:
+    return GatherRuns(
+        sum(r.channels for r in runs), sum(r.runs for r in runs), sum(r.lines for r in runs)
+    )
 
 
 def _tuples(value: Any) -> Any:

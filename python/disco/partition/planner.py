@@ -7,12 +7,13 @@ exchange, and the second pass writes each rank's ops.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import Tensor
 
+from disco.partition.channel_order import ordered_layers
 from disco.partition.exchange_form import with_cheapest_forms
 from disco.partition.exchanges import (
     OUTPUT,
@@ -24,11 +25,12 @@ from disco.partition.exchanges import (
 )
 from disco.partition.norms import split_norms
 from disco.partition.ownership_choice import OwnershipChoice
-from disco.partition.placement import Placement, Replicated, Sharded
-from disco.partition.plan import LayerPlan, Plan
+from disco.partition.placement import Replicated, Sharded
+from disco.partition.plan import ExchangePlan, LayerPlan, Plan
 from disco.partition.rank_builder import Exchange, RankBuilder, RankProgram
 from disco.partition.rules import Lowering, RuleContext, lower
 from disco.partition.rules.matrix import matrix_flops
+from disco.partition.runs import gather_runs
 from disco.program import Op, Program, Ref
 from disco_kernels.pattern import Ownership
 
@@ -45,6 +47,7 @@ class Decisions:
         exchanges: per exchanged value, in order.
         first_reader: per exchanged value the op that needs it first.
         sources: which value is exchanged where one is needed.
+        unordered: the exchanges as they were before channels were put into a better order.
     """
 
     program: Program
@@ -53,6 +56,7 @@ class Decisions:
     exchanges: Mapping[str, Exchange]
     first_reader: Mapping[str, str]
     sources: Sources
+    unordered: Mapping[str, Exchange] = field(default_factory=dict)
 
     def plan(self) -> Plan:
         """The plan, without the weights of the ranks (they are not cut yet)."""
@@ -68,10 +72,18 @@ class Decisions:
             dense_exchange=self.context.dense_exchange,
             tolerance=self.context.tolerance,
             layers=tuple(layer for layer in layers if layer is not None),
-            exchanges=exchange_plans(self.program, self.context, self.exchanges, self.sources),
+            exchanges=tuple(
+                self._with_runs(plan)
+                for plan in exchange_plans(self.program, self.context, self.exchanges, self.sources)
+            ),
             weight_bytes_dense=self._weight_bytes_dense(),
             weight_bytes_per_rank=(),
         )
+
+    def _with_runs(self, plan: ExchangePlan) -> ExchangePlan:
+        exchange = self.exchanges[plan.value]
+        before = self.unordered.get(plan.value, exchange)
+        return replace(plan, gather=gather_runs(exchange), gather_before=gather_runs(before))
 
     def build_rank(self, rank: int) -> RankProgram:
         """Cut one rank's weights and write its program."""
@@ -169,6 +181,8 @@ def decide(
     tolerance: float = 0.0,
     dense_exchange: bool = False,
     partial_sums: bool = False,
+    permute: bool = False,
+    kept_order: Collection[str] = (),
 ) -> Decisions:
     """Decide about every op of `program` for `world_size` ranks.
 
@@ -178,31 +192,62 @@ def decide(
         tolerance: weights up to this count as zero when channels are selected.
         dense_exchange: exchange every channel, whatever the weights are (the baseline).
         partial_sums: let layers send partial sums where that is less than their inputs.
+        permute: let ranks hold channels in an order in which those that they send are runs.
+        kept_order: layers whose outputs stay in the order of `out_ownership`.
     """
     program = split_norms(program)
-    placements: dict[str, Placement] = {name: Replicated() for name in program.inputs}
-    chosen: dict[str, Ownership] = {}
-    choice = OwnershipChoice(program)
-    context = RuleContext(
-        world_size,
-        placements,
-        program.values,
-        weights,
-        origins,
-        out_ownership or {},
-        tolerance,
-        dense_exchange,
-        chosen,
+
+    def given(orders: Mapping[str, Ownership]) -> RuleContext:
+        return RuleContext(
+            world_size,
+            {name: Replicated() for name in program.inputs},
+            program.values,
+            weights,
+            origins,
+            out_ownership or {},
+            tolerance,
+            dense_exchange,
+            {**orders},
+        )
+
+    sums = partial_sums and not dense_exchange
+    decisions = _walk(program, given({}), sums, OwnershipChoice(program))
+    if not permute or dense_exchange:
+        return decisions
+    orders = ordered_layers(
+        decisions.program,
+        decisions.lowerings,
+        decisions.context,
+        decisions.exchanges,
+        kept_order,
     )
+    if not orders:
+        return decisions
+    ordered = _walk(program, given({**decisions.context.chosen, **orders}), sums, None)
+    # Runs of a slice or of joined tensors are not counted group by group, and an op that cannot
+    # take another order would gather what it reads.
+    old, new = decisions.plan(), ordered.plan()
+    better = new.gather.runs < old.gather.runs and new.bytes_per_image <= old.bytes_per_image
+    return replace(ordered, unordered=decisions.exchanges) if better else decisions
+
+
+def _walk(
+    program: Program, context: RuleContext, partial_sums: bool, choice: OwnershipChoice | None
+) -> Decisions:
+    """Ask a rule about every op, then join what the ops need."""
+    placements, chosen = context.placements, context.chosen
+    assert isinstance(placements, dict) and isinstance(chosen, dict)
     lowerings = []
     for op in program.ops:
-        dim = _open_dim(op, context)
-        if dim is not None and (ownership := choice.choose(op, dim, context)) is not None:
-            chosen[op.name] = ownership
+        dim = None if choice is None else _open_dim(op, context)
+        if choice is not None and dim is not None:
+            ownership = choice.choose(op, dim, context)
+            if ownership is not None:
+                chosen[op.name] = ownership
         lowering = lower(op, context)
         lowerings.append(lowering)
         placements[op.name] = lowering.placement
-    if partial_sums and not dense_exchange:
+    if partial_sums:
         program, context, lowerings = with_cheapest_forms(program, lowerings, context)
     return _decisions(program, context, lowerings)
 

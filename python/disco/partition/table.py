@@ -62,6 +62,13 @@ def _totals(plan: Plan) -> list[str]:
             f"weights: {_counts([f'{w / 1e6:.2f}' for w in weights])} MB per node, "
             f"whole model {plan.weight_bytes_dense / 1e6:.2f} MB{share}"
         )
+    before, after = plan.gather_before, plan.gather
+    if after.runs:
+        lines.append(
+            f"sent in part: runs of {after.channels / after.runs:.1f} channels "
+            f"({before.channels / before.runs:.1f} unpermuted), {after.lines} lines of 64 bytes "
+            f"a pixel ({before.lines} unpermuted)"
+        )
     for layer in plan.replicated:
         lines.append(
             f"runs on every node: {layer.name} ({layer.op}), {layer.note}; gathering its inputs "

@@ -38,7 +38,8 @@ def _grouped(op: Op, context: RuleContext) -> Lowering | None:
         )
     out = Ownership(tuple(out_channels))
     layer = context.layer_of(op)
-    if context.out_ownership.get(layer, out) != out:
+    fixed = context.out_ownership.get(layer, out)
+    if [set(owned) for owned in fixed.channels] != [set(owned) for owned in out.channels]:
         raise InputError(
             f"layer {layer!r} is a grouped convolution, which keeps the ownership of its input; "
             f"leave it out of the ownership given, and fix that of the layer before it"

@@ -37,8 +37,11 @@ def linear(op: Op, context: RuleContext) -> Lowering | None:
 def choose_ownership(
     op: Op, context: RuleContext, num_channels: int, residual: Arg, dim: int
 ) -> Ownership:
-    """Who computes which outputs: as fixed by the user, else as the residual, else as what follows
-    asks for, else equal shares."""
+    """Who computes which outputs: as the planner has chosen, as fixed by the user, else as the
+    residual, else equal shares."""
+    chosen = context.chosen.get(op.name)
+    if chosen is not None:
+        return chosen
     layer = context.layer_of(op)
     fixed = context.out_ownership.get(layer)
     if fixed is not None:
@@ -52,7 +55,7 @@ def choose_ownership(
     tied = context.sharded(residual)
     if tied is not None and tied.dim == dim:
         return tied.ownership
-    return context.chosen.get(op.name) or Ownership.contiguous(num_channels, context.world_size)
+    return Ownership.contiguous(num_channels, context.world_size)
 
 
 def matrix_flops(op: Op, context: RuleContext, num_outputs: int, num_inputs: int) -> int:

@@ -18,7 +18,6 @@ from disco.program import Arg, Op, Ref, ValueInfo, WeightRef, evaluate_dim
 from disco.program.symbols import symbols_of
 from disco_kernels.pattern import Ownership, Selected, find_selected
 
-
 # Called with the op, the rank, the piece (a value with some channels of the first argument), these
 # channels, and the name to give to the op's result on them.
 Replay = Callable[[Op, RankBuilder, Ref, tuple[int, ...], str], None]
@@ -67,7 +66,8 @@ class RuleContext:
         out_ownership: layer -> ownership of its outputs, where somebody has fixed it.
         tolerance: a weight counts as zero up to this.
         dense_exchange: take no notice of zeros: every channel is needed everywhere.
-        chosen: layer's value -> ownership of its outputs, where what follows asks for one.
+        chosen: layer's value -> ownership of its outputs, where what follows asks for one, or other
+            ranks do for an order.
     """
 
     world_size: int

@@ -92,28 +92,47 @@ def squeeze(op: Op, context: RuleContext) -> Lowering | None:
 @rule("disco.take")
 def take(op: Op, context: RuleContext) -> Lowering | None:
     """Listed entries of a dimension; of the channels every rank takes those that it owns."""
-    x, index = op.args
-    placed, dim = context.sharded(x), op.kwargs["dim"]
-    if placed is None or not isinstance(index, WeightRef) or not isinstance(dim, int):
+    placed, index = context.sharded(op.args[0]), op.args[1]
+    if placed is None or not isinstance(index, WeightRef):
         return None
-    if dim % len(context.shape(x)) != placed.dim:
-        return same_op(placed)
-    return _taken(op, placed, [int(c) for c in context.weights[index.name].tolist()])
+    channels = taken_channels(op, context)
+    return same_op(placed) if channels is None else _taken(op, placed, channels)
 
 
 @rule("aten.slice.Tensor")
 def slice_channels(op: Op, context: RuleContext) -> Lowering | None:
     """A run of the channels, or whatever of other dimensions."""
     placed = context.sharded(op.args[0])
-    given = (*op.args[1:], *(0, None, None, 1)[len(op.args) - 1 :])
-    size = context.shape(op.args[0])
-    if placed is None or not isinstance(given[0], int) or given[0] % len(size) != placed.dim:
+    dim = op.args[1] if len(op.args) > 1 else 0
+    if placed is None or not _is_dim(dim, placed.dim, op, context):
         return other_dims(op, context)
+    channels = taken_channels(op, context)
+    return None if channels is None else _taken(op, placed, channels)
+
+
+def taken_channels(op: Op, context: RuleContext) -> Sequence[int] | None:
+    """Which channels an op takes out of its sharded input, in order; None for any other op."""
+    x = op.args[0] if op.args else None
+    placed = context.sharded(x)
+    if placed is None:
+        return None
+    if op.kind == "disco.take" and _is_dim(op.kwargs["dim"], placed.dim, op, context):
+        index = op.args[1]
+        if not isinstance(index, WeightRef):
+            return None
+        return [int(c) for c in context.weights[index.name].tolist()]
+    if op.kind != "aten.slice.Tensor" or op.kwargs:
+        return None
+    given = (*op.args[1:], *(0, None, None, 1)[len(op.args) - 1 :])
     bounds = [bound for bound in given[1:4] if bound is None or isinstance(bound, int)]
-    if op.kwargs or len(bounds) != 3:
+    if not _is_dim(given[0], placed.dim, op, context) or len(bounds) != 3:
         return None
     first, end, step = bounds
-    return _taken(op, placed, range(placed.ownership.num_channels)[first:end:step])
+    return range(placed.ownership.num_channels)[first:end:step]
+
+
+def _is_dim(given: Arg, dim: int, op: Op, context: RuleContext) -> bool:
+    return isinstance(given, int) and given % len(context.shape(op.args[0])) == dim
 
 
 def _taken(op: Op, placed: Sharded, channels: Sequence[int]) -> Lowering:
