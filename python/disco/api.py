@@ -257,6 +257,7 @@ def sparsify_(
     density: float,
     example_inputs: Sequence[Tensor],
     score: str = "l2",
+    group_size: int = 1,
 ) -> Pattern:
     """Give `model` DISCO structure in place: one-shot magnitude, no training.
 
@@ -270,13 +271,16 @@ def sparsify_(
         density: in [0, 1].
         example_inputs: as for `partition`.
         score: "l2" or "l1", of a channel's weights in the blocks that read it.
+        group_size: 1, 2, 4 or 8: channels are chosen so many neighbours at a time, so that what is
+            sent are runs whatever else is tied to them; as many groups as fit into that number of
+            channels. What is left over at the end of a sender's channels is a smaller group.
 
     Returns:
         The selection; save it beside the weights.
 
     Raises:
-        InputError: a density outside [0, 1], or a model that exchanges nothing that could be
-        dropped.
+        InputError: a density outside [0, 1], another score or group size, or a model that exchanges
+        nothing that could be dropped.
     """
     _check_nodes(nodes)
     captured = capture(model, example_inputs)
@@ -291,7 +295,7 @@ def sparsify_(
         **dict(model.named_buffers(remove_duplicate=False)),
         **dict(model.named_parameters(remove_duplicate=False)),
     }
-    return sparsify_weights_(tensors, groups, density, score)
+    return sparsify_weights_(tensors, groups, density, score, group_size)
 
 
 def _readers(decisions: Decisions) -> list[Reader]:

@@ -227,3 +227,53 @@ def test_gradients_still_reach_what_is_kept() -> None:
     disco.sparsify_(model, 2, 0.2, (X,))
     model(torch.randn(2, 3, 8, 8)).sum().backward()
     assert model.b.weight.requires_grad and model.b.weight.grad is not None
+
+
+@pytest.mark.parametrize("group_size", [2, 4, 8])
+@pytest.mark.parametrize("density", [0.0, 0.2, 0.5, 1.0])
+def test_channels_are_chosen_in_groups(group_size: int, density: float) -> None:
+    """Neighbours in the sender's channels, as many groups as fit; the last group may be smaller."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 42, 1), nn.ReLU(), nn.Conv2d(42, 8, 1))
+    pattern = disco.sparsify_(model, 2, density, (X,), group_size=group_size)
+    layer = pattern.layers["2"]
+    for i in range(2):
+        chosen = layer.selected[i][1 - i]
+        places = [c - 21 * (1 - i) for c in chosen]
+        budget = floor(density * 21 + 1e-9)
+        assert budget - group_size < len(chosen) <= budget
+        for place in places:
+            first = place - place % group_size
+            assert set(range(first, min(first + group_size, 21))) <= set(places)
+    if density == 1.0:
+        assert all(len(layer.selected[i][1 - i]) == 21 for i in range(2))
+
+
+def test_a_group_is_as_good_as_its_channels_are_on_average() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1))
+    with torch.no_grad():
+        model[1].weight[:] = torch.tensor([3.0, 0.0, 2.5, 2.5, 1.0, 1.0, 0.0, 1.9])[
+            None, :, None, None
+        ]
+    alone = disco.sparsify_(copy.deepcopy(model), 2, 0.5, (X,)).layers["1"].selected
+    pairs = disco.sparsify_(model, 2, 0.5, (X,), group_size=2).layers["1"].selected
+    assert (alone[1][0], alone[0][1]) == ((0, 2), (4, 7))
+    assert (pairs[1][0], pairs[0][1]) == ((2, 3), (6, 7))
+
+
+@pytest.mark.parametrize("group_size", [0, 3, 16, -1, 2.0, True, "2"])
+def test_other_group_sizes_are_refused(group_size: object) -> None:
+    with pytest.raises(InputError, match="group_size must be one of 1, 2, 4, 8 channels; given"):
+        disco.sparsify_(_tied(), 2, 0.5, (X,), group_size=group_size)  # type: ignore[arg-type]
+
+
+def test_groups_make_longer_runs() -> None:
+    """Three receivers of every tensor, whose selections no order can all make runs."""
+    lengths = []
+    for group_size in (1, 8):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 128, 1), nn.ReLU(), nn.Conv2d(128, 64, 1)).eval()
+        pattern = disco.sparsify_(model, 4, 0.5, (X,), group_size=group_size)
+        plan = disco.partition(model, (X,), 4, pattern=pattern, partial_sums=False).plan
+        lengths.append(plan.gather.channels / plan.gather.runs)
+    assert lengths[1] > lengths[0] > 1

@@ -2,7 +2,7 @@
 
 After DISCO (arXiv 2302.11180, section 3), without its training: per receiver and sender the columns
 of a block are scored over all layers that read the tensor, and the best floor(density x owned)
-stay.
+stay, or as many whole groups of neighbours as that is.
 """
 
 from __future__ import annotations
@@ -18,10 +18,15 @@ from disco.sparsify.groups import Group
 from disco_kernels.pattern import LayerPattern, Ownership, Pattern, Selected
 
 SCORES = ("l2", "l1")
+GROUP_SIZES = (1, 2, 4, 8)
 
 
 def sparsify_weights_(
-    parameters: Mapping[str, Tensor], groups: Sequence[Group], density: float, score: str = "l2"
+    parameters: Mapping[str, Tensor],
+    groups: Sequence[Group],
+    density: float,
+    score: str = "l2",
+    group_size: int = 1,
 ) -> Pattern:
     """Zero, in place, the columns of remote blocks that are not among the selected ones.
 
@@ -31,6 +36,9 @@ def sparsify_weights_(
         density: selected channels over those that the sender owns, in [0, 1], rounded down.
         score: of a channel over the blocks that read it: "l2" (square root of the sum of squares)
             or "l1" (sum of magnitudes).
+        group_size: channels are chosen so many at a time, 1, 2, 4 or 8, neighbours in the sender's
+            order: as many groups as fit into floor(density x owned), those with the largest sum of
+            squares or magnitudes a channel. What is left over at the end is a smaller group.
 
     Returns:
         The selection as a pattern, by layer.
@@ -41,10 +49,15 @@ def sparsify_weights_(
         )
     if score not in SCORES:
         raise InputError(f"score must be one of {', '.join(SCORES)}; given {score!r}")
+    if type(group_size) is not int or group_size not in GROUP_SIZES:
+        raise InputError(
+            f"group_size must be one of {', '.join(map(str, GROUP_SIZES))} channels; given "
+            f"{group_size!r}"
+        )
     pattern = Pattern()
     with torch.no_grad():
         for group in groups:
-            selected = _select(parameters, group, density, score)
+            selected = _select(parameters, group, density, score, group_size)
             for name, out in group.out_ownership.items():
                 _zero_unselected_(parameters[name], out, group.in_ownership, selected)
                 layer = LayerPattern(out, group.in_ownership, _without_idle(selected, out))
@@ -52,7 +65,9 @@ def sparsify_weights_(
     return pattern
 
 
-def _select(parameters: Mapping[str, Tensor], group: Group, density: float, score: str) -> Selected:
+def _select(
+    parameters: Mapping[str, Tensor], group: Group, density: float, score: str, group_size: int
+) -> Selected:
     """``selected[i][j]``: the best channels of rank j for rank i, in rank j's order."""
     rows = []
     for i in range(group.in_ownership.world_size):
@@ -64,7 +79,9 @@ def _select(parameters: Mapping[str, Tensor], group: Group, density: float, scor
             scores += block.square().sum(1) if score == "l2" else block.abs().sum(1)
         rows.append(
             tuple(
-                () if i == j else _best(scores, owned, floor(density * len(owned) + _ROUNDING))
+                ()
+                if i == j
+                else _best(scores, owned, floor(density * len(owned) + _ROUNDING), group_size)
                 for j, owned in enumerate(group.in_ownership.channels)
             )
         )
@@ -75,11 +92,20 @@ def _select(parameters: Mapping[str, Tensor], group: Group, density: float, scor
 _ROUNDING = 1e-9
 
 
-def _best(scores: Tensor, owned: Sequence[int], count: int) -> tuple[int, ...]:
-    """The `count` channels with the highest scores; of equals the first, so that runs repeat."""
+def _best(scores: Tensor, owned: Sequence[int], count: int, group_size: int) -> tuple[int, ...]:
+    """At most `count` channels, in the groups with the highest mean scores; of equals the first, so
+    that runs repeat."""
     values = scores[list(owned)]
-    order = torch.sort(values, descending=True, stable=True).indices[:count]
-    return tuple(owned[position] for position in sorted(order.tolist()))
+    if not owned:
+        return ()
+    means = torch.stack([group.mean() for group in values.split(group_size)])
+    chosen: list[int] = []
+    for group in torch.sort(means, descending=True, stable=True).indices.tolist():
+        first = group * group_size
+        members = range(first, min(first + group_size, len(owned)))
+        if len(chosen) + len(members) <= count:
+            chosen += members
+    return tuple(owned[position] for position in sorted(chosen))
 
 
 def _zero_unselected_(
