@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -284,35 +284,39 @@ def sparsify_(
     """
     _check_nodes(nodes)
     captured = capture(model, example_inputs)
-    readers = _readers(decide(*captured, nodes))
+    tensors = {
+        **dict(model.named_buffers(remove_duplicate=False)),
+        **dict(model.named_parameters(remove_duplicate=False)),
+    }
+    readers = _readers(decide(*captured, nodes), tensors)
     groups = groups_of(readers)
     if not groups:
         raise InputError(
             f"{type(model).__name__} has no layer whose inputs could be exchanged in part: "
             f"{len(readers)} layers read exchanged tensors, all of which travel whole"
         )
-    tensors = {
-        **dict(model.named_buffers(remove_duplicate=False)),
-        **dict(model.named_parameters(remove_duplicate=False)),
-    }
     return sparsify_weights_(tensors, groups, density, score, group_size)
 
 
-def _readers(decisions: Decisions) -> list[Reader]:
-    """The layers that read parts of exchanged tensors, by their parameters."""
+def _readers(decisions: Decisions, parameters: Container[str]) -> list[Reader]:
+    """The layers that read parts of exchanged tensors, by their parameters.
+
+    A weight that the model computes (and standardises, say) is no parameter that could be zeroed.
+    """
     readers = []
     for op, lowering in zip(decisions.program.ops, decisions.lowerings, strict=True):
         for tensor in lowering.select:
             assert lowering.out_ownership is not None and lowering.in_ownership is not None
             weight = next(op.weight_refs())
+            parameter = decisions.context.origins.get(weight, weight)
             exchange = decisions.exchange_of(tensor)
             readers.append(
                 Reader(
                     tensor=exchange.value,
-                    parameter=decisions.context.origins.get(weight, weight),
+                    parameter=parameter,
                     out_ownership=lowering.out_ownership,
                     in_ownership=lowering.in_ownership,
-                    gathered=bool(exchange.gathered_by),
+                    gathered=bool(exchange.gathered_by) or parameter not in parameters,
                 )
             )
     return readers

@@ -495,3 +495,35 @@ def test_weights_as_operands_and_as_outputs() -> None:
     case.weight("table", 4)
     plan = check_exact(case, 2, outputs={"y": Ref("a"), "table": WeightRef("table")})
     assert plan.world_size == 2
+
+
+@property_test
+@given(st.data(), world_sizes, st.sampled_from([1, 2, 4, 8]), st.booleans())
+def test_group_norm(data: st.DataObject, world_size: int, groups: int, affine: bool) -> None:
+    """Groups that are cut exchange moments, in one message with the channels that are read."""
+    case = Case(3, 3, 2)
+    case.conv("a", "x", 8, 3)
+    norm = (case.weight("w", 8), case.weight("v", 8)) if affine else (None, None)
+    case.op("aten.group_norm.default", "n", Ref("a"), groups, *norm, 1e-5, False)
+    case.conv("b", "n", 5, 8, zero_columns=0.5, activation="relu")
+    owned = data.draw(ownerships(8, world_size))
+    plan = check_exact(case, world_size, {"a": owned})
+    assert not plan.replicated
+    size = 8 // groups
+    held = [{channel // size for channel in own} for own in owned.channels]
+    cut = sum(map(len, held)) > groups
+    moments = [e for e in plan.exchanges if "n.moments" in e.statistics]
+    assert bool(moments) == cut
+    for exchange in moments:
+        assert exchange.value == "a"
+        per_rank = 2 * groups * 8
+        assert sum(map(sum, exchange.statistics_bytes)) == per_rank * world_size * (world_size - 1)
+
+
+def test_outputs_before_a_group_norm_are_shared_out_by_groups() -> None:
+    case = Case(3, 3, 2)
+    case.conv("a", "x", 12, 3)
+    case.op("aten.group_norm.default", "n", Ref("a"), 3)
+    plan = check_exact(case, 2)
+    assert plan.layers[0].out_counts == (8, 4)
+    assert [e.value for e in plan.exchanges] == ["n"], "only the output is gathered"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from disco.capture.convert import convert
 from disco.capture.export import export
 from disco.capture.fold_batch_norm import fold_batch_norm
+from disco.capture.fold_constants import fold_constants
 from disco.capture.fuse import fuse_epilogues, lower_convolutions_and_linears
 from disco.capture.parts import spell_out_parts, spell_out_shuffles
 from disco.capture.prune import remove_copies, remove_dead
@@ -53,7 +54,8 @@ def capture(
     """
     program, weights = convert(export(model, example_inputs, dynamic_batch))
     origins: dict[str, str] = {}
-    program = spell_out_parts(remove_copies(program))
+    program = fold_constants(remove_copies(program), weights)
+    program = spell_out_parts(program)
     program = remove_dead(spell_out_shuffles(program, weights))
     program = lower_convolutions_and_linears(program)
     program = fold_batch_norm(program, weights, origins)

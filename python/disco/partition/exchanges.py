@@ -69,7 +69,7 @@ class Sources:
 
 
 # Ops that apply what `disco.partition.norms` has split off to their first argument.
-STATISTICS_READERS = ("disco.normalize",)
+STATISTICS_READERS = ("disco.normalize", "disco.group_normalize")
 
 
 def bytes_per_channel(name: str, context: RuleContext) -> int:

@@ -106,6 +106,11 @@ class OwnershipChoice:
             inputs = self._program.values[next(op.refs())].shape[1]
             if inputs == channels and 1 < groups < channels and channels % groups == 0:
                 yield (groups, channels // groups), 0
+        elif op.kind == "disco.group_moments":
+            groups = op.kwargs["num_groups"]
+            assert isinstance(groups, int)
+            if self._program.values[next(op.refs())].shape[1] == channels:
+                yield (groups, channels // groups), 0
         elif op.kind == "aten.pixel_shuffle.default":
             factor = op.args[1]
             assert isinstance(factor, int)

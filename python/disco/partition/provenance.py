@@ -42,6 +42,7 @@ class Provenance:
         self._fixed: set[str] = set()
         self._origins: dict[str, Origin] = {}
         self._members: list[str] = []
+        self._order_free: set[str] = set()
         readers_of_weight: dict[str, list[Op]] = {}
         for op, lowering in zip(program.ops, lowerings, strict=True):
             origin = self._origin(op, lowering)
@@ -76,6 +77,8 @@ class Provenance:
         if op.kind in _MATRIX_OPS and op.kwargs.get("groups", 1) == 1 and lowering.out_ownership:
             return self._born(op, placed)
         inputs = self._local_inputs(op, lowering)
+        if op.kind in _ORDER_FREE:
+            self._order_free.add(op.name)
         if op.kind in _ORDER_FREE or not inputs:
             return (None,) * count
         return self._through(op, placed, inputs) or self._unknown(inputs, count)
@@ -159,7 +162,7 @@ class Provenance:
         elsewhere = {*lowering.whole, *lowering.select}
         names = dict.fromkeys(op.refs())
         sharded = [n for n in names if self._context.sharded(Ref(n)) is not None]
-        return [name for name in sharded if name not in elsewhere]
+        return [n for n in sharded if n not in elsewhere and n not in self._order_free]
 
     def _unknown(self, inputs: Sequence[str], count: int) -> Origin:
         self._fix_all(inputs)
@@ -182,8 +185,6 @@ class Provenance:
 
 def _needs_blocks(op: Op, context: RuleContext) -> bool:
     """Whether several channels of an op's input have to lie one after the other."""
-    if op.kind == "aten.group_norm.default":
-        return True
     if op.kind != "disco.conv2d":
         return False
     return int(context.shape(op.args[1])[1]) != 1

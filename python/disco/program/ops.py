@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from disco.errors import InputError
-from disco.program import fused
+from disco.program import fused, statistics
 
 Function = Callable[..., Any]
 
@@ -97,8 +97,10 @@ _functions: dict[str, Function] = {
     "disco.conv2d": fused.conv2d,
     "disco.linear": fused.linear,
     "disco.channel_affine": fused.channel_affine,
-    "disco.moments": fused.moments,
-    "disco.normalize": fused.normalize,
+    "disco.group_moments": statistics.group_moments,
+    "disco.group_normalize": statistics.group_normalize,
+    "disco.moments": statistics.moments,
+    "disco.normalize": statistics.normalize,
     "disco.take": fused.take,
 }
 
