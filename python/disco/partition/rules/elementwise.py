@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 from disco.partition.placement import Replicated, Sharded
@@ -82,20 +83,32 @@ def new_like(op: Op, context: RuleContext) -> Lowering | None:
     return same_op(Replicated()) if len(list(op.refs())) == 1 else None
 
 
-@rule("disco.channel_affine")
-def channel_affine(op: Op, context: RuleContext) -> Lowering | None:
-    """Scale and shift of a batch norm: ``[C]`` along dim 1."""
-    x, scale, shift = op.args
-    placed = context.sharded(x)
-    if placed is None or placed.dim != 1:
+@rule("disco.channel_affine", "aten.prelu.default", "aten.instance_norm.default")
+def with_channel_weights(op: Op, context: RuleContext) -> Lowering | None:
+    """Weights ``[C]`` along dim 1 (or one number for all channels), each channel alone."""
+    placed = context.sharded(op.args[0])
+    if placed is None or placed.dim != 1 or len(list(op.refs())) != 1:
         return None
 
-    def emit(op: Op, rank: RankBuilder) -> None:
-        owned = placed.ownership
-        args = (x, rank.part(scale, owned, 0), rank.part(shift, owned, 0))
-        rank.add(Op(op.kind, op.name, args, op.kwargs))
+    flat = range(placed.ownership.num_channels)
 
-    return Lowering(placed, emit)
+    def localised(rank: RankBuilder, channels: Sequence[int], op: Op, x: Ref, name: str) -> Op:
+        def part(arg: Arg) -> Arg:
+            if isinstance(arg, WeightRef) and len(rank.source(arg)) == len(flat):
+                return rank.taken(arg, channels)
+            return rank.localise(arg)
+
+        return Op(op.kind, name, (x, *map(part, op.args[1:])), op.kwargs)
+
+    def emit(op: Op, rank: RankBuilder) -> None:
+        x, owned = op.args[0], placed.ownership.channels[rank.rank]
+        assert isinstance(x, Ref)
+        rank.add(localised(rank, owned, op, x, op.name))
+
+    def replay(op: Op, rank: RankBuilder, piece: Ref, channels: tuple[int, ...], name: str) -> None:
+        rank.add(localised(rank, channels, op, piece, name))
+
+    return Lowering(placed, emit, replay=replay)
 
 
 def _common_placement(op: Op, context: RuleContext, num_dims: int) -> Sharded | None:

@@ -10,7 +10,7 @@ import torch
 from disco.partition.placement import Replicated, Sharded
 from disco.partition.rank_builder import RankBuilder
 from disco.partition.rules.registry import Lowering, RuleContext, per_channel, rule, same_op
-from disco.program import Arg, Op, WeightRef, evaluate_shape
+from disco.program import Arg, Op, Ref, WeightRef, evaluate_shape
 from disco.program.symbols import symbols_of
 from disco_kernels.pattern import Ownership
 
@@ -50,6 +50,30 @@ def permute(op: Op, context: RuleContext) -> Lowering | None:
         return None
     dims = [dim % len(order) for dim in order if isinstance(dim, int)]
     return per_channel(Sharded(placed.ownership, dims.index(placed.dim)))
+
+
+@rule("aten.expand.default", "aten.repeat.default")
+def grow(op: Op, context: RuleContext) -> Lowering | None:
+    """Other dimensions than the channels grow; new ones may come in front."""
+    placed, sizes = context.sharded(op.args[0]), op.args[1]
+    if placed is None or not isinstance(sizes, tuple):
+        return None
+    before, after = context.shape(op.args[0]), context.values[op.name].shape
+    dim = placed.dim + len(after) - len(before)
+    if before[placed.dim] != after[dim]:
+        return None
+    # Of the channels there are as many as there are: -1 for expand, once for repeat.
+    kept = -1 if op.kind == "aten.expand.default" else 1
+    local = Op(op.kind, op.name, (op.args[0], (*sizes[:dim], kept, *sizes[dim + 1 :])), op.kwargs)
+
+    def emit(op: Op, rank: RankBuilder) -> None:
+        rank.add(local.replace_leaves(rank.localise))
+
+    def replay(op: Op, rank: RankBuilder, piece: Ref, channels: tuple[int, ...], name: str) -> None:
+        args = local.replace_leaves(rank.localise).args
+        rank.add(Op(op.kind, name, (piece, *args[1:]), op.kwargs))
+
+    return Lowering(Sharded(placed.ownership, dim), emit, replay=replay)
 
 
 @rule("aten.transpose.int")
@@ -209,22 +233,32 @@ def map_through_view(
     Dimensions are matched in groups of equal products: ``[B, C, 7, 7] -> [B, C * 49]`` has the
     groups ``[B] -> [B]`` and ``[C, 7, 7] -> [C * 49]``.
     """
-    names = symbols_of((*before, *after))
-    if len(names) > len(_PROBES):
+    found = view_groups(before, after)
+    if found is None:
         return None
-    probes = dict(zip(names, _PROBES, strict=False))
-    old, new = evaluate_shape(before, probes), evaluate_shape(after, probes)
-    if 0 in old:
-        return None
-    for (start, stop), (new_start, new_stop) in _groups(old, new):
+    old, new, groups = found
+    for (start, stop), (new_start, new_stop) in groups:
         if start <= placed.dim < stop:
             return _map_in_group(placed, old, start, stop, new, new_start, new_stop)
     return None
 
 
-def _groups(
-    old: Sequence[int], new: Sequence[int]
-) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+Group = tuple[tuple[int, int], tuple[int, int]]
+
+
+def view_groups(
+    before: Sequence[int | str], after: Sequence[int | str]
+) -> tuple[Sequence[int], Sequence[int], list[Group]] | None:
+    """Both shapes of a view in numbers, and the runs of dimensions that match; None if unknown."""
+    names = symbols_of((*before, *after))
+    if len(names) > len(_PROBES):
+        return None
+    probes = dict(zip(names, _PROBES, strict=False))
+    old, new = evaluate_shape(before, probes), evaluate_shape(after, probes)
+    return None if 0 in old else (old, new, _groups(old, new))
+
+
+def _groups(old: Sequence[int], new: Sequence[int]) -> list[Group]:
     """The finest matching runs of dimensions: ``((start, stop), (new_start, new_stop))``."""
     groups = []
     start = new_start = i = j = 0
