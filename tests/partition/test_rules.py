@@ -205,6 +205,10 @@ LOCAL = [
     ("aten.select.int", (3, 1)),
     ("aten.layer_norm.default", ((4, 4),)),
     ("aten.upsample_nearest2d.vec", (None, (2.0, 2.0))),
+    ("aten.pad.default", ((1, 2, 0, 1), "reflect")),
+    ("aten.pad.default", ((1, 2, 0, 1), "replicate")),
+    ("aten.expand.default", ((3, -1, 6, 4, 4),)),
+    ("aten.repeat.default", ((1, 1, 2, 3),)),
     ("aten.flatten.using_ints", (1, 3)),
     ("aten.flatten.using_ints", (2, -1)),
     ("aten.view.default", ((-1, 6, 16),)),
@@ -527,3 +531,44 @@ def test_outputs_before_a_group_norm_are_shared_out_by_groups() -> None:
     plan = check_exact(case, 2)
     assert plan.layers[0].out_counts == (8, 4)
     assert [e.value for e in plan.exchanges] == ["n"], "only the output is gathered"
+
+
+@property_test
+@given(st.data(), world_sizes, st.sampled_from([1, 6]))
+def test_weights_of_each_channel(data: st.DataObject, world_size: int, slopes: int) -> None:
+    """PReLU, with a slope a channel or one for all, and an instance norm."""
+    case = Case(3, 4, 4)
+    case.conv("a", "x", 6, 3)
+    case.op("aten.prelu.default", "p", Ref("a"), case.weight("slope", slopes))
+    affine = (case.weight("w", 6), case.weight("v", 6), None, None)
+    case.op("aten.instance_norm.default", "n", Ref("p"), *affine, True, 0.1, 1e-5, False)
+    case.op("aten.upsample_nearest2d.vec", "u", Ref("n"), None, (2.0, 2.0))
+    case.conv("b", "u", 5, 6, zero_columns=0.5)
+    plan = check_exact(case, world_size, {"a": data.draw(ownerships(6, world_size))})
+    assert not plan.replicated
+    assert [e.value for e in plan.exchanges[:1]] in (["a"], ["n"], ["p"])
+
+
+@property_test
+@given(st.data(), st.integers(2, 3), st.sampled_from([1, 3]), st.booleans())
+def test_attention_with_a_mask(
+    data: st.DataObject, world_size: int, heads: int, keyword: bool
+) -> None:
+    """A bias of relative positions, the same for all heads or one for each."""
+    case = Case(5, 4)
+    for name in "qkv":
+        case.linear(name, "x", 12, 4)
+        case.op("aten.view.default", f"{name}v", Ref(name), (-1, 5, 3, 4))
+        case.op("aten.permute.default", f"{name}h", Ref(f"{name}v"), (0, 2, 1, 3))
+    mask = case.weight("mask", 1, heads, 5, 5)
+    qkv = (Ref("qh"), Ref("kh"), Ref("vh"))
+    if keyword:
+        case.op("aten.scaled_dot_product_attention.default", "s", *qkv, attn_mask=mask)
+    else:
+        case.op("aten.scaled_dot_product_attention.default", "s", *qkv, mask)
+    owned = data.draw(ownerships(3, world_size))
+    by_heads = Ownership(
+        tuple(tuple(4 * c + k for c in own for k in range(4)) for own in owned.channels)
+    )
+    plan = check_exact(case, world_size, dict.fromkeys("qkv", by_heads))
+    assert not plan.replicated

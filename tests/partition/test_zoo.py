@@ -37,6 +37,10 @@ SLOW = [
     ("torchvision", "shufflenet_v2_x0_5", 64),
     ("torchvision", "deeplabv3_resnet50", 64),
     ("torchvision", "swin_t", 64),
+    ("torchvision", "swin_v2_t", 64),
+    ("timm", "resnetv2_50x1_bit", 64),  # standardised weights, group norms
+    ("timm", "poolformer_s12", 64),  # one group of all channels
+    ("timm", "gmlp_s16_224", 224),  # gates whose tokens are mixed
     ("torchvision", "vit_b_16", 224),
     ("timm", "deit_tiny_patch16_224", 224),
 ]
@@ -94,7 +98,7 @@ def _check_model(source: str, name: str, size: int, nodes: list[int]) -> None:
     for x, expected in zip(batches, exact, strict=True):
         _check([whole(x)], expected, f"{name} on one machine")
     for world_size in nodes:
-        plan, ranks = build_all(decide(*captured, world_size))
+        plan, ranks = build_all(decide(*captured, world_size, partial_sums=True, permute=True))
         if name in FUSED:
             found = Counter(layer.activation for layer in plan.layers)
             assert {a: n for a, n in found.items() if a not in ("", "none")} == FUSED[name]

@@ -109,7 +109,8 @@ def _by_gray_code(masks: Collection[int]) -> list[int]:
 def _by_neighbour(masks: Collection[int]) -> list[int]:
     """Each next class the one that differs least from the last; first the one sent nowhere."""
     left = sorted(masks)
-    order = [left.pop(0)]
+    order = left[:1]
+    del left[:1]
     while left:
         last = order[-1]
         following = min(left, key=lambda mask: (_bits(mask ^ last), -mask))
