@@ -572,3 +572,25 @@ def test_attention_with_a_mask(
     )
     plan = check_exact(case, world_size, dict.fromkeys("qkv", by_heads))
     assert not plan.replicated
+
+
+@property_test
+@given(st.data(), world_sizes, st.booleans())
+def test_what_is_held_otherwise_is_sent_where_it_is_needed(
+    data: st.DataObject, world_size: int, residual: bool
+) -> None:
+    """Every rank gets the channels that it lacks, not all; a value may be read in both ways."""
+    case = Case(4, 3, 3)
+    case.conv("a", "x", 6, 4)
+    case.conv("b", "a", 6, 6, zero_columns=0.7, residual=Ref("a") if residual else None)
+    case.op("aten.add.Tensor", "y", Ref("b"), Ref("a"))
+    case.conv("c", "y", 3, 6)
+    owned = {name: data.draw(ownerships(6, world_size)) for name in "ab"}
+    plan = check_exact(case, world_size, owned, permute=data.draw(st.booleans()))
+    check_exact(case, world_size, owned, partial_sums=True)
+    assert not plan.replicated
+    (exchange,) = (e for e in plan.exchanges if e.value == "a")
+    assert not exchange.gathered_by
+    for i, target in enumerate(owned["b"].channels):
+        for j, own in enumerate(owned["a"].channels):
+            assert i == j or set(exchange.sent[i][j]) >= set(target) & set(own)

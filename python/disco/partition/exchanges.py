@@ -87,7 +87,7 @@ def collect_needs(
     """By exchanged value what is needed of it, in the order of first reading."""
     needs: dict[str, Needs] = {}
     for position, (op, lowering) in enumerate(zip(program.ops, lowerings, strict=True)):
-        for name, selected in lowering.select.items():
+        for name, selected in (*lowering.select.items(), *lowering.reshare.items()):
             need = needs.setdefault(sources.root(name), Needs())
             need.selected.append(selected)
             need.consumers.append(context.layer_of(op))

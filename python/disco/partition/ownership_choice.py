@@ -17,7 +17,7 @@ from disco.partition.placement import Placement, Replicated, Sharded
 from disco.partition.rules import RuleContext, lower
 from disco.partition.rules.reshape import view_groups
 from disco.program import Op, Program, Ref, WeightRef
-from disco_kernels.pattern import Ownership
+from disco_kernels.pattern import Ownership, Selected
 
 _TRANSPOSED = ("aten.transpose.int", "aten.permute.default")
 # Ops that are looked at after a layer. Attention takes some twenty.
@@ -157,6 +157,8 @@ class OwnershipChoice:
             lowering = lower(follower, trial)
             placements[follower.name] = lowering.placement
             gathered.update(lowering.whole)
+            for name, table in lowering.reshare.items():
+                moved += _elements(name, table, trial)
         for name in gathered:
             moved += (context.world_size - 1) * prod(context.sizes(name))
         return moved
@@ -178,6 +180,14 @@ def _selected_elements(op: Op, out: Ownership, context: RuleContext) -> int:
     selected = context.selected(weight, out, placed.ownership)
     pixels = prod(context.sizes(x.name)) // max(channels, 1)
     return pixels * sum(len(block) for row in selected for block in row)
+
+
+def _elements(name: str, table: Selected, context: RuleContext) -> int:
+    """Of one image, in the channels that a table lists."""
+    placed = context.placements[name]
+    assert isinstance(placed, Sharded)
+    others = (size for dim, size in enumerate(context.sizes(name)) if dim != placed.dim)
+    return prod(others) * sum(len(block) for row in table for block in row)
 
 
 def _split_of(

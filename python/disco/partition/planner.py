@@ -122,7 +122,10 @@ class Decisions:
         out = lowering.out_ownership
         if out is None and isinstance(lowering.placement, Sharded):
             out = lowering.placement.ownership
-        read = dict.fromkeys(self.exchange_of(name) for name in (*lowering.select, *lowering.whole))
+        read = dict.fromkeys(
+            self.exchange_of(name)
+            for name in (*lowering.select, *lowering.reshare, *lowering.whole)
+        )
         shared = [e.number for e in read if self.first_reader[e.value] != op.name]
         notes = [lowering.reason] if lowering.reason else []
         notes += [f"shares exchange {number}" for number in shared]

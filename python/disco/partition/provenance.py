@@ -159,7 +159,7 @@ class Provenance:
 
     def _local_inputs(self, op: Op, lowering: Lowering) -> list[str]:
         """Sharded values that a rank reads its own part of, as it lies there."""
-        elsewhere = {*lowering.whole, *lowering.select}
+        elsewhere = {*lowering.whole, *lowering.reshare, *lowering.select}
         names = dict.fromkeys(op.refs())
         sharded = [n for n in names if self._context.sharded(Ref(n)) is not None]
         return [n for n in sharded if n not in elsewhere and n not in self._order_free]

@@ -170,10 +170,31 @@ class RankBuilder:
         assert isinstance(arg, Ref)
         if self._placements[arg.name] == Sharded(ownership, dim):
             return arg
+        placed = self._placements[arg.name]
+        if isinstance(placed, Sharded) and placed.dim == dim:
+            return self._reshared(arg, placed, owned)
         index = self.store(f"{arg.name}.part", _positions(owned).to(torch.int32))
         name = f"{index.name}.dim{dim}"
         if self._make(name):
             self.add(Op("disco.take", name, (self.whole(arg), index), {"dim": dim}))
+        return Ref(name)
+
+    def _reshared(self, value: Ref, placed: Sharded, wanted: Sequence[int]) -> Ref:
+        """Channels of `value`, this rank's own and received ones, as they are wanted."""
+        pieces: list[Ref] = []
+        held: list[int] = []
+        for peer, owned in enumerate(placed.ownership.channels):
+            if set(wanted) & set(owned):
+                mine = peer == self.rank
+                pieces.append(value if mine else self.payload(value, peer))
+                held += owned if mine else self.received(value, peer)
+        place = {channel: i for i, channel in enumerate(held)}
+        positions = torch.tensor([place[channel] for channel in wanted], dtype=torch.int32)
+        order = self.store(f"{value.name}.part", positions)
+        name = f"{order.name}.of"
+        if self._make(name):
+            attributes: dict[str, Arg] = {"order": order, "dim": placed.dim}
+            self.add(Op("disco.assemble", name, (tuple(pieces),), attributes))
         return Ref(name)
 
     def taken(self, weight: WeightRef, channels: Sequence[int], dim: int = 0) -> WeightRef:

@@ -7,7 +7,14 @@ from math import prod
 
 from disco.partition.placement import Replicated, Sharded
 from disco.partition.rank_builder import RankBuilder
-from disco.partition.rules.registry import Lowering, RuleContext, per_channel, rule, same_op
+from disco.partition.rules.registry import (
+    Lowering,
+    RuleContext,
+    missing,
+    per_channel,
+    rule,
+    same_op,
+)
 from disco.program import Arg, Op, Ref, WeightRef
 
 _UNARY = """
@@ -42,8 +49,8 @@ def unary(op: Op, context: RuleContext) -> Lowering | None:
 def broadcast(op: Op, context: RuleContext) -> Lowering | None:
     """Several tensors, broadcast: all take the ownership of the first sharded one.
 
-    A replicated operand is sliced (or left, where it has size 1 there); a sharded one of another
-    ownership is gathered and sliced.
+    A replicated operand is sliced (or left, where it has size 1 there); of a sharded one of
+    another ownership every rank gets what it lacks.
     """
     num_dims = len(context.values[op.name].shape)
     target = _common_placement(op, context, num_dims)
@@ -57,11 +64,8 @@ def broadcast(op: Op, context: RuleContext) -> Lowering | None:
         per_channel = dim >= 0 and (shape[dim] != 1 or target.ownership.num_channels == 1)
         return Sharded(target.ownership, dim) if per_channel else None
 
-    whole = []
-    for arg in op.args:
-        placed = context.sharded(arg)
-        if isinstance(arg, Ref) and placed is not None and placed != place_in(arg):
-            whole.append(arg.name)
+    tensors = [arg for arg in op.args if isinstance(arg, Ref)]
+    reshare, whole = missing([(arg, place_in(arg)) for arg in tensors], context)
 
     def emit(op: Op, rank: RankBuilder) -> None:
         def localise(arg: Arg) -> Arg:
@@ -74,7 +78,7 @@ def broadcast(op: Op, context: RuleContext) -> Lowering | None:
 
         rank.add(Op(op.kind, op.name, tuple(localise(arg) for arg in op.args), op.kwargs))
 
-    return Lowering(target, emit, whole=tuple(whole))
+    return Lowering(target, emit, reshare=reshare, whole=whole)
 
 
 @rule("aten.new_full.default", "aten.new_ones.default", "aten.new_zeros.default")

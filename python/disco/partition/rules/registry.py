@@ -7,12 +7,12 @@ answer for this case. With no rule, or no answer, the op gathers its inputs and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from disco.partition.placement import Placement, Replicated, Sharded
+from disco.partition.placement import Placement, Replicated, Sharded, to_reshare
 from disco.partition.rank_builder import RankBuilder
 from disco.program import Arg, Op, Ref, ValueInfo, WeightRef, evaluate_dim
 from disco.program.symbols import symbols_of
@@ -30,7 +30,8 @@ class Lowering:
     Attributes:
         placement: where the result is.
         emit: writes one rank's op; called once per rank, after all exchanges are known.
-        select: per input value the channels that the ranks need of each other.
+        select: per input value the channels that the ranks need of each other, by the weights.
+        reshare: per input value the channels that they need to have it as another value is.
         whole: input values that every rank needs whole.
         flops: 2 x multiply-accumulates per image of convolutions and linears, per rank.
         out_ownership, in_ownership, selected: of a convolution or linear, for the plan.
@@ -44,6 +45,7 @@ class Lowering:
     placement: Placement
     emit: Callable[[Op, RankBuilder], None]
     select: Mapping[str, Selected] = field(default_factory=dict)
+    reshare: Mapping[str, Selected] = field(default_factory=dict)
     whole: tuple[str, ...] = ()
     flops: tuple[int, ...] = ()
     out_ownership: Ownership | None = None
@@ -149,6 +151,24 @@ def same_op(placement: Placement) -> Lowering:
 def per_channel(placement: Placement) -> Lowering:
     """The same op on each rank's own part, and on any other channels of its first argument."""
     return Lowering(placement, _emit_local, replay=_replay_same)
+
+
+def missing(
+    operands: Iterable[tuple[Arg, Sharded | None]], context: RuleContext
+) -> tuple[dict[str, Selected], tuple[str, ...]]:
+    """What ranks need of others to have operands as an op wants them (None: whole): `reshare` and
+    `whole` of its lowering, for `RankBuilder.part`."""
+    reshare: dict[str, Selected] = {}
+    whole: list[str] = []
+    for arg, wanted in operands:
+        placed = context.sharded(arg)
+        if not isinstance(arg, Ref) or placed is None or placed == wanted:
+            continue
+        if wanted is None or wanted.dim != placed.dim:
+            whole.append(arg.name)
+        else:
+            reshare[arg.name] = to_reshare(placed.ownership, wanted.ownership)
+    return reshare, tuple(whole)
 
 
 def _replay_same(
