@@ -571,7 +571,8 @@ def test_attention_with_a_mask(
         tuple(tuple(4 * c + k for c in own for k in range(4)) for own in owned.channels)
     )
     plan = check_exact(case, world_size, dict.fromkeys("qkv", by_heads))
-    assert not plan.replicated
+    if sum(map(bool, owned.counts)) > 1:  # a rank that has all may have it by any dimension
+        assert not plan.replicated
 
 
 @property_test
