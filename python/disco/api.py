@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -126,6 +126,8 @@ def partition(
     pattern: Pattern | None = None,
     tolerance: float = 0.0,
     dense_exchange: bool = False,
+    partial_sums: bool = True,
+    permute: bool = True,
 ) -> Partitioned:
     """Cut `model` into `nodes` parts that together compute what it computes (arXiv 2302.11180).
 
@@ -143,6 +145,10 @@ def partition(
         pattern: a recorded one, whose ownership is used and which the weights must keep.
         tolerance: a weight counts as zero up to this. Above 0 the result is not exact.
         dense_exchange: exchange every channel, whatever the weights are: the baseline.
+        partial_sums: let a layer exchange partial sums of its outputs where those are fewer bytes
+            than its inputs; False for inputs only.
+        permute: let nodes hold a layer's outputs in an order in which those that they send are
+            runs; False for that of the model. An order given in `ownership` is kept.
 
     Raises:
         InputError: the model cannot be captured, weights that contradict the pattern (naming layer,
@@ -154,7 +160,15 @@ def partition(
         raise InputError(f"tolerance must be 0 or more, given {tolerance}")
     captured = capture(model, example_inputs)
     fixed = _fixed_ownership(captured, cluster.world_size, ownership or {}, pattern, tolerance)
-    problem = Problem(*captured, fixed, tolerance, dense_exchange)
+    problem = Problem(
+        *captured,
+        fixed,
+        tolerance,
+        dense_exchange,
+        partial_sums=partial_sums,
+        permute=permute,
+        kept_order=tuple(ownership or ()),
+    )
     return Partitioned(*plan_for(problem, cluster, idle_allowed=bool(ownership)))
 
 
@@ -287,35 +301,40 @@ def sparsify_(
     cluster = Cluster.of(nodes)
     check_density(density)
     captured = capture(model, example_inputs)
+    tensors = {
+        **dict(model.named_buffers(remove_duplicate=False)),
+        **dict(model.named_parameters(remove_duplicate=False)),
+    }
     problem = Problem(*captured, out_ownership={})
-    readers = _readers(problem.decide(shares_for(problem, cluster, density)))
+    readers = _readers(problem.decide(shares_for(problem, cluster, density)), tensors)
     groups = groups_of(readers)
     if not groups:
         raise InputError(
             f"{type(model).__name__} has no layer whose inputs could be exchanged in part: "
             f"{len(readers)} layers read exchanged tensors, all of which travel whole"
         )
-    tensors = {
-        **dict(model.named_buffers(remove_duplicate=False)),
-        **dict(model.named_parameters(remove_duplicate=False)),
-    }
     return sparsify_weights_(tensors, groups, density, score, group_size)
 
 
-def _readers(decisions: Decisions) -> list[Reader]:
-    """The layers that read parts of exchanged tensors, by their parameters."""
+def _readers(decisions: Decisions, parameters: Container[str]) -> list[Reader]:
+    """The layers that read parts of exchanged tensors, by their parameters.
+
+    A weight that the model computes (and standardises, say) is no parameter that could be zeroed.
+    """
     readers = []
     for op, lowering in zip(decisions.program.ops, decisions.lowerings, strict=True):
         for tensor in lowering.select:
             assert lowering.out_ownership is not None and lowering.in_ownership is not None
             weight = next(op.weight_refs())
+            parameter = decisions.context.origins.get(weight, weight)
+            exchange = decisions.exchange_of(tensor)
             readers.append(
                 Reader(
-                    tensor=tensor,
-                    parameter=decisions.context.origins.get(weight, weight),
+                    tensor=exchange.value,
+                    parameter=parameter,
                     out_ownership=lowering.out_ownership,
                     in_ownership=lowering.in_ownership,
-                    gathered=bool(decisions.exchanges[tensor].gathered_by),
+                    gathered=bool(exchange.gathered_by) or parameter not in parameters,
                 )
             )
     return readers

@@ -16,6 +16,11 @@ from disco.program import Ref
 from disco_kernels import LayerPattern, Ownership, Pattern
 from tests.partition.harness import Case, cut
 
+NEW_IN_1_2 = (
+    *("form", "dense_bytes", "statistics", "statistics_bytes"),
+    *("gather", "gather_before"),
+)
+
 
 def _two_layers() -> nn.Sequential:
     torch.manual_seed(0)
@@ -34,7 +39,7 @@ def test_numbers_of_a_small_plan() -> None:
     model = _two_layers()
     _zero(model[2].weight, slice(0, 3), [4, 5, 7])
     _zero(model[2].weight, slice(3, 6), [1, 3])
-    plan = disco.partition(model, (torch.randn(1, 3, 10, 10),), 2).plan
+    plan = disco.partition(model, (torch.randn(1, 3, 10, 10),), 2, partial_sums=False).plan
 
     first, second, output = plan.layers
     assert (first.name, second.name, output.name) == ("0", "2", "output")
@@ -96,16 +101,29 @@ def test_other_versions_are_refused() -> None:
 
 
 def test_plans_of_the_first_version_are_read() -> None:
-    """They do not say which activation is fused into a layer."""
+    """They do not say which activation is fused into a layer, nor in which form it exchanges."""
     plan = disco.partition(_two_layers(), (torch.randn(1, 3, 9, 9),)).plan
     content = json.loads(plan.to_json()) | {"version": [1, 0]}
     assert [layer.pop("activation") for layer in content["layers"]] == ["relu", "none", ""]
+    for layer in content["layers"]:
+        del layer["form"]
+    for exchange in content["exchanges"]:
+        for key in (
+            "form",
+            "dense_bytes",
+            "statistics",
+            "statistics_bytes",
+            "gather",
+            "gather_before",
+        ):
+            del exchange[key]
     old = Plan.from_json(json.dumps(content))
     assert old.version == (1, 0) and [layer.activation for layer in old.layers] == [""] * 3
 
 
 def test_the_table_has_a_row_a_layer_and_the_totals() -> None:
-    plan = disco.partition(_two_layers(), (torch.randn(1, 3, 10, 10),), 2).plan
+    example = (torch.randn(1, 3, 10, 10),)
+    plan = disco.partition(_two_layers(), example, 2, partial_sums=False).plan
     lines = str(plan).splitlines()
     assert lines[0].split()[:5] == ["layer", "op", "in", "out", "selected"]
     assert lines[0].split()[5] == "activation"
@@ -144,12 +162,12 @@ def test_tolerance_decides_what_zero_means() -> None:
 def test_ownership_and_pattern_are_followed() -> None:
     x = torch.randn(1, 3, 6, 6)
     owned = Ownership(((7, 0, 2), (1, 3, 4, 5, 6)))
-    plan = disco.partition(_two_layers(), (x,), 2, ownership={"0": owned}).plan
+    plan = disco.partition(_two_layers(), (x,), 2, ownership={"0": owned}, partial_sums=False).plan
     assert plan.exchanges[0].ownership == owned.channels
 
     model = _two_layers()
     pattern = disco.sparsify_(model, 2, 0.25, (x,))
-    plan = disco.partition(model, (x,), 2, pattern=pattern).plan
+    plan = disco.partition(model, (x,), 2, pattern=pattern, partial_sums=False).plan
     assert plan.layers[1].selected_counts == ((0, 1), (1, 0))
 
 
@@ -162,7 +180,7 @@ def test_a_contradicted_pattern_names_layer_block_and_value() -> None:
         model[2].weight[1, unselected, 0, 0] = 0.625
     with pytest.raises(InputError, match=r"layer '2': block \(0, 1\) holds \|0\.625\|"):
         disco.partition(model, (x,), 2, pattern=pattern)
-    plan = disco.partition(model, (x,), 2).plan
+    plan = disco.partition(model, (x,), 2, partial_sums=False).plan
     assert plan.layers[1].selected_counts[0][1] == 2, "without the record it is simply sent"
 
 

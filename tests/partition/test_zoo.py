@@ -19,6 +19,8 @@ from disco.zoo import build_model
 # Over the whole network roundings add up as in the model's own float32 pass: a few at the scale of
 # the output. torch's own pass is 2 to 8 of them off; sums of 25088 (VGG) and softmaxes take more.
 LARGEST_ERROR_EPS = 64
+# torch's own pass is 140 off: at 64 x 64 pixels the last groups are normalised by small variances.
+LARGER_ERROR_EPS = {"resnetv2_50x1_bit": 512}
 
 FAST = [
     ("torchvision", "resnet18", 64),
@@ -37,6 +39,10 @@ SLOW = [
     ("torchvision", "shufflenet_v2_x0_5", 64),
     ("torchvision", "deeplabv3_resnet50", 64),
     ("torchvision", "swin_t", 64),
+    ("torchvision", "swin_v2_t", 64),
+    ("timm", "resnetv2_50x1_bit", 64),  # standardised weights, group norms
+    ("timm", "poolformer_s12", 64),  # one group of all channels
+    ("timm", "gmlp_s16_224", 224),  # gates whose tokens are mixed
     ("torchvision", "vit_b_16", 224),
     ("timm", "deit_tiny_patch16_224", 224),
 ]
@@ -75,7 +81,8 @@ def _check(results: list[Any], exact: Any, what: str) -> None:
         for found, expected in zip(_tensors(result), _tensors(exact), strict=True):
             error = float((found - expected).abs().max())
             scale = float(expected.abs().max())
-            limit = LARGEST_ERROR_EPS * torch.finfo(torch.float32).eps * scale
+            allowed = LARGER_ERROR_EPS.get(what.split()[0], LARGEST_ERROR_EPS)
+            limit = allowed * torch.finfo(torch.float32).eps * scale
             assert error <= limit, f"{what}: {error:.2e} at scale {scale:.2e}, allowed {limit:.2e}"
             compared += 1
     assert compared >= len(results)
@@ -94,7 +101,7 @@ def _check_model(source: str, name: str, size: int, nodes: list[int]) -> None:
     for x, expected in zip(batches, exact, strict=True):
         _check([whole(x)], expected, f"{name} on one machine")
     for world_size in nodes:
-        plan, ranks = build_all(decide(*captured, world_size))
+        plan, ranks = build_all(decide(*captured, world_size, partial_sums=True, permute=True))
         if name in FUSED:
             found = Counter(layer.activation for layer in plan.layers)
             assert {a: n for a, n in found.items() if a not in ("", "none")} == FUSED[name]

@@ -118,7 +118,7 @@ def test_partition_then_sends_that_much_less(nodes: int) -> None:
         nn.Conv2d(30, 30, 3, padding=1),
     )
     model = nn.Sequential(model, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(30, 3)).eval()
-    dense = disco.partition(model, (X,), nodes).plan
+    dense = disco.partition(model, (X,), nodes, dense_exchange=True).plan
     pattern = disco.sparsify_(model, nodes, 0.2, (X,))
     partitioned = disco.partition(model, (X,), nodes, pattern=pattern)
     plan = partitioned.plan

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from disco.capture.convert import convert
 from disco.capture.export import export
 from disco.capture.fold_batch_norm import fold_batch_norm
+from disco.capture.fold_constants import fold_constants
 from disco.capture.fuse import fuse_epilogues, lower_convolutions_and_linears
 from disco.capture.on_cpu import on_cpu
 from disco.capture.parts import spell_out_parts, spell_out_shuffles
@@ -55,7 +56,8 @@ def capture(
     model, example_inputs = on_cpu(model, example_inputs)
     program, weights = convert(export(model, example_inputs, dynamic_batch))
     origins: dict[str, str] = {}
-    program = spell_out_parts(remove_copies(program))
+    program = fold_constants(remove_copies(program), weights)
+    program = spell_out_parts(program)
     program = remove_dead(spell_out_shuffles(program, weights))
     program = lower_convolutions_and_linears(program)
     program = fold_batch_norm(program, weights, origins)

@@ -7,6 +7,7 @@ memory of ``[B, n, H, W]``, so a kernel reads it where it arrived.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -22,7 +23,10 @@ from disco.program.interpret import dtype_of
 
 
 class Received:
-    """The payloads of one exchange, under way: buffers as tensors of the value's dimensions."""
+    """The payloads of one exchange, under way: buffers as tensors of the values' dimensions.
+
+    `handles` are those of the payloads' messages, position by position.
+    """
 
     __slots__ = ("handles", "payloads")
 
@@ -31,45 +35,105 @@ class Received:
         self.handles: list[Handle] = []
 
 
+class _Part:
+    """One of the values that travel together, as this rank sends and receives it."""
+
+    def __init__(self, op: Op, prepare: Preparation, value: Any, dim: Any, send: Any, receive: Any):
+        if not isinstance(dim, int):
+            raise InputError(f"op {op.name!r}: dim must be a number, given {dim!r}")
+        self.slot = prepare.slot_of(value, op)
+        self.dim = dim
+        self.receive = dict(_pairs(op, "receive", receive, int))
+        index = [(p, prepare.kept_weight(r, op)) for p, r in _pairs(op, "send", send, WeightRef)]
+        self.send = {peer: positions.numel() for peer, positions in index}
+        self._pack = dk.GatherPack([positions for _, positions in index])
+
+    def leading(self, x: Tensor) -> tuple[int, ...]:
+        """The other dimensions than the channels'."""
+        return (*x.shape[: self.dim], *x.shape[self.dim + 1 :])
+
+    def pack(self, x: Tensor, messages: list[Tensor]) -> None:
+        """The kernel reads 4 dimensions as ``[B, C, H, W]``, any other number as ``[..., C]``."""
+        if x.dim() == 4 and self.dim != 1:
+            moved = [message.unsqueeze(0) for message in messages]
+            self._pack(x.movedim(self.dim, -1).unsqueeze(0), moved)
+        else:
+            self._pack(x if x.dim() == 4 else x.movedim(self.dim, -1), messages)
+
+
 def prepare_exchange(op: Op, prepare: Preparation) -> Step:
-    """Post receives, pack, send. The value is a `Received`; waiting is for those who read it."""
-    x = prepare.slot_of(op.args[0], op)
-    number, dim = op.kwargs["exchange"], op.kwargs["dim"]
-    if not isinstance(number, int) or not isinstance(dim, int):
-        raise InputError(
-            f"op {op.name!r}: exchange and dim must be numbers, given {number!r}, {dim!r}"
-        )
-    receive = _pairs(op, "receive", int)
-    send = _pairs(op, "send", WeightRef)
-    peers = [peer for peer, _ in send]
-    pack = dk.GatherPack([prepare.kept_weight(ref, op) for _, ref in send])
-    counts = [prepare.weight(ref, op).numel() for _, ref in send]
+    """Post receives, pack, send. The value is a `Received`; waiting is for those who read it.
+
+    Of several values (``dim``, ``send`` and ``receive`` then have an entry for each) a message
+    holds one payload after the other.
+    """
+    number = op.kwargs["exchange"]
+    if not isinstance(number, int):
+        raise InputError(f"op {op.name!r}: exchange must be a number, given {number!r}")
+    keys = ("dim", "send", "receive")
+    columns: list[Any] = [op.kwargs[k] if len(op.args) > 1 else (op.kwargs[k],) for k in keys]
+    parts = [
+        _Part(op, prepare, x, dim, send, receive)
+        for x, dim, send, receive in zip(op.args, *columns, strict=True)
+    ]
+    sources = sorted({peer for part in parts for peer in part.receive})
+    targets = sorted({peer for part in parts for peer in part.send})
 
     def run(values: Values) -> Received:
         request: Request = values[REQUEST_SLOT]
         transport = request.transport
         if transport is None:
             raise InputError("this program exchanges data; give its Executor a transport")
-        tensor: Tensor = values[x]
-        leading = (*tensor.shape[:dim], *tensor.shape[dim + 1 :])
+        tensors: list[Tensor] = [values[part.slot] for part in parts]
+        leading = [part.leading(x) for part, x in zip(parts, tensors, strict=True)]
+        dtype = tensors[0].dtype
+
+        def buffer(peer: int, is_send: bool) -> tuple[Tensor, list[Tensor | None]]:
+            counts = [(part.send if is_send else part.receive).get(peer) for part in parts]
+            shapes = [None if n is None else (*s, n) for s, n in zip(leading, counts, strict=True)]
+            return _message(request, (number, peer, is_send), shapes, dtype)
+
         received = Received()
-        for peer, count in receive:
-            buffer = request.buffer(number, peer, False, (*leading, count), tensor.dtype)
-            handle = transport.post_receive(buffer, peer, number, request.number)
-            received.handles.append(handle)
+        arriving: list[dict[int, tuple[Tensor, Handle]]] = [{} for _ in parts]
+        for peer in sources:
+            message, pieces = buffer(peer, False)
+            handle = transport.post_receive(message, peer, number, request.number)
             request.handles.append(handle)
-            received.payloads.append(buffer.movedim(-1, dim))
-        if peers:
-            messages = [
-                request.buffer(number, peer, True, (*leading, count), tensor.dtype)
-                for peer, count in zip(peers, counts, strict=True)
-            ]
-            _pack(pack, tensor, dim, messages)
-            for peer, message in zip(peers, messages, strict=True):
+            for found, piece in zip(arriving, pieces, strict=True):
+                if piece is not None:
+                    found[peer] = (piece, handle)
+        for part, found in zip(parts, arriving, strict=True):
+            for piece, handle in found.values():
+                received.payloads.append(piece.movedim(-1, part.dim))
+                received.handles.append(handle)
+        if targets:
+            messages = [buffer(peer, True) for peer in targets]
+            for position, (part, x) in enumerate(zip(parts, tensors, strict=True)):
+                pieces = [pieces[position] for _, pieces in messages]
+                filled = [piece for piece in pieces if piece is not None]
+                if filled:
+                    part.pack(x, filled)
+            for peer, (message, _) in zip(targets, messages, strict=True):
                 request.handles.append(transport.send(message, peer, number, request.number))
         return received
 
     return Step(op.name, run, prepare.slot(op.name))
+
+
+def _message(
+    request: Request,
+    key: tuple[int, int, bool],
+    shapes: Sequence[tuple[int, ...] | None],
+    dtype: torch.dtype,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """A message's buffer, and in it the payload of each part that it has."""
+    there = [shape for shape in shapes if shape is not None]
+    if len(there) == 1:
+        buffer = request.buffer(*key, there[0], dtype)
+        return buffer, [None if shape is None else buffer for shape in shapes]
+    buffer = request.buffer(*key, (sum(prod(shape) for shape in there),), dtype)
+    pieces = iter(buffer.split([prod(shape) for shape in there]))
+    return buffer, [None if shape is None else next(pieces).view(shape) for shape in shapes]
 
 
 def prepare_payload(op: Op, prepare: Preparation) -> Step:
@@ -115,16 +179,7 @@ def prepare_empty(op: Op, prepare: Preparation) -> Step:
     return Step(op.name, run, prepare.slot(op.name))
 
 
-def _pack(pack: dk.GatherPack, x: Tensor, dim: int, messages: list[Tensor]) -> None:
-    """The kernel reads four dimensions as ``[B, C, H, W]``, any other number as ``[..., C]``."""
-    if x.dim() == 4 and dim != 1:
-        pack(x.movedim(dim, -1).unsqueeze(0), [message.unsqueeze(0) for message in messages])
-    else:
-        pack(x if x.dim() == 4 else x.movedim(dim, -1), messages)
-
-
-def _pairs(op: Op, key: str, kind: type) -> list[tuple[int, Any]]:
-    pairs: Any = op.kwargs[key]
+def _pairs(op: Op, key: str, pairs: Any, kind: type) -> list[tuple[int, Any]]:
     if not isinstance(pairs, Sequence):
         raise InputError(f"op {op.name!r}: {key} must be pairs of a peer and what it gets")
     for peer, what in pairs:

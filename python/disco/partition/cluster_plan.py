@@ -47,6 +47,10 @@ def plan_for(
             although no fewer nodes are faster.
     """
     built = _fitting(problem, choose_shares(problem, cluster), cluster)
+    if problem.partial_sums and not all(built.plan.flops_per_rank):
+        # A node that owns none of a layer's inputs has nothing to multiply for its partial sums.
+        problem = replace(problem, partial_sums=False)
+        built = _fitting(problem, choose_shares(problem, cluster), cluster)
     if built.too_heavy:
         raise InputError(_why_too_heavy(built, cluster))
     fewer = tuple(_on_fewer(problem, cluster)) if cluster.speeds_known else ()
@@ -81,6 +85,11 @@ def _fitting(problem: Problem, shares: Shares, cluster: Cluster) -> _Built:
         built = _build(decisions, cluster, bool(shares.of_layer))
         if not built.too_heavy:
             break
+        if problem.partial_sums:
+            # They take the weights of others' outputs, which stay where the inputs are whatever
+            # share of the layer moves.
+            problem = replace(problem, partial_sums=False)
+            continue
         lighter = lighten(decisions, shares, built.plan.memory, limits)
         if lighter is None:
             break

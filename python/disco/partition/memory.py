@@ -98,9 +98,12 @@ def _padded(weight: Tensor) -> int:
 
 
 def _message_bytes(exchange: Exchange, rank: int) -> int:
-    received = sum(len(channels) for channels in exchange.sent[rank])
-    sent = sum(len(row[rank]) for row in exchange.sent)
-    return (sent + received) * exchange.elements_per_channel * _item_bytes(exchange.dtype)
+    total = 0
+    for part in exchange.parts:
+        received = sum(len(channels) for channels in part.sent[rank])
+        sent = sum(len(row[rank]) for row in part.sent)
+        total += (sent + received) * part.elements_per_channel * _item_bytes(part.dtype)
+    return total
 
 
 def _value_bytes(
@@ -119,10 +122,11 @@ def _value_bytes(
             shapes[op.name] = _own_sizes(op.name, rank, context)
             dtypes[op.name] = context.values[op.name].dtype
         elif op.kind == "disco.exchange":
-            exchange = exchanges[read[0]]
-            sizes, dim = context.sizes(exchange.value), exchange.placement.dim
             received[op.name] = [
-                _with(sizes, dim, len(channels)) for channels in exchange.sent[rank] if channels
+                _with(context.sizes(part.value), part.placement.dim, len(channels))
+                for part in exchanges[read[0]].parts
+                for channels in part.sent[rank]
+                if channels
             ]
             shapes[op.name] = (0,)
         elif op.kind == "operator.getitem" and read and read[0] in received:

@@ -15,10 +15,12 @@ from math import prod
 
 from disco.partition.placement import Placement, Replicated, Sharded
 from disco.partition.rules import RuleContext, lower
+from disco.partition.rules.reshape import view_groups
 from disco.partition.shares import share_out
 from disco.program import Op, Program, Ref, WeightRef
-from disco_kernels.pattern import Ownership
+from disco_kernels.pattern import Ownership, Selected
 
+_TRANSPOSED = ("aten.transpose.int", "aten.permute.default")
 # Ops that are looked at after a layer. Attention takes some twenty.
 _REACH = 64
 
@@ -29,6 +31,7 @@ class OwnershipChoice:
     def __init__(self, program: Program) -> None:
         self._program = program
         self._readers: dict[str, list[int]] = {}
+        self._kinds = {op.name: op.kind for op in program.ops}
         for i, op in enumerate(program.ops):
             for name in dict.fromkeys(op.refs()):
                 self._readers.setdefault(name, []).append(i)
@@ -66,9 +69,16 @@ class OwnershipChoice:
             for i in self._readers.get(names.pop(), ()):
                 if i not in found:
                     found.add(i)
-                    if not _is_layer(self._program.ops[i]):
+                    if not self._ends(self._program.ops[i]):
                         names.append(self._program.ops[i].name)
         return [self._program.ops[i] for i in sorted(found)]
+
+    def _ends(self, op: Op) -> bool:
+        """Whether an op makes channels of its own. A linear mixes tokens instead where its input
+        has just been transposed."""
+        return _is_layer(op) and not (
+            op.kind == "disco.linear" and self._kinds.get(next(op.refs())) in _TRANSPOSED
+        )
 
     def _candidates(
         self,
@@ -87,12 +97,14 @@ class OwnershipChoice:
                 size = self._program.values[follower.name].shape[-1 if dim > 1 else dim]
                 if isinstance(size, int) and size and channels % size == 0:
                     parts.add(size)
+        for part in sorted(parts - {channels}):
+            yield in_units((channels // part, part), 1, context.weights_of_ranks(op.name))
         for follower in followers:
             for part in sorted(parts):
                 for factors, place in self._units(follower, part):
                     whole = (channels // part, *factors)
                     yield in_units(whole, place + 1, context.weights_of_ranks(op.name))
-            if _is_layer(follower):
+            if self._ends(follower):
                 continue
             for name in follower.refs():
                 met = context.placements.get(name)
@@ -106,6 +118,11 @@ class OwnershipChoice:
             assert isinstance(groups, int)
             inputs = self._program.values[next(op.refs())].shape[1]
             if inputs == channels and 1 < groups < channels and channels % groups == 0:
+                yield (groups, channels // groups), 0
+        elif op.kind == "disco.group_moments":
+            groups = op.kwargs["num_groups"]
+            assert isinstance(groups, int)
+            if self._program.values[next(op.refs())].shape[1] == channels:
                 yield (groups, channels // groups), 0
         elif op.kind == "aten.pixel_shuffle.default":
             factor = op.args[1]
@@ -134,13 +151,15 @@ class OwnershipChoice:
         moved = _selected_elements(op, ownership, context)
         gathered: set[str] = set()
         for follower in followers:
-            if _is_layer(follower):
+            if self._ends(follower):
                 continue
             for name in follower.refs():
                 placements.setdefault(name, Replicated())  # of a branch that comes later
             lowering = lower(follower, trial)
             placements[follower.name] = lowering.placement
             gathered.update(lowering.whole)
+            for name, table in lowering.reshare.items():
+                moved += _elements(name, table, trial)
         for name in gathered:
             moved += (context.world_size - 1) * prod(context.sizes(name))
         return moved
@@ -164,19 +183,25 @@ def _selected_elements(op: Op, out: Ownership, context: RuleContext) -> int:
     return pixels * sum(len(block) for row in selected for block in row)
 
 
+def _elements(name: str, table: Selected, context: RuleContext) -> int:
+    """Of one image, in the channels that a table lists."""
+    placed = context.placements[name]
+    assert isinstance(placed, Sharded)
+    others = (size for dim, size in enumerate(context.sizes(name)) if dim != placed.dim)
+    return prod(others) * sum(len(block) for row in table for block in row)
+
+
 def _split_of(
     before: Sequence[int | str], after: Sequence[int | str], channels: int
 ) -> tuple[int, ...]:
     """The dimensions that a view makes of one of so many channels; () if it makes none of one."""
-    for dim, size in enumerate(before):
-        if size != channels:
-            continue
-        head, tail = list(before[:dim]), list(before[dim + 1 :])
-        middle = after[len(head) : len(after) - len(tail)]
-        known = [n for n in middle if isinstance(n, int)]
-        fits = list(after[: len(head)]) == head and list(after[len(after) - len(tail) :]) == tail
-        if fits and len(known) == len(middle) > 1 and prod(known) == channels:
-            return tuple(known)
+    found = view_groups(before, after)
+    if found is None:
+        return ()
+    old, new, groups = found
+    for (start, stop), (new_start, new_stop) in groups:
+        if list(old[start:stop]) == [channels] and new_stop - new_start > 1:
+            return tuple(new[new_start:new_stop])
     return ()
 
 

@@ -39,3 +39,14 @@ def union_of(tables: Sequence[Selected], ownership: Ownership) -> Selected:
         return tuple(channel for channel in ownership.channels[j] if channel in wanted)
 
     return tuple(tuple(() if i == j else block(i, j) for j in ranks) for i in ranks)
+
+
+def to_reshare(placed: Ownership, wanted: Ownership) -> Selected:
+    """What has to be sent so that every rank gets the channels that it is to have."""
+    return tuple(
+        tuple(
+            () if i == j else tuple(channel for channel in owned if channel in target)
+            for j, owned in enumerate(placed.channels)
+        )
+        for i, target in enumerate(map(frozenset, wanted.channels))
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -25,6 +25,21 @@ Channels = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
+class GatherRuns:
+    """What the senders of an exchange read, over all its messages, for one pixel or token.
+
+    Attributes:
+        channels: that are sent.
+        runs: of neighbouring channels that they lie in.
+        lines: of 64 bytes that hold them, where each pixel begins with a line.
+    """
+
+    channels: int = 0
+    runs: int = 0
+    lines: int = 0
+
+
+@dataclass(frozen=True)
 class ExchangePlan:
     """One exchanged tensor.
 
@@ -36,6 +51,13 @@ class ExchangePlan:
         sent: ``sent[i][j]``: channels that rank j sends rank i.
         consumers: layers that read received channels.
         gathered_by: ops that need the value whole ("output" for the model's result).
+        form: "inputs" of layers, or "partial sums" of one layer's outputs, which the receiver adds.
+        dense_bytes: of one image, had every rank got all channels of the others; None for what
+            follows from the ownership.
+        statistics: values that travel in the same messages, and are small.
+        statistics_bytes: ``[receiver][sender]``, of one image; empty for none.
+        gather: what senders read; zeros for values that travel whole and for partial sums.
+        gather_before: the same, had channels not been put into an order for it.
     """
 
     number: int
@@ -47,21 +69,32 @@ class ExchangePlan:
     sent: tuple[Channels, ...]
     consumers: tuple[str, ...]
     gathered_by: tuple[str, ...]
+    form: str = field(default="inputs", metadata={"since": (1, 2)})
+    dense_bytes: int | None = field(default=None, metadata={"since": (1, 2)})
+    statistics: tuple[str, ...] = field(default=(), metadata={"since": (1, 2)})
+    statistics_bytes: Channels = field(default=(), metadata={"since": (1, 2)})
+    gather: GatherRuns = field(default=GatherRuns(), metadata={"since": (1, 2)})
+    gather_before: GatherRuns = field(default=GatherRuns(), metadata={"since": (1, 2)})
 
     def bytes_between(self, receiver: int, sender: int) -> int:
         """Payload bytes of one image from `sender` to `receiver`."""
-        return len(self.sent[receiver][sender]) * self.bytes_per_channel
+        channels = len(self.sent[receiver][sender]) * self.bytes_per_channel
+        return channels + (self.statistics_bytes[receiver][sender] if self.statistics else 0)
 
     @property
     def bytes_per_image(self) -> int:
         """Over all pairs of ranks."""
-        return sum(len(channels) for row in self.sent for channels in row) * self.bytes_per_channel
+        ranks = range(len(self.ownership))
+        return sum(self.bytes_between(i, j) for i in ranks for j in ranks)
 
     @property
     def bytes_dense(self) -> int:
         """The same, had every rank got all channels of the others."""
+        if self.dense_bytes is not None:
+            return self.dense_bytes
         owned = sum(len(channels) for channels in self.ownership)
-        return owned * (len(self.ownership) - 1) * self.bytes_per_channel
+        dense = owned * (len(self.ownership) - 1) * self.bytes_per_channel
+        return dense + sum(sum(row) for row in self.statistics_bytes)
 
 
 @dataclass(frozen=True)
@@ -81,6 +114,8 @@ class LayerPlan:
         flops_dense: of the whole layer.
         note: why it runs replicated, or that it shares an exchange.
         activation: that is fused into it, "none" if none is; empty for ops that take none.
+        form: how a convolution or linear gets what it needs of other ranks, "inputs" or "partial
+            sums"; empty if it needs nothing. Of partial sums `selected_counts` are those received.
     """
 
     name: str
@@ -96,6 +131,7 @@ class LayerPlan:
     flops_dense: int
     note: str
     activation: str = field(default="", metadata={"since": (1, 1)})
+    form: str = field(default="", metadata={"since": (1, 2)})
 
 
 @dataclass(frozen=True)
@@ -139,6 +175,16 @@ class Plan:
     def bytes_dense_exchange(self) -> int:
         """The same if every exchanged tensor were exchanged whole."""
         return sum(exchange.bytes_dense for exchange in self.exchanges)
+
+    @property
+    def gather(self) -> GatherRuns:
+        """What all senders read of one pixel of every tensor that is sent in part."""
+        return _sum_of([exchange.gather for exchange in self.exchanges])
+
+    @property
+    def gather_before(self) -> GatherRuns:
+        """The same, had channels not been put into an order for it."""
+        return _sum_of([exchange.gather_before for exchange in self.exchanges])
 
     @property
     def flops_dense(self) -> int:
@@ -192,7 +238,7 @@ class Plan:
         try:
             content = _tuples(content)
             content["layers"] = tuple(LayerPlan(**layer) for layer in content["layers"])
-            content["exchanges"] = tuple(ExchangePlan(**e) for e in content["exchanges"])
+            content["exchanges"] = tuple(_exchange(e) for e in content["exchanges"])
             content |= _predictions(content)
             return cls(**content)
         except (TypeError, KeyError, ValueError) as error:
@@ -221,6 +267,19 @@ def _plain(value: Any, version: tuple[int, int]) -> Any:
         known = (f for f in fields(value) if f.metadata.get("since", version) <= version)
         return {f.name: _plain(getattr(value, f.name), version) for f in known}
     return [_plain(item, version) for item in value] if isinstance(value, tuple) else value
+
+
+def _exchange(content: Mapping[str, Any]) -> ExchangePlan:
+    runs = {
+        key: GatherRuns(**content[key]) for key in ("gather", "gather_before") if key in content
+    }
+    return ExchangePlan(**{**content, **runs})
+
+
+def _sum_of(runs: Sequence[GatherRuns]) -> GatherRuns:
+    return GatherRuns(
+        sum(r.channels for r in runs), sum(r.runs for r in runs), sum(r.lines for r in runs)
+    )
 
 
 def _tuples(value: Any) -> Any:

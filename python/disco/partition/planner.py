@@ -7,38 +7,36 @@ exchange, and the second pass writes each rank's ops.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
+from functools import cached_property
 
-import torch
 from torch import Tensor
 
+from disco.partition.channel_order import ordered_layers
+from disco.partition.exchange_form import with_cheapest_forms
+from disco.partition.exchanges import (
+    OUTPUT,
+    Sources,
+    collect_needs,
+    exchange_plan,
+    exchange_plans,
+    make_exchanges,
+)
 from disco.partition.memory import predict_memory
 from disco.partition.norms import split_norms
 from disco.partition.ownership_choice import OwnershipChoice
-from disco.partition.placement import Placement, Replicated, Sharded, all_selected, union_of
+from disco.partition.placement import Replicated, Sharded
 from disco.partition.plan import ExchangePlan, LayerPlan, Plan
 from disco.partition.rank_builder import Exchange, RankBuilder, RankProgram
 from disco.partition.rules import Lowering, RuleContext, lower
 from disco.partition.rules.matrix import matrix_flops
+from disco.partition.runs import gather_runs
 from disco.partition.shares import Shares
 from disco.program import Op, Program, Ref
-from disco_kernels.pattern import Ownership, Selected
-
-OUTPUT = "output"
+from disco_kernels.pattern import Ownership
 
 MATRIX_OPS = ("disco.conv2d", "disco.linear")
-
-
-@dataclass
-class _Needs:
-    """What the ops want of one value of other ranks."""
-
-    selected: list[Selected] = field(default_factory=list)
-    consumers: list[str] = field(default_factory=list)
-    gathered_by: list[str] = field(default_factory=list)
-    first_reader: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,8 @@ class Decisions:
         lowerings: per op of the program, in order.
         exchanges: per exchanged value, in order.
         first_reader: per exchanged value the op that needs it first.
+        sources: which value is exchanged where one is needed.
+        unordered: the exchanges as they were before channels were put into a better order.
     """
 
     program: Program
@@ -57,6 +57,8 @@ class Decisions:
     lowerings: tuple[Lowering, ...]
     exchanges: Mapping[str, Exchange]
     first_reader: Mapping[str, str]
+    sources: Sources
+    unordered: Mapping[str, Exchange] = field(default_factory=dict)
 
     def plan(self) -> Plan:
         """The plan, without the weights of the ranks (they are not cut yet)."""
@@ -72,14 +74,28 @@ class Decisions:
             dense_exchange=self.context.dense_exchange,
             tolerance=self.context.tolerance,
             layers=tuple(layer for layer in layers if layer is not None),
-            exchanges=tuple(_exchange_plan(e) for e in self.exchanges.values()),
+            exchanges=tuple(
+                self._with_runs(plan)
+                for plan in exchange_plans(self.program, self.context, self.exchanges, self.sources)
+            ),
             weight_bytes_dense=self._weight_bytes_dense(),
             weight_bytes_per_rank=(),
         )
 
+    def _with_runs(self, plan: ExchangePlan) -> ExchangePlan:
+        exchange = self.exchanges[plan.value]
+        before = self.unordered.get(plan.value, exchange)
+        return replace(plan, gather=gather_runs(exchange), gather_before=gather_runs(before))
+
     def build_rank(self, rank: int) -> RankProgram:
         """Cut one rank's weights and write its program."""
-        builder = RankBuilder(rank, self.context.weights, self.context.placements, self.exchanges)
+        builder = RankBuilder(
+            rank,
+            self.context.weights,
+            self.context.placements,
+            self.exchanges,
+            self.sources.replayed,
+        )
         for op, lowering in zip(self.program.ops, self.lowerings, strict=True):
             placed, info = lowering.placement, self.program.values[op.name]
             if isinstance(placed, Sharded) and not placed.ownership.channels[rank]:
@@ -89,6 +105,14 @@ class Decisions:
             # Sending starts as soon as the value is there, to overlap with what comes next.
             builder.exchange(op.name)
         return builder.finish(self.program.inputs, self.program.outputs, self.program.values)
+
+    def exchange_of(self, value: str) -> Exchange:
+        """The exchange that a value is in, or is computed from."""
+        return self._by_part[self.sources.root(value)]
+
+    @cached_property
+    def _by_part(self) -> dict[str, Exchange]:
+        return {part.value: e for e in self.exchanges.values() for part in e.parts}
 
     def _layer(self, op: Op, lowering: Lowering) -> LayerPlan | None:
         numbers = self._numbers_first_read_by(op.name)
@@ -100,11 +124,11 @@ class Decisions:
         out = lowering.out_ownership
         if out is None and isinstance(lowering.placement, Sharded):
             out = lowering.placement.ownership
-        shared = [
-            self.exchanges[name].number
-            for name in (*lowering.select, *lowering.whole)
-            if self.first_reader[name] != op.name
-        ]
+        read = dict.fromkeys(
+            self.exchange_of(name)
+            for name in (*lowering.select, *lowering.reshare, *lowering.whole)
+        )
+        shared = [e.number for e in read if self.first_reader[e.value] != op.name]
         notes = [lowering.reason] if lowering.reason else []
         notes += [f"shares exchange {number}" for number in shared]
         return LayerPlan(
@@ -121,6 +145,7 @@ class Decisions:
             flops_dense=dense,
             note=", ".join(notes),
             activation=str(op.kwargs.get("activation", "")),
+            form=lowering.form if lowering.select else "",
         )
 
     def _output_layer(self, numbers: list[int]) -> LayerPlan:
@@ -143,7 +168,7 @@ class Decisions:
         return [e.number for n, e in self.exchanges.items() if self.first_reader[n] == reader]
 
     def _bytes(self, numbers: list[int]) -> int:
-        plans = [_exchange_plan(e) for e in self.exchanges.values() if e.number in numbers]
+        plans = [exchange_plan(e) for e in self.exchanges.values() if e.number in numbers]
         return sum(plan.bytes_per_image for plan in plans)
 
     def _weight_bytes_dense(self) -> int:
@@ -161,6 +186,9 @@ def decide(
     tolerance: float = 0.0,
     dense_exchange: bool = False,
     shares: Shares | None = None,
+    partial_sums: bool = False,
+    permute: bool = False,
+    kept_order: Collection[str] = (),
 ) -> Decisions:
     """Decide about every op of `program` for `world_size` ranks.
 
@@ -170,47 +198,75 @@ def decide(
         tolerance: weights up to this count as zero when channels are selected.
         dense_exchange: exchange every channel, whatever the weights are (the baseline).
         shares: how much each rank is to compute; equal shares if None.
+        partial_sums: let layers send partial sums where that is less than their inputs.
+        permute: let ranks hold channels in an order in which those that they send are runs.
+        kept_order: layers whose outputs stay in the order of `out_ownership`.
     """
     program = split_norms(program)
-    placements: dict[str, Placement] = {name: Replicated() for name in program.inputs}
-    chosen: dict[str, Ownership] = {}
-    choice = OwnershipChoice(program)
-    context = RuleContext(
-        world_size,
-        placements,
-        program.values,
-        weights,
-        origins,
-        out_ownership or {},
-        tolerance,
-        dense_exchange,
-        chosen,
-        shares,
+
+    def given(orders: Mapping[str, Ownership]) -> RuleContext:
+        return RuleContext(
+            world_size,
+            {name: Replicated() for name in program.inputs},
+            program.values,
+            weights,
+            origins,
+            out_ownership or {},
+            tolerance,
+            dense_exchange,
+            {**orders},
+            shares,
+        )
+
+    sums = partial_sums and not dense_exchange
+    decisions = _walk(program, given({}), sums, OwnershipChoice(program))
+    if not permute or dense_exchange:
+        return decisions
+    orders = ordered_layers(
+        decisions.program,
+        decisions.lowerings,
+        decisions.context,
+        decisions.exchanges,
+        kept_order,
     )
+    if not orders:
+        return decisions
+    ordered = _walk(program, given({**decisions.context.chosen, **orders}), sums, None)
+    # Runs of a slice or of joined tensors are not counted group by group, and an op that cannot
+    # take another order would gather what it reads.
+    old, new = decisions.plan(), ordered.plan()
+    better = new.gather.runs < old.gather.runs and new.bytes_per_image <= old.bytes_per_image
+    return replace(ordered, unordered=decisions.exchanges) if better else decisions
+
+
+def _walk(
+    program: Program, context: RuleContext, partial_sums: bool, choice: OwnershipChoice | None
+) -> Decisions:
+    """Ask a rule about every op, then join what the ops need."""
+    placements, chosen = context.placements, context.chosen
+    assert isinstance(placements, dict) and isinstance(chosen, dict)
     lowerings = []
-    needs: dict[str, _Needs] = {}
     for op in program.ops:
-        dim = open_dim(op, context)
-        if dim is not None and (ownership := choice.choose(op, dim, context)) is not None:
-            chosen[op.name] = ownership
+        dim = None if choice is None else open_dim(op, context)
+        if choice is not None and dim is not None:
+            ownership = choice.choose(op, dim, context)
+            if ownership is not None:
+                chosen[op.name] = ownership
         lowering = lower(op, context)
         lowerings.append(lowering)
         placements[op.name] = lowering.placement
-        for name, selected in lowering.select.items():
-            need = needs.setdefault(name, _Needs(first_reader=op.name))
-            need.selected.append(selected)
-            need.consumers.append(context.layer_of(op))
-        for name in lowering.whole:
-            need = needs.setdefault(name, _Needs(first_reader=op.name))
-            need.gathered_by.append(context.layer_of(op))
-    for name in program.output_names():
-        if isinstance(placements[name], Sharded):
-            needs.setdefault(name, _Needs(first_reader=OUTPUT)).gathered_by.append(OUTPUT)
-    # Numbered in the order in which the values come into being, which is the order on every rank.
-    produced = [op.name for op in program.ops if op.name in needs]
-    exchanges = {n: _exchange(i, n, needs[n], context) for i, n in enumerate(produced)}
-    first = {name: need.first_reader for name, need in needs.items()}
-    return Decisions(program, context, tuple(lowerings), exchanges, first)
+    if partial_sums:
+        program, context, lowerings = with_cheapest_forms(program, lowerings, context)
+    return _decisions(program, context, lowerings)
+
+
+def _decisions(program: Program, context: RuleContext, lowerings: Sequence[Lowering]) -> Decisions:
+    sources = Sources(program, lowerings, context)
+    needs = collect_needs(program, lowerings, context, sources)
+    exchanges = make_exchanges(program, lowerings, context, needs, sources)
+    readers = [*(op.name for op in program.ops), OUTPUT]
+    first = {name: readers[min(needs[name].readers)] for name in exchanges}
+    return Decisions(program, context, tuple(lowerings), exchanges, first, sources)
 
 
 def build_all(decisions: Decisions) -> tuple[Plan, tuple[RankProgram, ...]]:
@@ -234,40 +290,6 @@ def open_dim(op: Op, context: RuleContext) -> int | None:
     if context.layer_of(op) in context.out_ownership or context.sharded(residual) is not None:
         return None
     return 1 if op.kind == "disco.conv2d" else len(context.shape(Ref(op.name))) - 1
-
-
-def _exchange(number: int, name: str, needs: _Needs, context: RuleContext) -> Exchange:
-    placement = context.placements[name]
-    assert isinstance(placement, Sharded)
-    tables = [*needs.selected]
-    if needs.gathered_by:
-        tables.append(all_selected(placement.ownership))
-    others = [s for dim, s in enumerate(context.sizes(name)) if dim != placement.dim]
-    return Exchange(
-        number=number,
-        value=name,
-        placement=placement,
-        sent=union_of(tables, placement.ownership),
-        dtype=context.values[name].dtype,
-        elements_per_channel=prod(others),
-        consumers=tuple(dict.fromkeys(needs.consumers)),
-        gathered_by=tuple(dict.fromkeys(needs.gathered_by)),
-    )
-
-
-def _exchange_plan(exchange: Exchange) -> ExchangePlan:
-    item_bytes = torch.empty(0, dtype=getattr(torch, exchange.dtype)).element_size()
-    return ExchangePlan(
-        number=exchange.number,
-        value=exchange.value,
-        dim=exchange.placement.dim,
-        dtype=exchange.dtype,
-        bytes_per_channel=exchange.elements_per_channel * item_bytes,
-        ownership=exchange.placement.ownership.channels,
-        sent=exchange.sent,
-        consumers=exchange.consumers,
-        gathered_by=exchange.gathered_by,
-    )
 
 
 def dense_flops(op: Op, context: RuleContext) -> int:

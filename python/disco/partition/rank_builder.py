@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ class Exchange:
         elements_per_channel: of one image.
         consumers: layers that read received channels.
         gathered_by: ops without a rule, and "output", that need the value whole.
+        riders: statistics of the value, in the same messages behind it.
+        form: "inputs" of layers or "partial sums" of their outputs.
     """
 
     number: int
@@ -37,6 +39,32 @@ class Exchange:
     elements_per_channel: int
     consumers: tuple[str, ...]
     gathered_by: tuple[str, ...]
+    riders: tuple[Exchange, ...] = ()
+    form: str = "inputs"
+
+    @property
+    def parts(self) -> tuple[Exchange, ...]:
+        """What its messages hold, in order."""
+        return (self, *self.riders)
+
+    def senders(self, rank: int) -> list[int]:
+        """The ranks that send channels of this one value to `rank`."""
+        return [peer for peer, channels in enumerate(self.sent[rank]) if channels]
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A value that receivers compute from channels of a smaller one.
+
+    Attributes:
+        source: the smaller value.
+        op: that computes the value from it.
+        replay: writes the op for channels that were received (`disco.partition.rules.registry`).
+    """
+
+    source: Ref
+    op: Op
+    replay: Callable[[Op, RankBuilder, Ref, tuple[int, ...], str], None]
 
 
 @dataclass(frozen=True)
@@ -64,12 +92,18 @@ class RankBuilder:
         source_weights: Mapping[str, Tensor],
         placements: Mapping[str, Placement],
         exchanges: Mapping[str, Exchange],
+        replayed: Mapping[str, Replayed] | None = None,
     ) -> None:
         self.rank = rank
         self.weights: dict[str, Tensor] = {}
         self._source_weights = source_weights
         self._placements = placements
-        self._exchanges = exchanges
+        self._replayed = replayed or {}
+        # A message goes out when the last of its parts is there: statistics follow their value.
+        self._due = {exchange.parts[-1].value: exchange for exchange in exchanges.values()}
+        self._message_of = {
+            part.value: exchange for exchange in exchanges.values() for part in exchange.parts
+        }
         self._ops: list[Op] = []
         self._made: set[str] = set()
 
@@ -109,29 +143,64 @@ class RankBuilder:
         """The channels of `value` that `peer` has sent, as a tensor of the value's dimensions."""
         name = f"{value.name}.from{peer}"
         if self._make(name):
-            senders = self._senders(self._exchanges[value.name])
-            source = Ref(f"{value.name}.exchange")
-            self.add(Op("operator.getitem", name, (source, senders.index(peer))))
+            made = self._replayed.get(value.name)
+            if made is not None:
+                piece = self.payload(made.source, peer)
+                made.replay(made.op, self, piece, self.received(value, peer), name)
+            else:
+                message = self._message_of[value.name]
+                source = Ref(f"{message.value}.exchange")
+                self.add(
+                    Op("operator.getitem", name, (source, self._position(message, value, peer)))
+                )
         return Ref(name)
 
     def received(self, value: Ref, peer: int) -> tuple[int, ...]:
         """Global channels of `value` that `peer` sends this rank."""
-        return self._exchanges[value.name].sent[self.rank][peer]
+        made = self._replayed.get(value.name)
+        if made is not None:
+            return self.received(made.source, peer)
+        return self._part(value.name).sent[self.rank][peer]
 
     def part(self, arg: Arg, ownership: Ownership, dim: int) -> Arg:
         """This rank's channels (of `ownership`, along `dim`) of a value or weight."""
         owned = ownership.channels[self.rank]
         if isinstance(arg, WeightRef):
-            tensor = self._source_weights[arg.name].index_select(dim, _positions(owned))
-            return self.store(arg.name, tensor)
+            return self.taken(arg, owned, dim)
         assert isinstance(arg, Ref)
         if self._placements[arg.name] == Sharded(ownership, dim):
             return arg
+        placed = self._placements[arg.name]
+        if isinstance(placed, Sharded) and placed.dim == dim:
+            return self._reshared(arg, placed, owned)
         index = self.store(f"{arg.name}.part", _positions(owned).to(torch.int32))
         name = f"{index.name}.dim{dim}"
         if self._make(name):
             self.add(Op("disco.take", name, (self.whole(arg), index), {"dim": dim}))
         return Ref(name)
+
+    def _reshared(self, value: Ref, placed: Sharded, wanted: Sequence[int]) -> Ref:
+        """Channels of `value`, this rank's own and received ones, as they are wanted."""
+        pieces: list[Ref] = []
+        held: list[int] = []
+        for peer, owned in enumerate(placed.ownership.channels):
+            if set(wanted) & set(owned):
+                mine = peer == self.rank
+                pieces.append(value if mine else self.payload(value, peer))
+                held += owned if mine else self.received(value, peer)
+        place = {channel: i for i, channel in enumerate(held)}
+        positions = torch.tensor([place[channel] for channel in wanted], dtype=torch.int32)
+        order = self.store(f"{value.name}.part", positions)
+        name = f"{order.name}.of"
+        if self._make(name):
+            attributes: dict[str, Arg] = {"order": order, "dim": placed.dim}
+            self.add(Op("disco.assemble", name, (tuple(pieces),), attributes))
+        return Ref(name)
+
+    def taken(self, weight: WeightRef, channels: Sequence[int], dim: int = 0) -> WeightRef:
+        """Listed entries of a weight along `dim`."""
+        tensor = self._source_weights[weight.name].index_select(dim, _positions(channels))
+        return self.store(weight.name, tensor)
 
     # Writing ------------------------------------------------------------------------------------
 
@@ -168,26 +237,38 @@ class RankBuilder:
         return WeightRef(candidate)
 
     def exchange(self, value: str) -> None:
-        """Start the exchange of a value, if it has one in which this rank takes part."""
-        exchange = self._exchanges.get(value)
+        """Start the exchange that waits for this value, if this rank takes part in one."""
+        exchange = self._due.get(value)
         if exchange is None:
             return
-        owned = exchange.placement.ownership.channels[self.rank]
-        position = {channel: i for i, channel in enumerate(owned)}
-        send = []
-        for peer, row in enumerate(exchange.sent):
-            if row[self.rank]:
-                local = torch.tensor([position[c] for c in row[self.rank]], dtype=torch.int32)
-                send.append((peer, self.store(f"exchange.{exchange.number}.send.{peer}", local)))
-        receive = [(peer, len(exchange.sent[self.rank][peer])) for peer in self._senders(exchange)]
-        if send or receive:
+        parts = exchange.parts
+        send = tuple(self._send(exchange.number, part) for part in parts)
+        receive = tuple(
+            tuple((peer, len(part.sent[self.rank][peer])) for peer in part.senders(self.rank))
+            for part in parts
+        )
+        dims = tuple(part.placement.dim for part in parts)
+        if any(send) or any(receive):
+            several = len(parts) > 1
             attributes: dict[str, Arg] = {
                 "exchange": exchange.number,
-                "dim": exchange.placement.dim,
-                "send": tuple(send),
-                "receive": tuple(receive),
+                "dim": dims if several else dims[0],
+                "send": send if several else send[0],
+                "receive": receive if several else receive[0],
             }
-            self.add(Op("disco.exchange", f"{value}.exchange", (Ref(value),), attributes))
+            values = tuple(Ref(part.value) for part in parts)
+            self.add(Op("disco.exchange", f"{exchange.value}.exchange", values, attributes))
+
+    def _send(self, number: int, part: Exchange) -> tuple[tuple[int, WeightRef], ...]:
+        """Per peer that gets channels of this value their positions here."""
+        owned = part.placement.ownership.channels[self.rank]
+        position = {channel: i for i, channel in enumerate(owned)}
+        send = []
+        for peer, row in enumerate(part.sent):
+            if row[self.rank]:
+                local = torch.tensor([position[c] for c in row[self.rank]], dtype=torch.int32)
+                send.append((peer, self.store(f"exchange.{number}.send.{peer}", local)))
+        return tuple(send)
 
     def finish(
         self, inputs: Sequence[str], outputs: Output, values: Mapping[str, ValueInfo]
@@ -198,8 +279,18 @@ class RankBuilder:
         program.validate()
         return RankProgram(program, self.weights)
 
-    def _senders(self, exchange: Exchange) -> list[int]:
-        return [peer for peer, channels in enumerate(exchange.sent[self.rank]) if channels]
+    def _part(self, value: str) -> Exchange:
+        return next(part for part in self._message_of[value].parts if part.value == value)
+
+    def _position(self, message: Exchange, value: Ref, peer: int) -> int:
+        """Of a payload among all that this rank receives with a message."""
+        before = 0
+        for part in message.parts:
+            senders = part.senders(self.rank)
+            if part.value == value.name:
+                return before + senders.index(peer)
+            before += len(senders)
+        raise AssertionError(f"{value.name!r} is no part of the exchange of {message.value!r}")
 
     def _make(self, name: str) -> bool:
         """True the first time that `name` is asked for."""

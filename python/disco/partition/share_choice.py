@@ -39,6 +39,9 @@ class Problem:
     out_ownership: Mapping[str, Ownership]
     tolerance: float = 0.0
     dense_exchange: bool = False
+    partial_sums: bool = False
+    permute: bool = False
+    kept_order: tuple[str, ...] = ()
 
     def decide(self, shares: Shares) -> Decisions:
         """With these shares."""
@@ -51,6 +54,9 @@ class Problem:
             tolerance=self.tolerance,
             dense_exchange=self.dense_exchange,
             shares=shares,
+            partial_sums=self.partial_sums,
+            permute=self.permute,
+            kept_order=self.kept_order,
         )
 
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 _HEADER = (
     *("layer", "op", "in", "out", "selected"),
-    *("activation", "kB/image", "MFLOP/rank", "note"),
+    *("activation", "exchanged", "kB/image", "MFLOP/rank", "note"),
 )
 
 
@@ -33,6 +33,7 @@ def _row(layer: LayerPlan) -> tuple[str, ...]:
         _counts(layer.out_counts) if layer.out_counts else "whole",
         _selected(layer.selected_counts),
         layer.activation or "-",
+        layer.form or "-",
         f"{layer.bytes_per_image / 1e3:.1f}" if layer.exchanges else "-",
         _counts([f"{flops / 1e6:.1f}" for flops in layer.flops]) if layer.flops else "-",
         layer.note,
@@ -60,6 +61,13 @@ def _totals(plan: Plan) -> list[str]:
         lines.append(
             f"weights: {_counts([f'{w / 1e6:.2f}' for w in weights])} MB per node, "
             f"whole model {plan.weight_bytes_dense / 1e6:.2f} MB{share}"
+        )
+    before, after = plan.gather_before, plan.gather
+    if after.runs:
+        lines.append(
+            f"sent in part: runs of {after.channels / after.runs:.1f} channels "
+            f"({before.channels / before.runs:.1f} unpermuted), {after.lines} lines of 64 bytes "
+            f"a pixel ({before.lines} unpermuted)"
         )
     lines += _predictions(plan)
     for layer in plan.replicated:

@@ -88,49 +88,34 @@ def take(x: Tensor, index: Tensor, *, dim: int) -> Tensor:
     return x.index_select(dim, index)
 
 
+def add_partial_sums(
+    base: Tensor | None,
+    pieces: tuple[Tensor, ...],
+    *,
+    index: tuple[Tensor | None, ...],
+    dim: int,
+    channels: int,
+) -> Tensor:
+    """What other ranks have computed of this rank's outputs, and a residual, added up.
+
+    Args:
+        base: ``[.., channels, ..]`` or None.
+        pieces: one or more, with entries along `dim` for some of the channels.
+        index: of each piece the channels (int32) that it is for; None for all of them.
+        dim: that of the channels.
+        channels: of the result.
+    """
+    if base is None:
+        shape = list(pieces[0].shape)
+        shape[dim] = channels
+        # Laid out as the pieces are: messages have their channels last.
+        base = pieces[0].new_zeros(shape).movedim(dim, -1).contiguous().movedim(-1, dim)
+    for piece, positions in zip(pieces, index, strict=True):
+        base = base + piece if positions is None else base.index_add(dim, positions, piece)
+    return base
+
+
 def _epilogue(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
     if residual is not None:
         y = y + residual
     return _ACTIVATION[activation](y)
-
-
-def moments(x: Tensor) -> Tensor:
-    """Mean and sum of squared differences from it over the last dimension: ``[.., C] -> [.., 2]``.
-
-    Zeros for no channels. In float32 for narrower dtypes, whose sums would not do.
-    """
-    wide = x if x.dtype == torch.float64 else x.float()
-    if x.shape[-1] == 0:
-        return wide.new_zeros((*x.shape[:-1], 2))
-    mean = wide.mean(-1, keepdim=True)
-    return torch.cat((mean, (wide - mean).square().sum(-1, keepdim=True)), -1)
-
-
-def normalize(
-    x: Tensor,
-    moments: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    counts: tuple[int, ...],
-    eps: float,
-) -> Tensor:
-    """Layer norm by the `moments` of parts.
-
-    Args:
-        x: ``[.., C]``, any channels of what is normalised.
-        moments: ``[.., 2 * parts]``.
-        weight, bias: ``[C]`` or None.
-        counts: channels of each part.
-        eps: added to the variance.
-    """
-    pairs = moments.unflatten(-1, (len(counts), 2))
-    means, squares = pairs[..., 0], pairs[..., 1]
-    sizes = torch.tensor(counts, dtype=means.dtype, device=x.device)
-    total = sum(counts)
-    mean = (means * sizes).sum(-1, keepdim=True) / total
-    variance = (squares + sizes * (means - mean).square()).sum(-1, keepdim=True) / total
-    y = (x - mean) * (variance + eps).rsqrt()
-    if weight is not None:
-        y = y * weight
-    return (y if bias is None else y + bias).to(x.dtype)

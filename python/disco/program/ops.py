@@ -16,19 +16,21 @@ import torch
 from torch import Tensor
 
 from disco.errors import InputError
-from disco.program import fused
+from disco.program import fused, statistics
 
 Function = Callable[..., Any]
 
 _ATEN_NAMES = """
-    _log_softmax.default _native_batch_norm_legit_no_training.default _softmax.default
+    _log_softmax.default _native_batch_norm_legit.no_stats
+    _native_batch_norm_legit_no_training.default _softmax.default
     _to_copy.default _unsafe_view.default abs.default adaptive_avg_pool1d.default
     adaptive_avg_pool2d.default adaptive_max_pool2d.default add.Scalar add.Tensor
     addcmul.default addmm.default alias.default amax.default amin.default any.dim arange.default
     arange.start arange.start_step argmax.default avg_pool1d.default avg_pool2d.default
     avg_pool3d.default baddbmm.default batch_norm.default bitwise_and.Tensor bitwise_not.default
     bitwise_or.Tensor bmm.default cat.default ceil.default chunk.default clamp.default
-    clamp_max.default clamp_min.default clone.default constant_pad_nd.default contiguous.default
+    clamp_max.default clamp_min.default clone.default col2im.default
+    constant_pad_nd.default contiguous.default
     conv1d.default conv2d.default conv2d.padding conv3d.default conv_transpose1d.default
     conv_transpose2d.input conv_transpose3d.input cos.default cumsum.default detach.default
     div.Scalar div.Tensor div.Tensor_mode einsum.default elu.default embedding.default eq.Scalar
@@ -52,12 +54,12 @@ _ATEN_NAMES = """
     scalar_tensor.default scaled_dot_product_attention.default select.int select_scatter.default
     selu.default sigmoid.default sign.default silu.default sin.default slice.Tensor
     slice_scatter.default softmax.int softplus.default split.Tensor split_with_sizes.default
-    sqrt.default squeeze.default squeeze.dim squeeze.dims stack.default std.correction
+    sqrt.default squeeze.default squeeze.dim squeeze.dims stack.default std.correction std.dim
     sub.Scalar sub.Tensor sum.default sum.dim_IntList sym_size.int t.default tan.default
     tanh.default to.dtype topk.default transpose.int tril.default triu.default type_as.default
     unbind.int unflatten.int unfold.default unsqueeze.default upsample_bicubic2d.vec
     upsample_bilinear2d.default upsample_bilinear2d.vec upsample_nearest2d.default
-    upsample_nearest2d.vec var.correction view.default where.ScalarOther where.ScalarSelf
+    upsample_nearest2d.vec var.correction var.dim view.default where.ScalarOther where.ScalarSelf
     where.self zero.default zeros.default zeros_like.default
 """
 _ATEN = frozenset("aten." + name for name in _ATEN_NAMES.split())
@@ -93,11 +95,14 @@ EXECUTOR_KINDS = frozenset(
 
 _functions: dict[str, Function] = {
     **_PYTHON,
+    "disco.add_partial_sums": fused.add_partial_sums,
     "disco.conv2d": fused.conv2d,
     "disco.linear": fused.linear,
     "disco.channel_affine": fused.channel_affine,
-    "disco.moments": fused.moments,
-    "disco.normalize": fused.normalize,
+    "disco.group_moments": statistics.group_moments,
+    "disco.group_normalize": statistics.group_normalize,
+    "disco.moments": statistics.moments,
+    "disco.normalize": statistics.normalize,
     "disco.take": fused.take,
 }
 

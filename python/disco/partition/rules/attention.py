@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from disco.partition.placement import Sharded
+from disco.partition.rank_builder import RankBuilder
 from disco.partition.rules.registry import Lowering, RuleContext, rule, same_op
-from disco.program import Op, Ref
+from disco.program import Op, Ref, WeightRef
 
 
 @rule("aten.scaled_dot_product_attention.default")
 def attention(op: Op, context: RuleContext) -> Lowering | None:
     """``softmax(q k') v`` over the last two dimensions: local by heads, which all three share.
 
-    A mask may be given if it is the same for all heads.
+    A mask may be given: the same for all heads, or one that every rank has for its own.
     """
     query, key, value, *rest = op.args
     placed = context.sharded(query)
@@ -21,12 +22,25 @@ def attention(op: Op, context: RuleContext) -> Lowering | None:
     if any(context.sharded(x) != placed for x in (key, value)):
         return None
     mask = rest[0] if rest else op.kwargs.get("attn_mask")
-    if isinstance(mask, Ref):
-        shape = context.shape(mask)
-        dim = placed.dim - (num_dims - len(shape))
-        if context.sharded(mask) is not None or (dim >= 0 and shape[dim] != 1):
-            return None
-    return same_op(placed)
+    if not isinstance(mask, (Ref, WeightRef)):
+        return same_op(placed)
+    shape = context.shape(mask)
+    dim = placed.dim - (num_dims - len(shape))
+    per_head = dim >= 0 and shape[dim] != 1
+    if context.sharded(mask) not in (None, Sharded(placed.ownership, dim) if per_head else None):
+        return None
+
+    def emit(op: Op, rank: RankBuilder) -> None:
+        local = op.replace_leaves(rank.localise)
+        part = rank.part(mask, placed.ownership, dim) if per_head else rank.localise(mask)
+        args, attributes = [*local.args], {**local.kwargs}
+        if rest:
+            args[3] = part
+        else:
+            attributes["attn_mask"] = part
+        rank.add(Op(op.kind, op.name, tuple(args), attributes))
+
+    return Lowering(placed, emit)
 
 
 @rule("aten.matmul.default", "aten.bmm.default")

@@ -6,8 +6,8 @@ from disco.errors import InputError
 from disco.partition.placement import Sharded
 from disco.partition.rank_builder import RankBuilder
 from disco.partition.rules.matrix import matrix_flops, split_outputs
-from disco.partition.rules.registry import Lowering, RuleContext, rule
-from disco.program import Op, Ref, WeightRef
+from disco.partition.rules.registry import Lowering, RuleContext, missing, rule
+from disco.program import Op, WeightRef
 from disco_kernels.pattern import Ownership
 
 
@@ -38,13 +38,13 @@ def _grouped(op: Op, context: RuleContext) -> Lowering | None:
         )
     out = Ownership(tuple(out_channels))
     layer = context.layer_of(op)
-    if context.out_ownership.get(layer, out) != out:
+    fixed = context.out_ownership.get(layer, out)
+    if [set(owned) for owned in fixed.channels] != [set(owned) for owned in out.channels]:
         raise InputError(
             f"layer {layer!r} is a grouped convolution, which keeps the ownership of its input; "
             f"leave it out of the ownership given, and fix that of the layer before it"
         )
-    tied = context.sharded(residual)
-    differs = isinstance(residual, Ref) and tied is not None and tied != Sharded(out, 1)
+    reshare, whole = missing([(residual, Sharded(out, 1))], context)
 
     def emit(op: Op, rank: RankBuilder) -> None:
         args = (
@@ -59,7 +59,8 @@ def _grouped(op: Op, context: RuleContext) -> Lowering | None:
     return Lowering(
         placement=Sharded(out, 1),
         emit=emit,
-        whole=(residual.name,) if differs and isinstance(residual, Ref) else (),
+        reshare=reshare,
+        whole=whole,
         flops=tuple(matrix_flops(op, context, count, inputs_per_group) for count in out.counts),
         out_ownership=out,
         in_ownership=placed.ownership,

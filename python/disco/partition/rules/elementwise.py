@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 from disco.partition.placement import Replicated, Sharded
 from disco.partition.rank_builder import RankBuilder
-from disco.partition.rules.registry import Lowering, RuleContext, rule, same_op
+from disco.partition.rules.registry import (
+    Lowering,
+    RuleContext,
+    missing,
+    per_channel,
+    rule,
+    same_op,
+)
 from disco.program import Arg, Op, Ref, WeightRef
 
 _UNARY = """
@@ -34,15 +42,15 @@ def unary(op: Op, context: RuleContext) -> Lowering | None:
     placed = context.sharded(op.args[0])
     if placed is None or len(list(op.refs())) != 1:
         return None
-    return same_op(placed)
+    return per_channel(placed)
 
 
 @rule(*(f"aten.{name}" for name in _BINARY.split()))
 def broadcast(op: Op, context: RuleContext) -> Lowering | None:
     """Several tensors, broadcast: all take the ownership of the first sharded one.
 
-    A replicated operand is sliced (or left, where it has size 1 there); a sharded one of another
-    ownership is gathered and sliced.
+    A replicated operand is sliced (or left, where it has size 1 there); of a sharded one of
+    another ownership every rank gets what it lacks.
     """
     num_dims = len(context.values[op.name].shape)
     target = _common_placement(op, context, num_dims)
@@ -56,11 +64,8 @@ def broadcast(op: Op, context: RuleContext) -> Lowering | None:
         per_channel = dim >= 0 and (shape[dim] != 1 or target.ownership.num_channels == 1)
         return Sharded(target.ownership, dim) if per_channel else None
 
-    whole = []
-    for arg in op.args:
-        placed = context.sharded(arg)
-        if isinstance(arg, Ref) and placed is not None and placed != place_in(arg):
-            whole.append(arg.name)
+    tensors = [arg for arg in op.args if isinstance(arg, Ref)]
+    reshare, whole = missing([(arg, place_in(arg)) for arg in tensors], context)
 
     def emit(op: Op, rank: RankBuilder) -> None:
         def localise(arg: Arg) -> Arg:
@@ -73,7 +78,7 @@ def broadcast(op: Op, context: RuleContext) -> Lowering | None:
 
         rank.add(Op(op.kind, op.name, tuple(localise(arg) for arg in op.args), op.kwargs))
 
-    return Lowering(target, emit, whole=tuple(whole))
+    return Lowering(target, emit, reshare=reshare, whole=whole)
 
 
 @rule("aten.new_full.default", "aten.new_ones.default", "aten.new_zeros.default")
@@ -82,20 +87,32 @@ def new_like(op: Op, context: RuleContext) -> Lowering | None:
     return same_op(Replicated()) if len(list(op.refs())) == 1 else None
 
 
-@rule("disco.channel_affine")
-def channel_affine(op: Op, context: RuleContext) -> Lowering | None:
-    """Scale and shift of a batch norm: ``[C]`` along dim 1."""
-    x, scale, shift = op.args
-    placed = context.sharded(x)
-    if placed is None or placed.dim != 1:
+@rule("disco.channel_affine", "aten.prelu.default", "aten.instance_norm.default")
+def with_channel_weights(op: Op, context: RuleContext) -> Lowering | None:
+    """Weights ``[C]`` along dim 1 (or one number for all channels), each channel alone."""
+    placed = context.sharded(op.args[0])
+    if placed is None or placed.dim != 1 or len(list(op.refs())) != 1:
         return None
 
-    def emit(op: Op, rank: RankBuilder) -> None:
-        owned = placed.ownership
-        args = (x, rank.part(scale, owned, 0), rank.part(shift, owned, 0))
-        rank.add(Op(op.kind, op.name, args, op.kwargs))
+    flat = range(placed.ownership.num_channels)
 
-    return Lowering(placed, emit)
+    def localised(rank: RankBuilder, channels: Sequence[int], op: Op, x: Ref, name: str) -> Op:
+        def part(arg: Arg) -> Arg:
+            if isinstance(arg, WeightRef) and len(rank.source(arg)) == len(flat):
+                return rank.taken(arg, channels)
+            return rank.localise(arg)
+
+        return Op(op.kind, name, (x, *map(part, op.args[1:])), op.kwargs)
+
+    def emit(op: Op, rank: RankBuilder) -> None:
+        x, owned = op.args[0], placed.ownership.channels[rank.rank]
+        assert isinstance(x, Ref)
+        rank.add(localised(rank, owned, op, x, op.name))
+
+    def replay(op: Op, rank: RankBuilder, piece: Ref, channels: tuple[int, ...], name: str) -> None:
+        rank.add(localised(rank, channels, op, piece, name))
+
+    return Lowering(placed, emit, replay=replay)
 
 
 def _common_placement(op: Op, context: RuleContext, num_dims: int) -> Sharded | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from disco.partition.placement import Sharded
 from disco.partition.rank_builder import RankBuilder
-from disco.partition.rules.registry import Lowering, RuleContext, rule
+from disco.partition.rules.registry import Lowering, RuleContext, missing, rule
 from disco.program import Arg, Op, Ref, WeightRef
 from disco_kernels.pattern import Ownership
 
@@ -28,11 +28,7 @@ def cat(op: Op, context: RuleContext) -> Lowering | None:
         wanted = [first.ownership for _ in pieces]
         ownership = first.ownership
     placements = [Sharded(owned, first.dim) for owned in wanted]
-    whole = tuple(
-        piece.name
-        for piece, placement in zip(pieces, placements, strict=True)
-        if isinstance(piece, Ref) and context.sharded(piece) not in (None, placement)
-    )
+    reshare, whole = missing(zip(pieces, placements, strict=True), context)
 
     def emit(op: Op, rank: RankBuilder) -> None:
         parts = tuple(
@@ -41,7 +37,7 @@ def cat(op: Op, context: RuleContext) -> Lowering | None:
         )
         rank.add(Op(op.kind, op.name, (parts, along)))
 
-    return Lowering(Sharded(ownership, first.dim), emit, whole=whole)
+    return Lowering(Sharded(ownership, first.dim), emit, reshare=reshare, whole=whole)
 
 
 def _own(piece: Arg, context: RuleContext, dim: int) -> Ownership:

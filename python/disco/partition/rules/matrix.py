@@ -18,7 +18,7 @@ from torch import Tensor
 from disco.errors import InputError
 from disco.partition.placement import Sharded, all_selected
 from disco.partition.rank_builder import RankBuilder
-from disco.partition.rules.registry import Lowering, RuleContext, rule, same_op
+from disco.partition.rules.registry import Lowering, RuleContext, missing, rule, same_op
 from disco.program import Arg, Op, Ref, WeightRef
 from disco_kernels.pattern import Ownership, Selected, column_magnitude_per_output
 
@@ -37,8 +37,11 @@ def linear(op: Op, context: RuleContext) -> Lowering | None:
 def choose_ownership(
     op: Op, context: RuleContext, num_channels: int, residual: Arg, dim: int
 ) -> Ownership:
-    """Who computes which outputs: as fixed by the user, else as the residual, else as what follows
-    asks for, else in the ranks' shares."""
+    """Who computes which outputs: as the planner has chosen, as fixed by the user, else as the
+    residual, else in the ranks' shares."""
+    chosen = context.chosen.get(op.name)
+    if chosen is not None:
+        return chosen
     layer = context.layer_of(op)
     fixed = context.out_ownership.get(layer)
     if fixed is not None:
@@ -52,7 +55,7 @@ def choose_ownership(
     tied = context.sharded(residual)
     if tied is not None and tied.dim == dim:
         return tied.ownership
-    return context.chosen.get(op.name) or context.share_out(op.name, num_channels)
+    return context.share_out(op.name, num_channels)
 
 
 def matrix_flops(op: Op, context: RuleContext, num_outputs: int, num_inputs: int) -> int:
@@ -87,9 +90,7 @@ def split_outputs(
         if placed is not None:
             whole.append(x.name)
         columns = [_used_columns(context, weight, owned) for owned in out.channels]
-    tied = context.sharded(residual)
-    if isinstance(residual, Ref) and tied is not None and tied != Sharded(out, out_dim):
-        whole.append(residual.name)
+    reshare, whole_residual = missing([(residual, Sharded(out, out_dim))], context)
 
     def emit(op: Op, rank: RankBuilder) -> None:
         segments = _Segments(rank, x, inputs, selected, columns[rank.rank], num_inputs)
@@ -119,7 +120,8 @@ def split_outputs(
         placement=Sharded(out, out_dim),
         emit=emit,
         select={} if inputs is None else {x.name: selected},
-        whole=tuple(whole),
+        reshare=reshare,
+        whole=(*whole, *whole_residual),
         flops=tuple(
             matrix_flops(op, context, len(out.channels[r]), len(columns[r]))
             for r in range(context.world_size)

@@ -7,17 +7,21 @@ answer for this case. With no rule, or no answer, the op gathers its inputs and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from disco.partition.placement import Placement, Replicated, Sharded
+from disco.partition.placement import Placement, Replicated, Sharded, to_reshare
 from disco.partition.rank_builder import RankBuilder
 from disco.partition.shares import Shares, share_out
 from disco.program import Arg, Op, Ref, ValueInfo, WeightRef, evaluate_dim
 from disco.program.symbols import symbols_of
 from disco_kernels.pattern import Ownership, Selected, find_selected
+
+# Called with the op, the rank, the piece (a value with some channels of the first argument), these
+# channels, and the name to give to the op's result on them.
+Replay = Callable[[Op, RankBuilder, Ref, tuple[int, ...], str], None]
 
 
 @dataclass(frozen=True)
@@ -27,22 +31,30 @@ class Lowering:
     Attributes:
         placement: where the result is.
         emit: writes one rank's op; called once per rank, after all exchanges are known.
-        select: per input value the channels that the ranks need of each other.
+        select: per input value the channels that the ranks need of each other, by the weights.
+        reshare: per input value the channels that they need to have it as another value is.
         whole: input values that every rank needs whole.
         flops: 2 x multiply-accumulates per image of convolutions and linears, per rank.
         out_ownership, in_ownership, selected: of a convolution or linear, for the plan.
         reason: why the op runs replicated although an input is sharded; empty if it does not.
+        replay: makes some channels of the result out of the same channels of the first argument,
+            wherever they are; None if that cannot be. A tensor that an op makes larger is then
+            exchanged before the op.
+        form: how the value that it selects is exchanged: "inputs" or "partial sums".
     """
 
     placement: Placement
     emit: Callable[[Op, RankBuilder], None]
     select: Mapping[str, Selected] = field(default_factory=dict)
+    reshare: Mapping[str, Selected] = field(default_factory=dict)
     whole: tuple[str, ...] = ()
     flops: tuple[int, ...] = ()
     out_ownership: Ownership | None = None
     in_ownership: Ownership | None = None
     selected: Selected = ()
     reason: str = ""
+    replay: Replay | None = None
+    form: str = "inputs"
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,8 @@ class RuleContext:
         out_ownership: layer -> ownership of its outputs, where somebody has fixed it.
         tolerance: a weight counts as zero up to this.
         dense_exchange: take no notice of zeros: every channel is needed everywhere.
-        chosen: layer's value -> ownership of its outputs, where what follows asks for one.
+        chosen: layer's value -> ownership of its outputs, where what follows asks for one, or other
+            ranks do for an order.
         shares: how much each rank is to compute; equal shares if None.
     """
 
@@ -144,6 +157,36 @@ def lower(op: Op, context: RuleContext) -> Lowering:
 def same_op(placement: Placement) -> Lowering:
     """The same op on each rank's own part of every input."""
     return Lowering(placement, _emit_local)
+
+
+def per_channel(placement: Placement) -> Lowering:
+    """The same op on each rank's own part, and on any other channels of its first argument."""
+    return Lowering(placement, _emit_local, replay=_replay_same)
+
+
+def missing(
+    operands: Iterable[tuple[Arg, Sharded | None]], context: RuleContext
+) -> tuple[dict[str, Selected], tuple[str, ...]]:
+    """What ranks need of others to have operands as an op wants them (None: whole): `reshare` and
+    `whole` of its lowering, for `RankBuilder.part`."""
+    reshare: dict[str, Selected] = {}
+    whole: list[str] = []
+    for arg, wanted in operands:
+        placed = context.sharded(arg)
+        if not isinstance(arg, Ref) or placed is None or placed == wanted:
+            continue
+        if wanted is None or wanted.dim != placed.dim:
+            whole.append(arg.name)
+        else:
+            reshare[arg.name] = to_reshare(placed.ownership, wanted.ownership)
+    return reshare, tuple(whole)
+
+
+def _replay_same(
+    op: Op, rank: RankBuilder, piece: Ref, channels: tuple[int, ...], name: str
+) -> None:
+    local = op.replace_leaves(rank.localise)
+    rank.add(Op(op.kind, name, (piece, *local.args[1:]), local.kwargs))
 
 
 def _emit_local(op: Op, rank: RankBuilder) -> None:

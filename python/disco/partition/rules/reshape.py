@@ -9,8 +9,8 @@ import torch
 
 from disco.partition.placement import Replicated, Sharded
 from disco.partition.rank_builder import RankBuilder
-from disco.partition.rules.registry import Lowering, RuleContext, rule, same_op
-from disco.program import Arg, Op, WeightRef, evaluate_shape
+from disco.partition.rules.registry import Lowering, RuleContext, per_channel, rule, same_op
+from disco.program import Arg, Op, Ref, WeightRef, evaluate_shape
 from disco.program.symbols import symbols_of
 from disco_kernels.pattern import Ownership
 
@@ -49,7 +49,31 @@ def permute(op: Op, context: RuleContext) -> Lowering | None:
     if placed is None or not isinstance(order, tuple):
         return None
     dims = [dim % len(order) for dim in order if isinstance(dim, int)]
-    return same_op(Sharded(placed.ownership, dims.index(placed.dim)))
+    return per_channel(Sharded(placed.ownership, dims.index(placed.dim)))
+
+
+@rule("aten.expand.default", "aten.repeat.default")
+def grow(op: Op, context: RuleContext) -> Lowering | None:
+    """Other dimensions than the channels grow; new ones may come in front."""
+    placed, sizes = context.sharded(op.args[0]), op.args[1]
+    if placed is None or not isinstance(sizes, tuple):
+        return None
+    before, after = context.shape(op.args[0]), context.values[op.name].shape
+    dim = placed.dim + len(after) - len(before)
+    if before[placed.dim] != after[dim]:
+        return None
+    # Of the channels there are as many as there are: -1 for expand, once for repeat.
+    kept = -1 if op.kind == "aten.expand.default" else 1
+    local = Op(op.kind, op.name, (op.args[0], (*sizes[:dim], kept, *sizes[dim + 1 :])), op.kwargs)
+
+    def emit(op: Op, rank: RankBuilder) -> None:
+        rank.add(local.replace_leaves(rank.localise))
+
+    def replay(op: Op, rank: RankBuilder, piece: Ref, channels: tuple[int, ...], name: str) -> None:
+        args = local.replace_leaves(rank.localise).args
+        rank.add(Op(op.kind, name, (piece, *args[1:]), op.kwargs))
+
+    return Lowering(Sharded(placed.ownership, dim), emit, replay=replay)
 
 
 @rule("aten.transpose.int")
@@ -61,7 +85,7 @@ def transpose(op: Op, context: RuleContext) -> Lowering | None:
     num_dims = len(context.shape(op.args[0]))
     a, b = (dim % num_dims for dim in op.args[1:3] if isinstance(dim, int))
     moved = {a: b, b: a}.get(placed.dim, placed.dim)
-    return same_op(Sharded(placed.ownership, moved))
+    return per_channel(Sharded(placed.ownership, moved))
 
 
 @rule("aten.unsqueeze.default")
@@ -71,7 +95,7 @@ def unsqueeze(op: Op, context: RuleContext) -> Lowering | None:
     if placed is None or not isinstance(dim, int):
         return None
     new = dim % (len(context.shape(op.args[0])) + 1)
-    return same_op(Sharded(placed.ownership, placed.dim + (new <= placed.dim)))
+    return per_channel(Sharded(placed.ownership, placed.dim + (new <= placed.dim)))
 
 
 @rule("aten.squeeze.dim", "aten.squeeze.dims")
@@ -92,28 +116,47 @@ def squeeze(op: Op, context: RuleContext) -> Lowering | None:
 @rule("disco.take")
 def take(op: Op, context: RuleContext) -> Lowering | None:
     """Listed entries of a dimension; of the channels every rank takes those that it owns."""
-    x, index = op.args
-    placed, dim = context.sharded(x), op.kwargs["dim"]
-    if placed is None or not isinstance(index, WeightRef) or not isinstance(dim, int):
+    placed, index = context.sharded(op.args[0]), op.args[1]
+    if placed is None or not isinstance(index, WeightRef):
         return None
-    if dim % len(context.shape(x)) != placed.dim:
-        return same_op(placed)
-    return _taken(op, placed, [int(c) for c in context.weights[index.name].tolist()])
+    channels = taken_channels(op, context)
+    return same_op(placed) if channels is None else _taken(op, placed, channels)
 
 
 @rule("aten.slice.Tensor")
 def slice_channels(op: Op, context: RuleContext) -> Lowering | None:
     """A run of the channels, or whatever of other dimensions."""
     placed = context.sharded(op.args[0])
-    given = (*op.args[1:], *(0, None, None, 1)[len(op.args) - 1 :])
-    size = context.shape(op.args[0])
-    if placed is None or not isinstance(given[0], int) or given[0] % len(size) != placed.dim:
+    dim = op.args[1] if len(op.args) > 1 else 0
+    if placed is None or not _is_dim(dim, placed.dim, op, context):
         return other_dims(op, context)
+    channels = taken_channels(op, context)
+    return None if channels is None else _taken(op, placed, channels)
+
+
+def taken_channels(op: Op, context: RuleContext) -> Sequence[int] | None:
+    """Which channels an op takes out of its sharded input, in order; None for any other op."""
+    x = op.args[0] if op.args else None
+    placed = context.sharded(x)
+    if placed is None:
+        return None
+    if op.kind == "disco.take" and _is_dim(op.kwargs["dim"], placed.dim, op, context):
+        index = op.args[1]
+        if not isinstance(index, WeightRef):
+            return None
+        return [int(c) for c in context.weights[index.name].tolist()]
+    if op.kind != "aten.slice.Tensor" or op.kwargs:
+        return None
+    given = (*op.args[1:], *(0, None, None, 1)[len(op.args) - 1 :])
     bounds = [bound for bound in given[1:4] if bound is None or isinstance(bound, int)]
-    if op.kwargs or len(bounds) != 3:
+    if not _is_dim(given[0], placed.dim, op, context) or len(bounds) != 3:
         return None
     first, end, step = bounds
-    return _taken(op, placed, range(placed.ownership.num_channels)[first:end:step])
+    return range(placed.ownership.num_channels)[first:end:step]
+
+
+def _is_dim(given: Arg, dim: int, op: Op, context: RuleContext) -> bool:
+    return isinstance(given, int) and given % len(context.shape(op.args[0])) == dim
 
 
 def _taken(op: Op, placed: Sharded, channels: Sequence[int]) -> Lowering:
@@ -190,22 +233,32 @@ def map_through_view(
     Dimensions are matched in groups of equal products: ``[B, C, 7, 7] -> [B, C * 49]`` has the
     groups ``[B] -> [B]`` and ``[C, 7, 7] -> [C * 49]``.
     """
-    names = symbols_of((*before, *after))
-    if len(names) > len(_PROBES):
+    found = view_groups(before, after)
+    if found is None:
         return None
-    probes = dict(zip(names, _PROBES, strict=False))
-    old, new = evaluate_shape(before, probes), evaluate_shape(after, probes)
-    if 0 in old:
-        return None
-    for (start, stop), (new_start, new_stop) in _groups(old, new):
+    old, new, groups = found
+    for (start, stop), (new_start, new_stop) in groups:
         if start <= placed.dim < stop:
             return _map_in_group(placed, old, start, stop, new, new_start, new_stop)
     return None
 
 
-def _groups(
-    old: Sequence[int], new: Sequence[int]
-) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+Group = tuple[tuple[int, int], tuple[int, int]]
+
+
+def view_groups(
+    before: Sequence[int | str], after: Sequence[int | str]
+) -> tuple[Sequence[int], Sequence[int], list[Group]] | None:
+    """Both shapes of a view in numbers, and the runs of dimensions that match; None if unknown."""
+    names = symbols_of((*before, *after))
+    if len(names) > len(_PROBES):
+        return None
+    probes = dict(zip(names, _PROBES, strict=False))
+    old, new = evaluate_shape(before, probes), evaluate_shape(after, probes)
+    return None if 0 in old else (old, new, _groups(old, new))
+
+
+def _groups(old: Sequence[int], new: Sequence[int]) -> list[Group]:
     """The finest matching runs of dimensions: ``((start, stop), (new_start, new_stop))``."""
     groups = []
     start = new_start = i = j = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from disco.partition.placement import Sharded
-from disco.partition.rules.registry import Lowering, RuleContext, rule, same_op
+from disco.partition.rules.registry import Lowering, RuleContext, per_channel, rule, same_op
 from disco.program import Arg, Op
 
 
@@ -26,7 +26,7 @@ def over_maps(op: Op, context: RuleContext) -> Lowering | None:
     """Works on the last two dimensions of ``[B, C, H, W]``."""
     placed = context.sharded(op.args[0])
     keeps = placed is not None and placed.dim < len(context.shape(op.args[0])) - 2
-    return same_op(placed) if placed is not None and keeps else None
+    return per_channel(placed) if placed is not None and keeps else None
 
 
 @rule("aten.pad.default", "aten.constant_pad_nd.default")
@@ -38,7 +38,7 @@ def pad(op: Op, context: RuleContext) -> Lowering | None:
         return None
     from_the_end = len(context.shape(op.args[0])) - 1 - placed.dim
     around_channels = amounts[2 * from_the_end : 2 * from_the_end + 2]
-    return same_op(placed) if all(amount == 0 for amount in around_channels) else None
+    return per_channel(placed) if all(amount == 0 for amount in around_channels) else None
 
 
 @rule("aten.mean.dim", "aten.sum.dim_IntList", "aten.amax.default", "aten.amin.default")

@@ -1,0 +1,49 @@
+"""Every form of exchange between real processes: inputs, partial sums, channels with statistics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import disco
+from disco.bench.compare import compare, whole_model
+from disco.runtime import Cluster
+
+
+class _Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, stride=2)
+        self.group = nn.GroupNorm(3, 24)
+        self.body = nn.Conv2d(16, 24, 3)
+        self.narrow = nn.Conv2d(24, 4, 1)
+        self.norm = nn.LayerNorm(24)
+        self.mix = nn.Linear(24, 20)
+        self.head = nn.Linear(20, 2)
+        self.up = nn.Upsample(scale_factor=2, mode="bilinear")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.group(self.body(self.stem(x).relu()))
+        tokens = self.mix(self.norm(x.flatten(2).transpose(1, 2))).relu()
+        maps = self.up(self.narrow(x)).flatten(1)
+        return torch.cat((self.head(tokens).flatten(1), maps), 1)
+
+
+def test_two_processes_run_what_was_planned(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = _Model().eval()
+    x = torch.randn(2, 3, 17, 17)
+    pattern = disco.sparsify_(model, 2, 0.25, (x,), group_size=2)
+    partitioned = disco.partition(model, (x,), 2, pattern=pattern)
+    plan = partitioned.plan
+    assert {exchange.form for exchange in plan.exchanges} == {"inputs", "partial sums"}
+    assert any(exchange.statistics for exchange in plan.exchanges)
+    partitioned.save(tmp_path / "out")
+    exact = whole_model(model, x)
+    with Cluster(tmp_path / "out") as cluster:
+        run = cluster.run(x)
+    for output in run.outputs:
+        assert compare(output, exact).equal
+    assert run.bytes_sent == tuple(2 * sum(row) for row in plan.bytes_matrix)
