@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import disco
 from disco.bench.compare import compare, whole_model
-from disco.runtime import Cluster
+from disco.runtime import RankProcesses
 
 
 class _Model(nn.Module):
@@ -42,7 +42,7 @@ def test_two_processes_run_what_was_planned(tmp_path: Path) -> None:
     assert any(exchange.statistics for exchange in plan.exchanges)
     partitioned.save(tmp_path / "out")
     exact = whole_model(model, x)
-    with Cluster(tmp_path / "out") as cluster:
+    with RankProcesses(tmp_path / "out") as cluster:
         run = cluster.run(x)
     for output in run.outputs:
         assert compare(output, exact).equal
