@@ -16,7 +16,7 @@ from disco.executor import Executor, run_together
 from disco.partition import Decisions, Plan, RankProgram, build_all, decide
 from disco.partition.one_machine import GATHERED_KINDS, one_machine_program
 from disco.partition.shards import load_manifest, load_shard, save_artifact
-from disco.program import input_ranges, lower_precision
+from disco.program import flatten_inputs, input_ranges, lower_precision
 from disco.sparsify import sparsify_weights_
 from disco.sparsify.groups import Reader, groups_of
 from disco_kernels import WINOGRAD, InputBytes, Ownership, Pattern, choose_int8, registry
@@ -44,13 +44,14 @@ class Partitioned(nn.Module):
         self.ranks = tuple(ranks)
         self._executors: list[Executor] | None = None
 
-    def forward(self, *inputs: Tensor) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs, as rank 0 has them. InputError for inputs that do not fit."""
-        return self.run_ranks(*inputs)[0]
+        return self.run_ranks(*args, **kwargs)[0]
 
-    def run_ranks(self, *inputs: Tensor) -> list[Any]:
+    def run_ranks(self, *args: Any, **kwargs: Any) -> list[Any]:
         """The outputs of every rank: each has the whole."""
-        return run_together(self._prepared(), inputs)
+        executors = self._prepared()
+        return run_together(executors, executors[0].flat_inputs(args, kwargs))
 
     def save(
         self,
@@ -103,16 +104,18 @@ class Compiled(nn.Module):
         """Of all packed weights, which the model keeps in memory."""
         return self._executor.packed_bytes
 
-    def forward(self, *inputs: Tensor) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs. InputError for inputs that do not fit."""
-        return self._executor(*inputs)
+        return self._executor(*args, **kwargs)
 
 
 def partition(
     model: nn.Module,
-    example_inputs: Sequence[Tensor],
+    example_inputs: Sequence[Any],
     nodes: int = 2,
     *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_size: bool = False,
     ownership: Mapping[str, Ownership] | None = None,
     pattern: Pattern | None = None,
     tolerance: float = 0.0,
@@ -124,8 +127,12 @@ def partition(
 
     Args:
         model: any module that `torch.export` can capture; it is not changed.
-        example_inputs: positional inputs, batch first; other sizes are fixed by them.
+        example_inputs: positional inputs: tensors with the batch first, also in tuples, lists and
+            dicts, and constants; sizes other than the batch are fixed by them.
         nodes: number of ranks, 1 or more.
+        example_kwargs: inputs by name, like the others.
+        dynamic_size: leave height and width of images ``[B, C, H, W]`` open, too. The plan counts
+            bytes and FLOPs of an image of the example's size.
         ownership: layer ("layer1.0.conv1") -> who computes which of its outputs; equal shares
             otherwise.
         pattern: a recorded one, whose ownership is used and which the weights must keep.
@@ -139,7 +146,9 @@ def partition(
     _check_nodes(nodes)
     if tolerance < 0:
         raise InputError(f"tolerance must be 0 or more, given {tolerance}")
-    captured = capture(model, example_inputs)
+    captured = capture(
+        model, example_inputs, example_kwargs=example_kwargs, dynamic_size=dynamic_size
+    )
     fixed = _fixed_ownership(captured, nodes, ownership or {}, pattern, tolerance)
     decisions = decide(
         *captured, nodes, out_ownership=fixed, tolerance=tolerance, dense_exchange=dense_exchange
@@ -151,7 +160,9 @@ def compile(
     model: nn.Module,
     nodes: int = 2,
     *,
-    example_inputs: Sequence[Tensor],
+    example_inputs: Sequence[Any],
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_size: bool = False,
     backend: str | None = None,
     winograd: str = "auto",
     dtype: torch.dtype = torch.float32,
@@ -164,7 +175,7 @@ def compile(
     Args:
         model: any module that `torch.export` can capture; it is not changed.
         nodes: number of nodes that the weights' zero pattern is for.
-        example_inputs: positional inputs, batch first; other sizes are fixed by them.
+        example_inputs, example_kwargs, dynamic_size: as for `partition`.
         backend: of the kernels, or None for the automatic choice.
         winograd: how 3 x 3 convolutions of stride 1 are computed: "auto" (what suits the shape),
             "off", "f2" or "f4". Winograd is faster and rounds more; docs/architecture.md says how
@@ -195,13 +206,17 @@ def compile(
     if dtype == torch.int8:
         # Before the work of capturing, not after it.
         registry.require_int8(registry.resolve(backend, torch.device("cpu"), torch.float32))
-    captured = capture(model, example_inputs)
+    captured = capture(
+        model, example_inputs, example_kwargs=example_kwargs, dynamic_size=dynamic_size
+    )
     program = one_machine_program(decide(*captured, nodes))
     # Copies: what is not packed would otherwise follow the model when that is trained on.
     weights = {name: captured.weights[name].clone() for name in program.weight_names()}
     input_bytes = None
     if dtype == torch.int8:
-        input_bytes = _input_bytes(captured, example_inputs)
+        signature, names = captured.program.signature, captured.program.inputs
+        examples = flatten_inputs(signature, names, example_inputs, example_kwargs or {})
+        input_bytes = _input_bytes(captured, examples)
     if dtype != torch.float32:
         program, weights = lower_precision(program, weights, torch.bfloat16)
     gathered = [op.name for op in program.ops if op.kind in GATHERED_KINDS]
@@ -242,8 +257,10 @@ def sparsify_(
     model: nn.Module,
     nodes: int,
     density: float,
-    example_inputs: Sequence[Tensor],
+    example_inputs: Sequence[Any],
     score: str = "l2",
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
 ) -> Pattern:
     """Give `model` DISCO structure in place: one-shot magnitude, no training.
 
@@ -255,7 +272,7 @@ def sparsify_(
         model: its parameters are changed; gradients are not recorded.
         nodes: number of nodes, each owning equal contiguous shares of a layer's outputs.
         density: in [0, 1].
-        example_inputs: as for `partition`.
+        example_inputs, example_kwargs: as for `partition`.
         score: "l2" or "l1", of a channel's weights in the blocks that read it.
 
     Returns:
@@ -266,7 +283,7 @@ def sparsify_(
         dropped.
     """
     _check_nodes(nodes)
-    captured = capture(model, example_inputs)
+    captured = capture(model, example_inputs, example_kwargs=example_kwargs)
     readers = _readers(decide(*captured, nodes))
     groups = groups_of(readers)
     if not groups:

@@ -86,7 +86,7 @@ class Decisions:
                 lowering.emit(op, builder)
             # Sending starts as soon as the value is there, to overlap with what comes next.
             builder.exchange(op.name)
-        return builder.finish(self.program.inputs, self.program.outputs, self.program.values)
+        return builder.finish(self.program)
 
     def _layer(self, op: Op, lowering: Lowering) -> LayerPlan | None:
         numbers = self._numbers_first_read_by(op.name)
@@ -181,6 +181,7 @@ def decide(
         tolerance,
         dense_exchange,
         chosen,
+        program.example_sizes,
     )
     lowerings = []
     needs: dict[str, _Needs] = {}

@@ -57,6 +57,7 @@ class RuleContext:
         tolerance: a weight counts as zero up to this.
         dense_exchange: take no notice of zeros: every channel is needed everywhere.
         chosen: layer's value -> ownership of its outputs, where what follows asks for one.
+        example_sizes: symbols of image sizes and their values in the example.
     """
 
     world_size: int
@@ -68,6 +69,7 @@ class RuleContext:
     tolerance: float = 0.0
     dense_exchange: bool = False
     chosen: Mapping[str, Ownership] = field(default_factory=dict)
+    example_sizes: Mapping[str, int] = field(default_factory=dict)
 
     def sharded(self, arg: Arg) -> Sharded | None:
         """The placement of a value if it is sharded; None for replicated ones, weights, numbers."""
@@ -81,10 +83,10 @@ class RuleContext:
         return tuple(self.weights[arg.name].shape) if isinstance(arg, WeightRef) else ()
 
     def sizes(self, name: str) -> tuple[int, ...]:
-        """Shape of a value for one image: every symbol is 1."""
+        """Shape of a value for one image of the example's size."""
         shape = self.values[name].shape
-        ones = dict.fromkeys(symbols_of(shape), 1)
-        return tuple(evaluate_dim(dim, ones) for dim in shape)
+        sizes = {**dict.fromkeys(symbols_of(shape), 1), **self.example_sizes}
+        return tuple(evaluate_dim(dim, sizes) for dim in shape)
 
     def layer_of(self, op: Op) -> str:
         """The model's layer behind an op: where its first weight lives; else the op's own name."""
