@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -284,34 +284,40 @@ def sparsify_(
     """
     _check_nodes(nodes)
     captured = capture(model, example_inputs, example_kwargs=example_kwargs)
-    readers = _readers(decide(*captured, nodes))
+    tensors = {
+        **dict(model.named_buffers(remove_duplicate=False)),
+        **dict(model.named_parameters(remove_duplicate=False)),
+    }
+    readers = _readers(decide(*captured, nodes), tensors)
     groups = groups_of(readers)
     if not groups:
         raise InputError(
             f"{type(model).__name__} has no layer whose inputs could be exchanged in part: "
             f"{len(readers)} layers read exchanged tensors, all of which travel whole"
         )
-    tensors = {
-        **dict(model.named_buffers(remove_duplicate=False)),
-        **dict(model.named_parameters(remove_duplicate=False)),
-    }
     return sparsify_weights_(tensors, groups, density, score)
 
 
-def _readers(decisions: Decisions) -> list[Reader]:
-    """The layers that read parts of exchanged tensors, by their parameters."""
+def _readers(decisions: Decisions, tensors: Container[str]) -> list[Reader]:
+    """The layers that read parts of exchanged tensors, by their parameters.
+
+    Weights that the model computes (standardised ones) have no zeros to make, so their layers need
+    everything.
+    """
     readers = []
     for op, lowering in zip(decisions.program.ops, decisions.lowerings, strict=True):
         for tensor in lowering.select:
             assert lowering.out_ownership is not None and lowering.in_ownership is not None
             weight = next(op.weight_refs())
+            parameter = decisions.context.origins.get(weight, weight)
+            whole = parameter not in tensors or bool(decisions.exchanges[tensor].gathered_by)
             readers.append(
                 Reader(
                     tensor=tensor,
-                    parameter=decisions.context.origins.get(weight, weight),
+                    parameter=parameter,
                     out_ownership=lowering.out_ownership,
                     in_ownership=lowering.in_ownership,
-                    gathered=bool(decisions.exchanges[tensor].gathered_by),
+                    gathered=whole,
                 )
             )
     return readers
@@ -333,6 +339,12 @@ def _fixed_ownership(
                     f"the pattern of layer {name!r} is for {layer.world_size} nodes, and the model "
                     f"is partitioned for {nodes}: give that number, or another pattern"
                 )
+        strangers = [name for name in pattern.layers if f"{name}.weight" not in captured.weights]
+        if strangers:
+            raise InputError(
+                f"the pattern is of another model: it names {len(strangers)} layers that this one "
+                f"lacks ({strangers[0]!r}); give the pattern that was made with these weights"
+            )
         contradictions = pattern.contradictions(captured.weights, tolerance)
         if contradictions:
             more = (

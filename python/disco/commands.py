@@ -16,6 +16,7 @@ from disco.bench.throughput import ThroughputOptions, run_throughput
 from disco.bench.verify import verify as verify_images
 from disco.errors import InputError
 from disco.images import Preprocessing, find_images, load_image
+from disco.partition.drawing import check_drawing, draw_exchange
 from disco.partition.shards import check_target, load_manifest
 from disco.recipe import Recipe, rebuild
 from disco.runtime import Cluster
@@ -89,7 +90,13 @@ def partition(args: argparse.Namespace) -> None:
     if args.density is not None:
         _say(f"one-shot magnitude sparsification at density {args.density:g}, without training")
         pattern = recipe.sparsify_(model)
-    partitioned = api.partition(model, (recipe.example_input,), nodes=args.nodes, pattern=pattern)
+    partitioned = api.partition(
+        model,
+        (recipe.example_input,),
+        nodes=args.nodes,
+        pattern=pattern,
+        dynamic_size=args.dynamic_size,
+    )
     partitioned.save(args.out, model_description=recipe.describe(model), overwrite=args.overwrite)
     _say(str(partitioned.plan))
     _say("")
@@ -100,8 +107,12 @@ def partition(args: argparse.Namespace) -> None:
 def inspect(args: argparse.Namespace) -> None:
     """`disco inspect`."""
     _check_json(args.json)
+    if args.draw is not None:
+        check_drawing(args.draw)
     manifest = load_manifest(args.directory)
     _say(str(manifest.plan))
+    if args.draw is not None:
+        draw_exchange(manifest.plan, args.draw)
     _write_json(args.json, json.loads(manifest.plan.to_json()))
 
 
@@ -112,14 +123,17 @@ def run(args: argparse.Namespace) -> None:
     _check_json(args.json)
     cluster = _cluster(args)
     recipe = Recipe.from_description(cluster.manifest.model, args.directory)
+    preprocessing = recipe.preprocessing
+    if args.image_size is not None:
+        preprocessing = Preprocessing.for_size(args.image_size)
     images = find_images(args.input)
     results = []
     for image in images:
-        load_image(image, recipe.preprocessing)  # a bad one shows before anything is started
+        load_image(image, preprocessing)  # a bad one shows before anything is started
     with cluster:
-        cluster.run(load_image(images[0], recipe.preprocessing))  # the first pass is slow
+        cluster.run(load_image(images[0], preprocessing))  # the first pass is slow
         for image in images:
-            done = cluster.run(load_image(image, recipe.preprocessing))
+            done = cluster.run(load_image(image, preprocessing))
             result: dict[str, Any] = {
                 "image": str(image),
                 "latency_ms": done.latency_ms,

@@ -1,6 +1,6 @@
 """Models of which only parts can be captured: those parts are partitioned, the rest stays in torch.
 
-A detector's backbone and head are plain networks; what follows them (matching of anchors, thresholds,
+A detector's backbone and head are plain networks; what follows them (anchors, thresholds,
 non-maximum suppression) depends on the data, which no exported graph can. So the parts run on the
 nodes, each node has a part's whole outputs, and the rest goes on from there as it always did.
 """

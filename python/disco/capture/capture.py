@@ -11,6 +11,7 @@ from disco.capture.convert import convert
 from disco.capture.examples import read_examples
 from disco.capture.export import export
 from disco.capture.fold_batch_norm import fold_batch_norm
+from disco.capture.fold_constants import fold_constants
 from disco.capture.fuse import fuse_epilogues, lower_convolutions_and_linears
 from disco.capture.parts import spell_out_parts, spell_out_shuffles
 from disco.capture.prune import remove_copies, remove_dead
@@ -64,7 +65,7 @@ def capture(
     exported = export(model, examples, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
     program, weights = convert(exported, examples.parameters)
     origins: dict[str, str] = {}
-    program = spell_out_parts(remove_copies(program))
+    program = fold_constants(spell_out_parts(remove_copies(program)), weights)
     program = remove_dead(spell_out_shuffles(program, weights))
     program = lower_convolutions_and_linears(program)
     program = fold_batch_norm(program, weights, origins)

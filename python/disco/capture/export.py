@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from disco.capture.examples import Examples
 from disco.errors import InputError
 
-_LONGEST_REASON = 300
+_LONGEST_REASON = 200
 
 
 def export(
@@ -34,7 +34,7 @@ def export(
                 model, examples.args, examples.kwargs, dynamic_shapes=shapes, strict=False
             )
             return exported.run_decompositions({})
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - it is raised again, as what the user can act on
         # Whatever export raises, the answer to the user is the same: the model, the reason, the way
         # out.
         name = type(model).__name__
@@ -54,7 +54,7 @@ def export(
             module.training = training
 
 
-def _shapes(examples: Examples, dynamic_batch: bool, dynamic_size: bool) -> ShapesCollection | None:
+def _shapes(examples: Examples, dynamic_batch: bool, dynamic_size: bool) -> Any:
     """Which sizes are open: the batch, and height and width of ``[B, C, H, W]``."""
     shapes = ShapesCollection()
     batch = Dim("batch")

@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from disco.errors import InputError
+from disco.partition.nearly_zero import NearlyZero
 
 # Minor versions add fields with defaults; a reader takes every minor of its own major.
-PLAN_VERSION = (1, 1)
+PLAN_VERSION = (1, 2)
 
 Channels = tuple[tuple[int, ...], ...]
 
@@ -106,6 +107,7 @@ class Plan:
     weight_bytes_dense: int
     weight_bytes_per_rank: tuple[int, ...]
     version: tuple[int, int] = PLAN_VERSION
+    nearly_zero: tuple[NearlyZero, ...] = ()  # since 1.2
 
     @property
     def bytes_matrix(self) -> Channels:
@@ -135,6 +137,12 @@ class Plan:
         """FLOPs of one image per rank."""
         ranks = range(self.world_size)
         return tuple(sum(la.flops[r] for la in self.layers if la.flops) for r in ranks)
+
+    @property
+    def bytes_without_rule(self) -> int:
+        """Payload bytes per image of what is gathered for ops that no rule covers."""
+        names = {layer.name for layer in self.replicated}
+        return sum(e.bytes_per_image for e in self.exchanges if names & set(e.gathered_by))
 
     @property
     def replicated(self) -> tuple[LayerPlan, ...]:
@@ -170,6 +178,8 @@ class Plan:
             content = _tuples(content)
             content["layers"] = tuple(LayerPlan(**layer) for layer in content["layers"])
             content["exchanges"] = tuple(ExchangePlan(**e) for e in content["exchanges"])
+            nearly = content.get("nearly_zero", ())
+            content["nearly_zero"] = tuple(NearlyZero(**each) for each in nearly)
             return cls(**content)
         except (TypeError, KeyError, ValueError) as error:
             raise InputError(f"damaged plan: {type(error).__name__} {error}") from None

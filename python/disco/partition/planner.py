@@ -14,14 +14,16 @@ from math import prod
 import torch
 from torch import Tensor
 
+from disco.partition.nearly_zero import NearlyZero, find_nearly_zero
 from disco.partition.norms import split_norms
 from disco.partition.ownership_choice import OwnershipChoice
 from disco.partition.placement import Placement, Replicated, Sharded, all_selected, union_of
 from disco.partition.plan import ExchangePlan, LayerPlan, Plan
 from disco.partition.rank_builder import Exchange, RankBuilder, RankProgram
+from disco.partition.reductions import split_reductions
 from disco.partition.rules import Lowering, RuleContext, lower
 from disco.partition.rules.matrix import matrix_flops
-from disco.program import Op, Program, Ref
+from disco.program import Op, Program, Ref, WeightRef
 from disco_kernels.pattern import Ownership, Selected
 
 OUTPUT = "output"
@@ -73,6 +75,7 @@ class Decisions:
             exchanges=tuple(_exchange_plan(e) for e in self.exchanges.values()),
             weight_bytes_dense=self._weight_bytes_dense(),
             weight_bytes_per_rank=(),
+            nearly_zero=self._nearly_zero(),
         )
 
     def build_rank(self, rank: int) -> RankProgram:
@@ -87,6 +90,16 @@ class Decisions:
             # Sending starts as soon as the value is there, to overlap with what comes next.
             builder.exchange(op.name)
         return builder.finish(self.program)
+
+    def _nearly_zero(self) -> tuple[NearlyZero, ...]:
+        found = []
+        for op, lowering in zip(self.program.ops, self.lowerings, strict=True):
+            out, inputs, weight = lowering.out_ownership, lowering.in_ownership, op.args[1:2]
+            if lowering.select and out and inputs and isinstance(weight[0], WeightRef):
+                raw = self.context.pattern_weight(weight[0])
+                name, tolerance = self.context.layer_of(op), self.context.tolerance
+                found.append(find_nearly_zero(name, raw, out, inputs, tolerance))
+        return tuple(each for each in found if each is not None)
 
     def _layer(self, op: Op, lowering: Lowering) -> LayerPlan | None:
         numbers = self._numbers_first_read_by(op.name)
@@ -167,7 +180,7 @@ def decide(
         tolerance: weights up to this count as zero when channels are selected.
         dense_exchange: exchange every channel, whatever the weights are (the baseline).
     """
-    program = split_norms(program)
+    program = split_reductions(split_norms(program))
     placements: dict[str, Placement] = {name: Replicated() for name in program.inputs}
     chosen: dict[str, Ownership] = {}
     choice = OwnershipChoice(program)

@@ -63,9 +63,7 @@ def program_from_json(text: str) -> Program:
             ops=tuple(_decode_op(item) for item in content["ops"]),
             values={_text(n): _decode_value(v) for n, v in content["values"].items()},
             signature=tuple(_decode_parameter(item) for item in content.get("signature", ())),
-            example_sizes={
-                _text(n): _size(v) for n, v in content.get("example_sizes", {}).items()
-            },
+            example_sizes={_text(n): _size(v) for n, v in content.get("example_sizes", {}).items()},
             conditions=tuple(_text(c) for c in content.get("conditions", ())),
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:

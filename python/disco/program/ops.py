@@ -21,14 +21,16 @@ from disco.program import fused
 Function = Callable[..., Any]
 
 _ATEN_NAMES = """
-    _log_softmax.default _native_batch_norm_legit_no_training.default _softmax.default
+    _log_softmax.default _native_batch_norm_legit.no_stats
+    _native_batch_norm_legit_no_training.default _softmax.default
     _to_copy.default _unsafe_view.default abs.default adaptive_avg_pool1d.default
     adaptive_avg_pool2d.default adaptive_max_pool2d.default add.Scalar add.Tensor
     addcmul.default addmm.default alias.default amax.default amin.default any.dim arange.default
     arange.start arange.start_step argmax.default avg_pool1d.default avg_pool2d.default
     avg_pool3d.default baddbmm.default batch_norm.default bitwise_and.Tensor bitwise_not.default
     bitwise_or.Tensor bmm.default cat.default ceil.default chunk.default clamp.default
-    clamp_max.default clamp_min.default clone.default constant_pad_nd.default contiguous.default
+    clamp_max.default clamp_min.default clone.default col2im.default constant_pad_nd.default
+    contiguous.default
     conv1d.default conv2d.default conv2d.padding conv3d.default conv_transpose1d.default
     conv_transpose2d.input conv_transpose3d.input cos.default cumsum.default detach.default
     div.Scalar div.Tensor div.Tensor_mode einsum.default elu.default embedding.default eq.Scalar
@@ -47,7 +49,8 @@ _ATEN_NAMES = """
     new_full.default new_ones.default new_zeros.default norm.ScalarOpt_dim ones.default
     ones_like.default pad.default permute.default pixel_shuffle.default pixel_unshuffle.default
     pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor prelu.default reciprocal.default
-    reflection_pad2d.default relu.default relu6.default repeat.default replication_pad2d.default
+    reflection_pad2d.default relu.default relu6.default repeat.default
+    repeat_interleave.Tensor repeat_interleave.self_int replication_pad2d.default
     reshape.default roll.default round.default rsqrt.default rsub.Scalar rsub.Tensor
     scalar_tensor.default scaled_dot_product_attention.default select.int select_scatter.default
     selu.default sigmoid.default sign.default silu.default sin.default slice.Tensor
@@ -57,7 +60,7 @@ _ATEN_NAMES = """
     tanh.default to.dtype topk.default transpose.int tril.default triu.default type_as.default
     unbind.int unflatten.int unfold.default unsqueeze.default upsample_bicubic2d.vec
     upsample_bilinear2d.default upsample_bilinear2d.vec upsample_nearest2d.default
-    upsample_nearest2d.vec var.correction view.default where.ScalarOther where.ScalarSelf
+    upsample_nearest2d.vec var.correction var.dim view.default where.ScalarOther where.ScalarSelf
     where.self zero.default zeros.default zeros_like.default
 """
 _ATEN = frozenset("aten." + name for name in _ATEN_NAMES.split())
@@ -97,6 +100,8 @@ _functions: dict[str, Function] = {
     "disco.linear": fused.linear,
     "disco.channel_affine": fused.channel_affine,
     "disco.moments": fused.moments,
+    "disco.part_of_sum": fused.part_of_sum,
+    "disco.sum_of_parts": fused.sum_of_parts,
     "disco.normalize": fused.normalize,
     "disco.take": fused.take,
 }

@@ -1,4 +1,4 @@
-"""How a program's inputs reach it: the arguments of the model's `forward`, nested as users give them.
+"""How inputs reach a program: the arguments of the model's `forward`, nested as users give them.
 
 A program reads a flat list of tensors. A `Signature` remembers, argument by argument, where in the
 nesting each of them was when the model was captured, so that a captured model is called as the

@@ -57,7 +57,11 @@ def evaluate_dim(dim: int | str, symbols: Mapping[str, int]) -> int:
         raise InputError(
             f"size {dim!r} is no integer expression of symbols ({error.msg})"
         ) from None
-    return _evaluate(tree, dim, symbols)
+    try:
+        return _evaluate(tree, dim, symbols)
+    except ZeroDivisionError:
+        given = ", ".join(f"{name} = {value}" for name, value in symbols.items())
+        raise InputError(f"size {dim!r} divides by zero with {given}") from None
 
 
 def solve_dim(dim: str, size: int, symbols: Mapping[str, int]) -> dict[str, int]:
@@ -71,9 +75,9 @@ def solve_dim(dim: str, size: int, symbols: Mapping[str, int]) -> dict[str, int]
     if len(unknown) != 1:
         return {}
     name = unknown[0]
-    at = [evaluate_dim(dim, {**symbols, name: value}) for value in (0, 1)]
+    at = [evaluate_dim(dim, {**symbols, name: value}) for value in (1, 2)]
     slope = at[1] - at[0]
-    value = (size - at[0]) // slope if slope else 0
+    value = 1 + (size - at[0]) // slope if slope else 1
     fits = evaluate_dim(dim, {**symbols, name: value}) == size
     return {name: value} if fits else {}
 
