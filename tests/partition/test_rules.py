@@ -538,3 +538,26 @@ def test_reductions_are_one_op_again_on_one_machine() -> None:
     assert torch.equal(
         interpret(merged, case.weights, (x,)), interpret(program, case.weights, (x,))
     )
+
+
+@property_test
+@given(st.data(), world_sizes, st.booleans())
+def test_prelu_with_a_slope_a_channel(data: st.DataObject, world_size: int, one: bool) -> None:
+    case = Case(3, 3, 4)
+    case.conv("a", "x", 6, 3)
+    case.op("aten.prelu.default", "y", Ref("a"), case.weight("slope", 1 if one else 6))
+    plan = check_exact(case, world_size, {"a": data.draw(ownerships(6, world_size))})
+    assert not plan.replicated
+
+
+@property_test
+@given(st.data(), world_sizes, st.integers(-5, 4), st.booleans())
+def test_stack(data: st.DataObject, world_size: int, dim: int, tied: bool) -> None:
+    case = Case(2, 3, 4)
+    case.conv("a", "x", 5, 2)
+    case.conv("b", "x", 5, 2)
+    case.op("aten.stack.default", "y", (Ref("a"), Ref("b")), dim)
+    owned = {"a": data.draw(ownerships(5, world_size))}
+    owned["b"] = owned["a"] if tied else data.draw(ownerships(5, world_size))
+    plan = check_exact(case, world_size, owned)
+    assert not plan.replicated

@@ -111,3 +111,19 @@ def _common_placement(op: Op, context: RuleContext, num_dims: int) -> Sharded | 
                 target = Sharded(placed.ownership, dim)
                 found[target] = found.get(target, 0) + prod(context.sizes(arg.name))
     return max(found, key=lambda target: found[target]) if found else None
+
+
+@rule("aten.prelu.default")
+def prelu(op: Op, context: RuleContext) -> Lowering | None:
+    """Local; a slope for every channel, second in the input, is shared out like the channels."""
+    x, slope = op.args
+    placed = context.sharded(x)
+    if placed is None or not isinstance(slope, WeightRef):
+        return None
+    if placed.dim != 1 or prod(context.shape(slope)) == 1:
+        return same_op(placed)
+
+    def emit(op: Op, rank: RankBuilder) -> None:
+        rank.add(Op(op.kind, op.name, (x, rank.part(slope, placed.ownership, 0)), op.kwargs))
+
+    return Lowering(placed, emit)
