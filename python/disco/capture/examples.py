@@ -61,7 +61,7 @@ def read_examples(
     for parameter in examples.parameters:
         flat, _ = pytree.tree_flatten(parameter.value)
         for leaf in flat:
-            if leaf is not None and not isinstance(leaf, (Tensor, *_CONSTANTS)):
+            if not isinstance(leaf, Tensor) and not _is_constant(leaf):
                 raise InputError(
                     f"example input {parameter.name!r} holds a {type(leaf).__name__}; only tensors "
                     "and constants are supported, in tuples, lists and dicts: wrap the model in a "
@@ -79,9 +79,15 @@ def _laid_out(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         raise InputError(
             f"{type(model).__name__}.forward{signature} does not take these example inputs: {error}"
         ) from None
+    for name, described in signature.parameters.items():
+        # Left out here, a default may still be given in a call.
+        if name not in bound.arguments and _is_constant(described.default):
+            bound.arguments[name] = described.default
     parameters: list[Parameter] = []
-    for name, value in bound.arguments.items():
-        described = signature.parameters[name]
+    for name, described in signature.parameters.items():
+        if name not in bound.arguments:
+            continue
+        value = bound.arguments[name]
         if described.kind is inspect.Parameter.VAR_POSITIONAL:
             parameters += [Parameter(f"{name}[{i}]", item) for i, item in enumerate(value)]
         elif described.kind is inspect.Parameter.VAR_KEYWORD:
@@ -105,8 +111,11 @@ def _laid_out(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _is_default(value: Any, default: Any) -> bool:
-    constant = value is None or isinstance(value, _CONSTANTS)
-    return constant and type(value) is type(default) and value == default
+    return _is_constant(value) and type(value) is type(default) and value == default
+
+
+def _is_constant(value: Any) -> bool:
+    return value is None or isinstance(value, _CONSTANTS)
 
 
 def _check_batches(tensors: Sequence[Tensor]) -> None:
