@@ -64,7 +64,7 @@ def test_what_grows_too_much_stays_an_op() -> None:
             self.w = nn.Parameter(torch.randn(1, 4, 1, 1))
 
         def forward(self, x: Tensor) -> Tensor:
-            return x + self.w.expand(1, 4, 300, 300)
+            return x + self.w.expand(1, 4, 400, 400)
 
-    captured = capture(Grows(), (torch.randn(2, 4, 300, 300),))
+    captured = capture(Grows(), (torch.randn(2, 4, 400, 400),))
     assert [op.kind for op in captured.program.ops] == ["aten.expand.default", "aten.add.Tensor"]

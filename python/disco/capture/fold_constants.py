@@ -21,7 +21,7 @@ from disco.program.ir import Dtype
 COMPUTED = "@"
 # What is repeated (expand, zeros) stays an op where keeping it would cost more than computing it.
 _LARGEST_GROWTH = 4
-_SMALL = 65536
+_SMALL = 1 << 19
 
 
 def fold_constants(program: Program, weights: dict[str, Tensor]) -> Program:

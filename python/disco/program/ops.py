@@ -30,7 +30,7 @@ _ATEN_NAMES = """
     avg_pool3d.default baddbmm.default batch_norm.default bitwise_and.Tensor bitwise_not.default
     bitwise_or.Tensor bmm.default cat.default ceil.default chunk.default clamp.default
     clamp_max.default clamp_min.default clone.default col2im.default constant_pad_nd.default
-    contiguous.default
+    contiguous.default copy.default
     conv1d.default conv2d.default conv2d.padding conv3d.default conv_transpose1d.default
     conv_transpose2d.input conv_transpose3d.input cos.default cumsum.default detach.default
     div.Scalar div.Tensor div.Tensor_mode einsum.default elu.default embedding.default eq.Scalar
