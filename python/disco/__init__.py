@@ -1,7 +1,8 @@
 """DISCO: vision models whose layers are split over several small devices.
 
-`partition` cuts a model into one shard per node, `compile` makes it fast on one machine, `load`
-runs saved shards, `sparsify_` gives a model the structure that makes the exchange small.
+`partition` cuts a model into one shard per node, `partition_submodules_` the parts of a model that
+can be cut, `compile` makes it fast on one machine, `load` runs saved shards, `sparsify_` gives a
+model the structure that makes the exchange small.
 Importing the package is light: model zoos and optional backends are loaded on use only.
 """
 
@@ -10,6 +11,7 @@ Importing the package is light: model zoos and optional backends are loaded on u
 from disco.api import Compiled, Partitioned, compile, load, partition, sparsify_
 from disco.errors import DeadlineError, InputError, TransportError
 from disco.partition.cluster import Cluster, Link, Node
+from disco.submodules import partition_submodules_, submodule_inputs
 
 __all__ = [
     "Cluster",
@@ -23,5 +25,7 @@ __all__ = [
     "compile",
     "load",
     "partition",
+    "partition_submodules_",
     "sparsify_",
+    "submodule_inputs",
 ]

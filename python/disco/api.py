@@ -25,7 +25,7 @@ from disco.partition import (
 )
 from disco.partition.one_machine import GATHERED_KINDS, one_machine_program
 from disco.partition.shards import load_manifest, load_shard, save_artifact
-from disco.program import input_ranges, lower_precision
+from disco.program import flatten_inputs, input_ranges, lower_precision
 from disco.sparsify import check_density, sparsify_weights_
 from disco.sparsify.groups import Reader, groups_of
 from disco_kernels import WINOGRAD, InputBytes, Ownership, Pattern, choose_int8, registry
@@ -53,13 +53,14 @@ class Partitioned(nn.Module):
         self.ranks = tuple(ranks)
         self._executors: list[Executor] | None = None
 
-    def forward(self, *inputs: Tensor) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs, as rank 0 has them. InputError for inputs that do not fit."""
-        return self.run_ranks(*inputs)[0]
+        return self.run_ranks(*args, **kwargs)[0]
 
-    def run_ranks(self, *inputs: Tensor) -> list[Any]:
+    def run_ranks(self, *args: Any, **kwargs: Any) -> list[Any]:
         """The outputs of every rank: each has the whole."""
-        return run_together(self._prepared(), inputs)
+        executors = self._prepared()
+        return run_together(executors, executors[0].flat_inputs(args, kwargs))
 
     def save(
         self,
@@ -112,16 +113,18 @@ class Compiled(nn.Module):
         """Of all packed weights, which the model keeps in memory."""
         return self._executor.packed_bytes
 
-    def forward(self, *inputs: Tensor) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs. InputError for inputs that do not fit."""
-        return self._executor(*inputs)
+        return self._executor(*args, **kwargs)
 
 
 def partition(
     model: nn.Module,
-    example_inputs: Sequence[Tensor],
+    example_inputs: Sequence[Any],
     nodes: int | Cluster = 2,
     *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_size: bool = False,
     ownership: Mapping[str, Ownership] | None = None,
     pattern: Pattern | None = None,
     tolerance: float = 0.0,
@@ -138,8 +141,12 @@ def partition(
 
     Args:
         model: any module that `torch.export` can capture; it is not changed.
-        example_inputs: positional inputs, batch first; other sizes are fixed by them.
+        example_inputs: positional inputs: tensors with the batch first, also in tuples, lists and
+            dicts, and constants; sizes other than the batch are fixed by them.
         nodes: a number of equal nodes, 1 or more, or a `Cluster` that describes them.
+        example_kwargs: inputs by name, like the others.
+        dynamic_size: leave height and width of images ``[B, C, H, W]`` open, too. The plan counts
+            bytes and FLOPs of an image of the example's size.
         ownership: layer ("layer1.0.conv1") -> who computes which of its outputs, where that is
             not to be chosen.
         pattern: a recorded one, whose ownership is used and which the weights must keep.
@@ -158,7 +165,9 @@ def partition(
     cluster = Cluster.of(nodes)
     if tolerance < 0:
         raise InputError(f"tolerance must be 0 or more, given {tolerance}")
-    captured = capture(model, example_inputs)
+    captured = capture(
+        model, example_inputs, example_kwargs=example_kwargs, dynamic_size=dynamic_size
+    )
     fixed = _fixed_ownership(captured, cluster.world_size, ownership or {}, pattern, tolerance)
     problem = Problem(
         *captured,
@@ -176,7 +185,9 @@ def compile(
     model: nn.Module,
     nodes: int = 2,
     *,
-    example_inputs: Sequence[Tensor],
+    example_inputs: Sequence[Any],
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_size: bool = False,
     backend: str | None = None,
     winograd: str = "auto",
     dtype: torch.dtype = torch.float32,
@@ -190,7 +201,7 @@ def compile(
     Args:
         model: any module that `torch.export` can capture; it is not changed.
         nodes: number of nodes that the weights' zero pattern is for.
-        example_inputs: positional inputs, batch first; other sizes are fixed by them.
+        example_inputs, example_kwargs, dynamic_size: as for `partition`.
         backend: of the kernels, or None for the automatic choice.
         winograd: how 3 x 3 convolutions of stride 1 are computed: "auto" (what suits the shape),
             "off", "f2" or "f4". Winograd is faster and rounds more; docs/architecture.md says how
@@ -222,14 +233,18 @@ def compile(
     if dtype == torch.int8:
         # Before the work of capturing, not after it.
         registry.require_int8(registry.resolve(backend, device, torch.float32))
-    captured = capture(model, example_inputs)
+    captured = capture(
+        model, example_inputs, example_kwargs=example_kwargs, dynamic_size=dynamic_size
+    )
     program = one_machine_program(decide(*captured, nodes))
     # Copies: what is not packed would otherwise follow the model when that is trained on.
     names = program.weight_names()
     weights = {name: captured.weights[name].to(device, copy=True) for name in names}
     input_bytes = None
     if dtype == torch.int8:
-        input_bytes = _input_bytes(captured, example_inputs)
+        signature, names = captured.program.signature, captured.program.inputs
+        examples = flatten_inputs(signature, names, example_inputs, example_kwargs or {})
+        input_bytes = _input_bytes(captured, examples)
     if dtype != torch.float32:
         program, weights = lower_precision(program, weights, torch.bfloat16)
     gathered = [op.name for op in program.ops if op.kind in GATHERED_KINDS]
@@ -270,9 +285,11 @@ def sparsify_(
     model: nn.Module,
     nodes: int | Cluster,
     density: float,
-    example_inputs: Sequence[Tensor],
+    example_inputs: Sequence[Any],
     score: str = "l2",
     group_size: int = 1,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
 ) -> Pattern:
     """Give `model` DISCO structure in place: one-shot magnitude, no training.
 
@@ -285,7 +302,7 @@ def sparsify_(
         nodes: number of equal nodes, or a `Cluster`: the shares of a layer's outputs are those that
             make the predicted latency lowest at this density and fit into its memories.
         density: in [0, 1].
-        example_inputs: as for `partition`.
+        example_inputs, example_kwargs: as for `partition`.
         score: "l2" or "l1", of a channel's weights in the blocks that read it.
         group_size: 1, 2, 4 or 8: channels are chosen so many neighbours at a time, so that what is
             sent are runs whatever else is tied to them; as many groups as fit into that number of
@@ -300,7 +317,7 @@ def sparsify_(
     """
     cluster = Cluster.of(nodes)
     check_density(density)
-    captured = capture(model, example_inputs)
+    captured = capture(model, example_inputs, example_kwargs=example_kwargs)
     tensors = {
         **dict(model.named_buffers(remove_duplicate=False)),
         **dict(model.named_parameters(remove_duplicate=False)),
@@ -316,10 +333,11 @@ def sparsify_(
     return sparsify_weights_(tensors, groups, density, score, group_size)
 
 
-def _readers(decisions: Decisions, parameters: Container[str]) -> list[Reader]:
+def _readers(decisions: Decisions, tensors: Container[str]) -> list[Reader]:
     """The layers that read parts of exchanged tensors, by their parameters.
 
-    A weight that the model computes (and standardises, say) is no parameter that could be zeroed.
+    Weights that the model computes (standardised ones) have no zeros to make, so their layers need
+    everything.
     """
     readers = []
     for op, lowering in zip(decisions.program.ops, decisions.lowerings, strict=True):
@@ -334,7 +352,7 @@ def _readers(decisions: Decisions, parameters: Container[str]) -> list[Reader]:
                     parameter=parameter,
                     out_ownership=lowering.out_ownership,
                     in_ownership=lowering.in_ownership,
-                    gathered=bool(exchange.gathered_by) or parameter not in parameters,
+                    gathered=bool(exchange.gathered_by) or parameter not in tensors,
                 )
             )
     return readers
@@ -356,6 +374,12 @@ def _fixed_ownership(
                     f"the pattern of layer {name!r} is for {layer.world_size} nodes, and the model "
                     f"is partitioned for {nodes}: give that number, or another pattern"
                 )
+        strangers = [name for name in pattern.layers if f"{name}.weight" not in captured.weights]
+        if strangers:
+            raise InputError(
+                f"the pattern is of another model: it names {len(strangers)} layers that this one "
+                f"lacks ({strangers[0]!r}); give the pattern that was made with these weights"
+            )
         contradictions = pattern.contradictions(captured.weights, tolerance)
         if contradictions:
             more = (

@@ -142,14 +142,29 @@ def _add_partition(subparsers: Any) -> None:
         metavar="FILE",
         help="recorded pattern (default: WEIGHTS.pattern.json if that exists)",
     )
+    partition.add_argument(
+        "--dynamic-size",
+        action="store_true",
+        help="let height and width of images differ from --image-size, where the model can",
+    )
     partition.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     partition.add_argument("--overwrite", action="store_true", help="replace an old partition")
     partition.set_defaults(handler=commands.partition)
 
 
 def _add_inspect(subparsers: Any) -> None:
-    inspect = subparsers.add_parser("inspect", help="print the plan of a partition")
+    inspect = subparsers.add_parser(
+        "inspect",
+        help="print the plan of a partition, and draw its exchange",
+        description="Print a row a layer: who owns and computes what, what is selected, sent and "
+        "computed. --draw draws a matrix an exchanged tensor: rows receive, columns send.",
+        epilog="example:\n  disco inspect out/ --json plan.json --draw plan.svg",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     inspect.add_argument("directory", type=Path, help="made by `disco partition`")
+    inspect.add_argument(
+        "--draw", type=Path, metavar="FILE", help=".png or .svg (needs the extra `plot`)"
+    )
     _add_json(inspect)
     inspect.set_defaults(handler=commands.inspect)
 
@@ -157,6 +172,11 @@ def _add_inspect(subparsers: Any) -> None:
 def _add_run(subparsers: Any) -> None:
     run = subparsers.add_parser("run", help="classify images, one process per node, over loopback")
     _add_cluster_options(run)
+    run.add_argument(
+        "--image-size",
+        type=int,
+        help="of a partition made with --dynamic-size (default: the one it was made with)",
+    )
     run.add_argument("--top", type=int, default=5, help="classes to show (default: %(default)s)")
     _add_json(run)
     run.set_defaults(handler=commands.run)

@@ -17,6 +17,7 @@ from disco.bench.verify import verify as verify_images
 from disco.errors import InputError
 from disco.images import Preprocessing, find_images, load_image
 from disco.partition import Cluster
+from disco.partition.drawing import check_drawing, draw_exchange
 from disco.partition.shards import check_target, load_manifest
 from disco.recipe import Recipe, rebuild
 from disco.runtime import RankProcesses
@@ -93,7 +94,11 @@ def partition(args: argparse.Namespace) -> None:
         _say(f"one-shot magnitude sparsification at density {args.density:g}, without training")
         pattern = recipe.sparsify_(model)
     partitioned = api.partition(
-        model, (recipe.example_input,), cluster or recipe.nodes, pattern=pattern
+        model,
+        (recipe.example_input,),
+        cluster or recipe.nodes,
+        pattern=pattern,
+        dynamic_size=args.dynamic_size,
     )
     partitioned.save(args.out, model_description=recipe.describe(model), overwrite=args.overwrite)
     _say(str(partitioned.plan))
@@ -105,8 +110,12 @@ def partition(args: argparse.Namespace) -> None:
 def inspect(args: argparse.Namespace) -> None:
     """`disco inspect`."""
     _check_json(args.json)
+    if args.draw is not None:
+        check_drawing(args.draw)
     manifest = load_manifest(args.directory)
     _say(str(manifest.plan))
+    if args.draw is not None:
+        draw_exchange(manifest.plan, args.draw)
     _write_json(args.json, json.loads(manifest.plan.to_json()))
 
 
@@ -117,14 +126,17 @@ def run(args: argparse.Namespace) -> None:
     _check_json(args.json)
     processes = _processes(args)
     recipe = Recipe.from_description(processes.manifest.model, args.directory)
+    preprocessing = recipe.preprocessing
+    if args.image_size is not None:
+        preprocessing = Preprocessing.for_size(args.image_size)
     images = find_images(args.input)
     results = []
     for image in images:
-        load_image(image, recipe.preprocessing)  # a bad one shows before anything is started
+        load_image(image, preprocessing)  # a bad one shows before anything is started
     with processes:
-        processes.run(load_image(images[0], recipe.preprocessing))  # the first pass is slow
+        processes.run(load_image(images[0], preprocessing))  # the first pass is slow
         for image in images:
-            done = processes.run(load_image(image, recipe.preprocessing))
+            done = processes.run(load_image(image, preprocessing))
             result: dict[str, Any] = {
                 "image": str(image),
                 "latency_ms": done.latency_ms,

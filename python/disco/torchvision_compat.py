@@ -2,8 +2,9 @@
 
 torchvision's wheel carries compiled operators. Where they do not load (a wheel for CUDA on a
 CPU-only torch), its import fails although no classification model needs one of them: it registers
-shape functions for operators that nobody defined. Defining their schemas first is enough. An
-operator defined here has no kernel, so calling it still raises.
+shape functions for operators that nobody defined. Defining their schemas first is enough for the
+import. Detectors need one operator more: `torchvision.ops.nms` is then done in NumPy. The others
+still raise torchvision's own error.
 
 This file is the only place that does so, and it does nothing where torchvision's own operators
 load. Import torchvision, and timm, which imports it, through it.
@@ -18,7 +19,9 @@ import os
 import threading
 from types import ModuleType
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from disco.errors import InputError
 
@@ -58,6 +61,9 @@ def import_torchvision() -> ModuleType:
             _library = library
         try:
             importlib.import_module("torchvision.models")
+            if _library is not None:
+                for name in ("torchvision.ops.boxes", "torchvision.ops"):
+                    importlib.import_module(name).nms = nms  # type: ignore[attr-defined]
             return importlib.import_module("torchvision")
         except (ImportError, RuntimeError) as error:
             raise InputError(
@@ -70,6 +76,32 @@ def own_operators() -> bool:
     """True if torchvision runs on its own operators, False if only their schemas exist."""
     import_torchvision()
     return _library is None
+
+
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Non-maximum suppression, as `torchvision.ops.nms` defines it.
+
+    Args:
+        boxes: ``[N, 4]`` as x1, y1, x2, y2.
+        scores: ``[N]``.
+        iou_threshold: of two boxes that overlap more than this the one that scores less is dropped.
+
+    Returns:
+        int64 indices of the boxes that are kept, the highest score first.
+    """
+    order = scores.detach().argsort(descending=True, stable=True)
+    x1, y1, x2, y2 = boxes.detach()[order].cpu().double().numpy().T
+    area = (x2 - x1) * (y2 - y1)
+    left = np.arange(len(order))
+    kept = []
+    while len(left):
+        best, left = left[0], left[1:]
+        kept.append(int(best))
+        width = np.minimum(x2[best], x2[left]) - np.maximum(x1[best], x1[left])
+        height = np.minimum(y2[best], y2[left]) - np.maximum(y1[best], y1[left])
+        shared = width.clip(0) * height.clip(0)
+        left = left[~(shared > iou_threshold * (area[best] + area[left] - shared))]
+    return order[torch.tensor(kept, dtype=torch.int64, device=order.device)]
 
 
 def _own_operators_load(folder: str) -> bool:

@@ -266,10 +266,13 @@ def test_a_static_batch_is_kept() -> None:
     [
         (torch.randn(1, 4, 6, 6), "pass a tuple"),
         ((), "is empty"),
-        ((3,), "only tensors are supported"),
+        ((3,), "hold no tensor"),
+        (({"x": [torch.randn(2, 4), object()]},), "only tensors and constants are supported"),
+        ({"x": torch.randn(2, 4)}, "is a dict; pass a tuple"),
         ((torch.randn(()),), "first dimension must be the batch"),
         ((torch.randn(0, 4),), "first dimension must be the batch"),
-        ((torch.randn(2, 4), torch.randn(3, 4)), "differ in batch size"),
+        (([torch.randn(2, 4), torch.randn(3, 4)],), "differ in batch size"),
+        ((torch.randn(2, 4), torch.randn(2, 4)), "does not take these example inputs: too many"),
     ],
 )
 def test_wrong_examples(example_inputs: Any, message: str) -> None:

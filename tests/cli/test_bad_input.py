@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -148,6 +149,33 @@ def no_folder_for_json(folder: Path, partitioned: Path, photo: Path) -> list[obj
     return ["demo", "--json", folder / "absent" / "demo.json"]
 
 
+def pattern_of_another_model(folder: Path, partitioned: Path, photo: Path) -> list[object]:
+    model = build_model("torchvision", "squeezenet1_1")
+    path = folder / "p.json"
+    api.sparsify_(model, 2, 0.2, (torch.zeros(1, 3, 32, 32),)).save(path)
+    return ["partition", *MODEL, "--pattern", path, "--out", folder / "out"]
+
+
+def op_outside_the_list(folder: Path, partitioned: Path, photo: Path) -> list[object]:
+    """A shard that names another op, with digests that fit: what an attacker would send."""
+    shutil.copytree(partitioned, folder / "cut")
+    shard = folder / "cut" / "rank-1.safetensors"
+    with safetensors.safe_open(shard, framework="pt") as file:
+        metadata = file.metadata()
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    metadata["disco"] = metadata["disco"].replace("aten.max_pool2d.default", "os.system")
+    safetensors.torch.save_file(weights, shard, metadata=metadata)
+    manifest = json.loads((folder / "cut" / "manifest.json").read_text())
+    manifest["shards"][1]["sha256"] = hashlib.sha256(shard.read_bytes()).hexdigest()
+    manifest["shards"][1]["bytes"] = shard.stat().st_size
+    (folder / "cut" / "manifest.json").write_text(json.dumps(manifest))
+    return ["run", folder / "cut", "--input", photo]
+
+
+def drawing(name: str) -> Make:
+    return lambda folder, partitioned, photo: ["inspect", partitioned, "--draw", folder / name]
+
+
 def plain(*words: str) -> Make:
     return lambda folder, partitioned, photo: [*words, "--out", folder / "out"]
 
@@ -180,6 +208,21 @@ CASES: dict[str, tuple[Make, str]] = {
     "no partition": (no_partition, r"there is no .*manifest\.json"),
     "contradicted pattern": (contradicted_pattern, r"layer2\.0\.conv2.*0\.2"),
     "pattern and density": (pattern_and_density, "leave --density out"),
+    "pattern of another model": (
+        pattern_of_another_model,
+        r"pattern is of another model: it names \d+ layers that this one lacks",
+    ),
+    "op outside the list": (op_outside_the_list, r"op 'os\.system' .* is not in the allow-list"),
+    "data-dependent control flow": (
+        plain("partition", "ssdlite320_mobilenet_v3_large", "--image-size", "320"),
+        r"SSD cannot be captured by torch\.export: .* disco\.partition_submodules_",
+    ),
+    "no dynamic size": (
+        plain("partition", "vit_b_32", "--dynamic-size"),
+        r"with a dynamic image size: .*\(224\).*; capture it without dynamic_size",
+    ),
+    "drawing": (drawing("a.pdf"), r"ends in \.png or \.svg, given 'a\.pdf'"),
+    "no folder for the drawing": (drawing("absent/a.png"), "give a file in a folder that exists"),
     "damaged pattern": (damaged_pattern, r"p\.json"),
     "existing out": (existing_out, "is not a partitioned model, so it is not overwritten"),
     "no folder for out": (no_folder_for_out, "there is no directory"),
@@ -188,6 +231,7 @@ CASES: dict[str, tuple[Make, str]] = {
     "nodes -1": (plain("partition", *MODEL, "--nodes", "-1", "--density", "0.2"), "nodes.*-1"),
     "nodes for the demo": (demo("--nodes", "0"), "0 nodes were given"),
     "density 2": (plain("partition", *MODEL, "--density", "2"), "density.*2"),
+    "density -0.1": (plain("partition", *MODEL, "--density", "-0.1"), "density.*-0.1"),
     "density nan": (plain("partition", *MODEL, "--density", "nan"), "density.*nan"),
     "density for the demo": (demo("--density", "1"), "density of 1 was given"),
     "rounds for the demo": (demo("--rounds", "0"), "0 rounds were given"),

@@ -40,6 +40,21 @@ def test_inspect(disco: Command, partitioned: Path, tmp_path: Path) -> None:
     assert plan["world_size"] == 2 and len(plan["layers"]) == 22
 
 
+def test_inspect_draws(disco: Command, partitioned: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    done = disco("inspect", partitioned, "--draw", tmp_path / "plan.svg")
+    assert done.code == 0, done.err
+    assert "layer4.1.conv2" in (tmp_path / "plan.svg").read_text()
+
+
+def test_another_image_size(disco: Command, photo: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made = disco("partition", *MODEL, "--image-size", "64", "--dynamic-size", "--out", out)
+    assert made.code == 0, made.err
+    done = disco("run", out, "--input", photo, "--image-size", "80")
+    assert done.code == 0, done.err
+
+
 def test_run_classifies_every_image_of_a_folder(
     disco: Command, partitioned: Path, photo: Path, tmp_path: Path
 ) -> None:

@@ -207,12 +207,12 @@ def test_a_result_read_twice_lives_until_the_second_time() -> None:
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ((), r"takes 1 inputs \(.*\), given 0"),
-        ((torch.randn(1, 3, 8, 8),) * 2, "takes 1 inputs .* given 2"),
+        ((), r"takes 1 input \(.*\), and .* is missing"),
+        ((torch.randn(1, 3, 8, 8),) * 2, "takes 1 input .* given 2 by position"),
         ((torch.randn(3, 8, 8),), r"must be \['s0', 3, 8, 8\] float32, given \[3, 8, 8\] float32"),
         ((torch.randn(1, 3, 8, 9),), r"given \[1, 3, 8, 9\] float32"),
         ((torch.randn(1, 3, 8, 8, dtype=torch.float64),), "given .* float64"),
-        (([1.0],), "must be a tensor .* given list"),
+        (([1.0],), "must be a tensor, given list"),
         ((torch.randn(1, 3, 8, 8, requires_grad=True),), "requires a gradient"),
     ],
 )

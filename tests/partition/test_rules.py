@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from disco.executor import Executor, InProcessHub, run_together
 from disco.partition import Plan
 from disco.partition.norms import merge_norms, split_norms
+from disco.partition.reductions import merge_reductions, split_reductions
 from disco.program import Ref, WeightRef, interpret
 from disco_kernels import ACTIVATIONS, Ownership
 from tests.partition.harness import Case, check_exact, cut, ownerships
@@ -217,7 +218,6 @@ GATHERED = [
     ("aten.flip.default", ((1,),)),
     ("aten.softmax.int", (1,)),
     ("aten.mean.dim", ((1, 2),)),
-    ("aten.mean.dim", ((1,), True)),
     ("aten.pad.default", ((0, 0, 0, 0, 1, 0),)),
     ("aten.layer_norm.default", ((6, 4, 4),)),
     ("aten.select.int", (1, 2)),
@@ -236,6 +236,7 @@ CHANNELS_LAST = [
     ("aten.unsqueeze.default", (3,)),
     ("aten.unsqueeze.default", (-1,)),
     ("aten.transpose.int", (-1, 1)),
+    ("aten.expand.default", ((-1, -1, 3, 6),)),
     ("aten.view.default", ((-1, 4, 6),)),
     ("aten.softmax.int", (1,)),
 ]
@@ -575,6 +576,51 @@ def test_attention_with_a_mask(
         assert not plan.replicated
 
 
+REDUCTIONS: list[tuple[str, tuple[Any, ...]]] = [
+    ("aten.sum.dim_IntList", ((1,), True)),
+    ("aten.mean.dim", ((1,), True)),
+    ("aten.mean.dim", ((-1,),)),
+    ("aten.linalg_vector_norm.default", (2.0, (1,), True)),
+    ("aten.linalg_vector_norm.default", (2, (1,))),
+]
+
+
+@property_test
+@given(st.data(), world_sizes, st.sampled_from(REDUCTIONS))
+def test_reductions_over_channels_exchange_one_number_a_rank(
+    data: st.DataObject, world_size: int, reduction: tuple[str, tuple[Any, ...]]
+) -> None:
+    kind, args = reduction
+    case = Case(2, 3, 4)
+    case.conv("a", "x", 7, 2)
+    case.op(kind, "n", Ref("a"), *args)
+    owned = {"a": data.draw(ownerships(7, world_size))}
+    plan = check_exact(case, world_size, owned)
+    assert not plan.replicated
+    over_channels = args[-1] != (-1,) and (1,) in args
+    if world_size > 1 and over_channels:
+        (exchange,) = (e for e in plan.exchanges if e.value == "n.parts")
+        assert sum(map(len, exchange.ownership)) == world_size
+
+
+def test_reductions_are_one_op_again_on_one_machine() -> None:
+    case = Case(3, 4)
+    for number, (kind, args) in enumerate(REDUCTIONS):
+        case.op(kind, f"n{number}", Ref("x"), *args)
+    program = case.program()
+    split = split_reductions(program)
+    assert sum(op.kind == "disco.sum_of_parts" for op in split.ops) == len(REDUCTIONS)
+    x = case.input(3)
+    merged = merge_reductions(split)
+    assert [op.kind for op in merged.ops] == [op.kind for op in program.ops]
+    torch.testing.assert_close(
+        interpret(split, case.weights, (x,)), interpret(program, case.weights, (x,))
+    )
+    assert torch.equal(
+        interpret(merged, case.weights, (x,)), interpret(program, case.weights, (x,))
+    )
+
+
 @property_test
 @given(st.data(), world_sizes, st.booleans())
 def test_what_is_held_otherwise_is_sent_where_it_is_needed(
@@ -595,3 +641,16 @@ def test_what_is_held_otherwise_is_sent_where_it_is_needed(
     for i, target in enumerate(owned["b"].channels):
         for j, own in enumerate(owned["a"].channels):
             assert i == j or set(exchange.sent[i][j]) >= set(target) & set(own)
+
+
+@property_test
+@given(st.data(), world_sizes, st.integers(-5, 4), st.booleans())
+def test_stack(data: st.DataObject, world_size: int, dim: int, tied: bool) -> None:
+    case = Case(2, 3, 4)
+    case.conv("a", "x", 5, 2)
+    case.conv("b", "x", 5, 2)
+    case.op("aten.stack.default", "y", (Ref("a"), Ref("b")), dim)
+    owned = {"a": data.draw(ownerships(5, world_size))}
+    owned["b"] = owned["a"] if tied else data.draw(ownerships(5, world_size))
+    plan = check_exact(case, world_size, owned)
+    assert not plan.replicated

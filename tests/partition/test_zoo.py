@@ -27,7 +27,10 @@ FAST = [
     ("torchvision", "mobilenet_v3_small", 64),
     ("torchvision", "mobilenet_v2", 32),
 ]
+# What the project promises to cover, at density 0.2. SSD is in test_submodules.py.
 SLOW = [
+    ("torchvision", "resnet18", 64),
+    ("torchvision", "mobilenet_v3_large", 64),
     ("torchvision", "resnet50", 64),
     ("torchvision", "resnext50_32x4d", 64),
     ("torchvision", "densenet121", 64),
@@ -38,14 +41,29 @@ SLOW = [
     ("torchvision", "convnext_tiny", 64),
     ("torchvision", "shufflenet_v2_x0_5", 64),
     ("torchvision", "deeplabv3_resnet50", 64),
+    ("torchvision", "fcn_resnet50", 64),
     ("torchvision", "swin_t", 64),
-    ("torchvision", "swin_v2_t", 64),
     ("timm", "resnetv2_50x1_bit", 64),  # standardised weights, group norms
     ("timm", "poolformer_s12", 64),  # one group of all channels
     ("timm", "gmlp_s16_224", 224),  # gates whose tokens are mixed
-    ("torchvision", "vit_b_16", 224),
     ("timm", "deit_tiny_patch16_224", 224),
+    ("timm", "deit_small_patch16_224", 224),
+    ("timm", "vit_small_patch32_224", 224),
+    ("timm", "mixer_s32_224", 224),
+    # Beyond: each brings something of its own.
+    ("torchvision", "inception_v3", 96),
+    ("torchvision", "vit_b_16", 224),  # classes of its own for attention
+    ("torchvision", "maxvit_t", 224),  # attention over windows and over grids
+    ("torchvision", "swin_v2_t", 64),  # cosine attention, weights that are computed
+    ("timm", "convnextv2_atto", 64),  # norms over pixels, means over channels
+    ("timm", "hrnet_w18_small", 64),
+    ("timm", "dla34", 64),
+    ("timm", "levit_128s", 224),
+    ("timm", "focalnet_tiny_srf", 64),
 ]
+# Gathers for ops without a rule, as a share of what is exchanged sparsely.
+
+LARGEST_GATHERED_SHARE = 0.05
 # How many layers have which activation in their epilogue; none of these models keeps one apart.
 FUSED = {
     "resnet18": {"relu": 17},
@@ -57,14 +75,41 @@ FUSED = {
 }
 
 
+class _SuperResolution(nn.Module):
+    """EDSR's shape (arXiv 1707.02921), small: residual blocks, then pixel shuffles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(3, 48, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(48, 48, 3, padding=1), nn.ReLU(), nn.Conv2d(48, 48, 3, padding=1)
+            )
+            for _ in range(4)
+        )
+        self.up = nn.Sequential(nn.Conv2d(48, 192, 3, padding=1), nn.PixelShuffle(2), nn.PReLU())
+        self.tail = nn.Conv2d(48, 12, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = head = self.head(x)
+        for block in self.blocks:
+            y = y + 0.1 * block(y)
+        return nn.functional.pixel_shuffle(self.tail(self.up(y + head)), 2)
+
+
 def _build(source: str, name: str) -> nn.Module:
     """A model whose batch norms do something, and whose output depends on its input."""
-    model = build_model(source, name)
+    model = _SuperResolution() if source == "here" else build_model(source, name)
     generator = torch.Generator().manual_seed(4)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.copy_(0.1 * torch.randn(module.num_features, generator=generator))
             module.running_var.copy_(0.5 + torch.rand(module.num_features, generator=generator))
+    for parameter in model.parameters():
+        # Scales of layers, heads and biases that start at or near zero would hide what they scale.
+        if parameter.numel() and float(parameter.abs().max()) <= 1e-3:
+            width = 0.02 if parameter.dim() > 1 and parameter.shape[-1] > 1 else 0.1
+            parameter.copy_(width * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
 
@@ -119,10 +164,41 @@ def test_partitioned_and_compiled_are_exact(source: str, name: str, size: int) -
     _check_model(source, name, size, [2, 3])
 
 
+@torch.no_grad()
+def _check_sparse(source: str, name: str, size: int, nodes: list[int]) -> None:
+    """At density 0.2: exact with batches of 1 and 4, bytes as planned, next to no other gathers."""
+    generator = torch.Generator().manual_seed(0)
+    example, *batches = (torch.randn(b, 3, size, size, generator=generator) for b in (1, 1, 4))
+    for world_size in nodes:
+        model = _build(source, name)
+        pattern = disco.sparsify_(model, world_size, 0.2, (example,))
+        fixed = {layer: found.out_ownership for layer, found in pattern.layers.items()}
+        captured = capture(model, (example,))
+        plan, ranks = build_all(decide(*captured, world_size, out_ownership=fixed))
+        executors = [Executor(rank.program, rank.weights) for rank in ranks]
+        del captured, ranks
+        exact_model = model.double()
+        for x in batches:
+            transports = InProcessHub(world_size).transports()
+            results = run_together(executors, (x,), transports)
+            _check(results, exact_model(x.double()), f"{name} on {world_size} nodes")
+            counted = sum(transport.bytes_sent for transport in transports)
+            assert counted == len(x) * plan.bytes_per_image
+        outputs = sum(e.bytes_per_image for e in plan.exchanges if e.gathered_by == ("output",))
+        sparse = plan.bytes_per_image - outputs - plan.bytes_without_rule
+        share = plan.bytes_without_rule / sparse
+        ops = {f"{layer.name} ({layer.op})" for layer in plan.replicated}
+        assert share < LARGEST_GATHERED_SHARE, f"{world_size} nodes: {share:.1%} for {ops}"
+
+
+def test_super_resolution_at_density_02() -> None:
+    _check_sparse("here", "super_resolution", 24, [2, 3, 4, 8])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("source", "name", "size"), SLOW)
-def test_more_models_are_exact(source: str, name: str, size: int) -> None:
-    _check_model(source, name, size, [2, 3, 8])
+def test_more_models_are_exact_at_density_02(source: str, name: str, size: int) -> None:
+    _check_sparse(source, name, size, [2, 3, 4, 8])
 
 
 @pytest.mark.slow

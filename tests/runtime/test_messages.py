@@ -12,7 +12,7 @@ from disco.runtime.messages import flatten, load_tensors, read_message, save_ten
 
 def test_nested_outputs_survive(tmp_path: Path) -> None:
     a, b, c = torch.randn(2, 3), torch.arange(4), torch.zeros(0, 2)
-    value = {"out": (a, [b]), "aux": {"list": c}}
+    value = {"out": (a, [b]), "aux": {"list": c, "none": None, "scale": 2.5}}
     tensors: list[torch.Tensor] = []
     template = flatten(value, tensors)
     save_tensors(str(tmp_path / "t"), tensors)
@@ -20,6 +20,7 @@ def test_nested_outputs_survive(tmp_path: Path) -> None:
     assert isinstance(back["out"], tuple) and isinstance(back["out"][1], list)
     assert torch.equal(back["out"][0], a) and torch.equal(back["out"][1][0], b)
     assert back["aux"]["list"].shape == (0, 2)
+    assert back["aux"]["none"] is None and back["aux"]["scale"] == 2.5
 
 
 def test_more_than_ten_tensors_keep_their_order(tmp_path: Path) -> None:
@@ -28,8 +29,8 @@ def test_more_than_ten_tensors_keep_their_order(tmp_path: Path) -> None:
 
 
 def test_what_is_no_tensor_is_refused() -> None:
-    with pytest.raises(TypeError, match="tensors, dicts, lists and tuples"):
-        flatten({"a": "text"}, [])
+    with pytest.raises(TypeError, match="tensors, constants, dicts, lists and tuples"):
+        flatten({"a": object()}, [])
 
 
 @pytest.mark.parametrize("line", ["", "nonsense", "[1]"])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from disco.capture.convert import convert
+from disco.capture.examples import read_examples
 from disco.capture.export import export
 from disco.capture.fold_batch_norm import fold_batch_norm
 from disco.capture.fold_constants import fold_constants
@@ -38,26 +39,35 @@ class Captured(NamedTuple):
 
 
 def capture(
-    model: nn.Module, example_inputs: Sequence[Any], dynamic_batch: bool = True
+    model: nn.Module,
+    example_inputs: Sequence[Any],
+    dynamic_batch: bool = True,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_size: bool = False,
 ) -> Captured:
     """Capture `model` in evaluation mode as a program, batch norms folded and epilogues fused.
 
     Args:
         model: any module that `torch.export` can export; it is left as it is.
-        example_inputs: positional inputs, tensors with the batch first. Sizes other than the batch
-            are fixed by them.
+        example_inputs: positional inputs: tensors with the batch first, also in tuples, lists and
+            dicts, and constants (None, numbers, strings), which become fixed. Sizes other than the
+            batch are fixed by them.
         dynamic_batch: leave the batch size open (1 or more). An example of batch 1 is repeated,
             because a size of 1 would be taken for a constant.
+        example_kwargs: inputs by name, like the others.
+        dynamic_size: leave height and width of images ``[B, C, H, W]`` open, too.
 
     Raises:
         InputError: the model cannot be exported (with torch's reason), or the program would need an
             op outside the allow-list.
     """
-    model, example_inputs = on_cpu(model, example_inputs)
-    program, weights = convert(export(model, example_inputs, dynamic_batch))
+    model, (example_inputs, example_kwargs) = on_cpu(model, (example_inputs, example_kwargs))
+    examples = read_examples(model, example_inputs, example_kwargs)
+    exported = export(model, examples, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
+    program, weights = convert(exported, examples.parameters)
     origins: dict[str, str] = {}
-    program = fold_constants(remove_copies(program), weights)
-    program = spell_out_parts(program)
+    program = fold_constants(spell_out_parts(remove_copies(program)), weights)
     program = remove_dead(spell_out_shuffles(program, weights))
     program = lower_convolutions_and_linears(program)
     program = fold_batch_norm(program, weights, origins)

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, OutputKind
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from disco.errors import InputError
-from disco.program import Dtype, Op, Output, Program, Ref, ValueInfo, WeightRef, is_allowed
+from disco.program import (
+    Dtype,
+    Op,
+    Output,
+    Parameter,
+    Program,
+    Ref,
+    Signature,
+    ValueInfo,
+    WeightRef,
+    is_allowed,
+)
 
 # Where and how a result lies in memory is for the executor to choose; values do not depend on it.
 _PLACEMENT_ATTRIBUTES = frozenset({"device", "layout", "memory_format", "pin_memory"})
@@ -30,8 +42,14 @@ _CHECKS = frozenset(
 )
 
 
-def convert(exported: ExportedProgram) -> tuple[Program, dict[str, Tensor]]:
+def convert(
+    exported: ExportedProgram, parameters: Sequence[Parameter] = ()
+) -> tuple[Program, dict[str, Tensor]]:
     """The program of an exported model and its weights by the model's own names.
+
+    Args:
+        parameters: the arguments that it was exported with, by position and then by name; their
+            values are taken from the exported model.
 
     Raises:
         InputError: an op outside the allow-list, state that the model changes, or unusual outputs.
@@ -44,10 +62,14 @@ def convert(exported: ExportedProgram) -> tuple[Program, dict[str, Tensor]]:
     values: dict[str, ValueInfo] = {}
     ops: list[Op] = []
     stand_for: dict[str, Ref | WeightRef] = {}
+    arguments: list[Any] = []
 
     for spec in exported.graph_signature.input_specs:
         name = getattr(spec.arg, "name", "")
-        if spec.kind == InputKind.USER_INPUT:
+        if spec.kind == InputKind.USER_INPUT and isinstance(spec.arg, ConstantArgument):
+            arguments.append(spec.arg.value)
+        elif spec.kind == InputKind.USER_INPUT:
+            arguments.append(Ref(name))
             inputs.append(name)
             stand_for[name] = Ref(name)
         elif spec.target is not None and spec.target in tensors:
@@ -68,7 +90,14 @@ def convert(exported: ExportedProgram) -> tuple[Program, dict[str, Tensor]]:
         elif node.op == "output":
             output = node
     assert output is not None
-    program = Program(tuple(inputs), _outputs_of(exported, output, stand_for), tuple(ops), values)
+    program = Program(
+        tuple(inputs),
+        _outputs_of(exported, output, stand_for),
+        tuple(ops),
+        values,
+        signature=_signature_of(exported, arguments, parameters),
+        **naming.open_sizes({values[name].shape[0] for name in inputs if values[name].shape}),
+    )
     return program, weights
 
 
@@ -77,17 +106,39 @@ class _Symbols:
 
     def __init__(self) -> None:
         self._names: dict[Any, Any] = {}
+        self._hints: dict[str, int] = {}
+        self._environment: Any = None
 
     def dim(self, size: int | torch.SymInt) -> int | str:
         if isinstance(size, int):
             return size
+        self._environment = size.node.shape_env
+        renamed = self._renamed(size.node.expr)
+        if renamed.is_symbol and size.node.has_hint():
+            self._hints[str(renamed)] = int(size.node.hint)
+        return int(renamed) if renamed.is_number else str(renamed)
+
+    def open_sizes(self, batch: Set[int | str]) -> dict[str, Any]:
+        """Of a program: the symbols beside the batch's, and what the graph takes for granted."""
+        sizes = {name: hint for name, hint in sorted(self._hints.items()) if name not in batch}
+        if not sizes:
+            return {}
+        conditions: dict[str, None] = {}
+        for guard in self._environment.guards:
+            # Sizes that turned out to be equal have one symbol by now.
+            condition = self._environment.replace(guard.expr)
+            names = {str(self._names.get(s, s)) for s in condition.free_symbols}
+            # Others are of the batch alone, which is open to any size.
+            if names & set(sizes):
+                conditions[str(self._renamed(condition))] = None
+        return {"example_sizes": sizes, "conditions": tuple(conditions)}
+
+    def _renamed(self, expression: Any) -> Any:
         import sympy  # type: ignore[import-untyped]  # a dependency of torch, which has loaded it to export
 
-        expression = size.node.expr
         for symbol in sorted(expression.free_symbols, key=str):
             self._names.setdefault(symbol, sympy.Symbol(f"s{len(self._names)}", integer=True))
-        renamed = expression.xreplace(self._names)
-        return int(renamed) if renamed.is_number else str(renamed)
+        return expression.xreplace(self._names)
 
     def value_info(self, node: Node) -> ValueInfo:
         value = node.meta.get("val")
@@ -169,6 +220,18 @@ def _outputs_of(
     return _plain(pytree.tree_unflatten(flat, spec))
 
 
+def _signature_of(
+    exported: ExportedProgram, leaves: list[Any], parameters: Sequence[Parameter]
+) -> Signature:
+    """The parameters with the nesting that was exported."""
+    spec = exported.call_spec.in_spec
+    if not parameters or spec is None:
+        return ()
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    values = [*args, *(kwargs[p.name] for p in parameters[len(args) :])]
+    return tuple(replace(p, value=_plain(v)) for p, v in zip(parameters, values, strict=True))
+
+
 def _plain(tree: Any) -> Output:
     """The user's nesting in plain tuples, lists and dicts."""
     if isinstance(tree, tuple):
@@ -180,8 +243,8 @@ def _plain(tree: Any) -> Output:
     if tree is None or isinstance(tree, (Ref, WeightRef, bool, int, float, str)):
         return tree
     raise InputError(
-        f"the model returns a {type(tree).__name__}; return tensors in tuples, lists or dicts: "
-        f"wrap the model in a module that does"
+        f"the model takes or returns a {type(tree).__name__}; tensors in tuples, lists or dicts "
+        f"can be captured: wrap the model in a module that has these"
     )
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 _CPU = torch.device("cpu")
+_Tree = TypeVar("_Tree")
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -20,8 +20,12 @@ def device_of(model: nn.Module) -> torch.device:
     return _CPU if first is None else first.device
 
 
-def on_cpu(model: nn.Module, inputs: Sequence[Any]) -> tuple[nn.Module, Sequence[Any]]:
-    """The same objects if everything is in CPU memory already, else copies there."""
+def on_cpu(model: nn.Module, inputs: _Tree) -> tuple[nn.Module, _Tree]:
+    """The same objects if everything is in CPU memory already, else copies there.
+
+    Args:
+        inputs: tensors in any nesting.
+    """
     tensors = itertools.chain(model.parameters(), model.buffers())
     if any(t.device != _CPU for t in tensors):
         model = copy.deepcopy(model).cpu()

@@ -16,7 +16,17 @@ from disco.executor.activations import Placed
 from disco.executor.request import BufferPool, Request, ShapeKey
 from disco.executor.steps import REQUEST_SLOT, Preparation, Step, Values, prepare_pure
 from disco.executor.transport import Handle, Transport
-from disco.program import Op, Program, Ref, WeightRef, evaluate_dim, map_leaves, plan_buffers
+from disco.program import (
+    Op,
+    Program,
+    Ref,
+    WeightRef,
+    evaluate_dim,
+    flatten_inputs,
+    map_leaves,
+    plan_buffers,
+)
+from disco.program.symbols import first_failing, solve_dim, symbols_of
 from disco_kernels import InputBytes, Packing
 
 DEADLINE_S = 30.0
@@ -73,6 +83,9 @@ class Executor:
         input_bytes: Mapping[str, InputBytes] | None = None,
     ) -> None:
         self.inputs = {name: program.values[name] for name in program.inputs}
+        self._signature = program.signature
+        self._conditions = program.conditions
+        self._holding: set[tuple[int, ...]] = set()  # sizes for which the conditions hold
         self.transport = transport
         self.deadline_s = deadline_s
         packing = Packing(packed_bytes)
@@ -112,17 +125,29 @@ class Executor:
         """`algorithm` of the kernel of every convolution and linear."""
         return {name: kernel.algorithm for name, kernel in self._kernels.items()}
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run one request and return its outputs, fresh tensors in the program's nesting.
+
+        Args:
+            args, kwargs: as for the model that was captured.
 
         Raises:
             InputError: inputs that do not fit the program.
             TransportError: the exchange failed; DeadlineError: it took too long.
         """
+        inputs = self.flat_inputs(args, kwargs)
         if self.transport is None:
             return self._run(inputs, None, 0)
         with self._turn:
             return self._run(inputs, self.transport, next(self._requests))
+
+    def flat_inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """The tensors in a call's arguments, in the order of the program's inputs.
+
+        Raises:
+            InputError: arguments that are not nested as the captured ones.
+        """
+        return flatten_inputs(self._signature, tuple(self.inputs), args, kwargs)
 
     def _run(self, inputs: Sequence[Tensor], transport: Transport | None, request: int) -> Any:
         running = self.start(inputs, transport, request)
@@ -195,10 +220,13 @@ class Executor:
             given = f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}"
             fits = x.dim() == len(info.shape) and str(x.dtype) == f"torch.{info.dtype}"
             for size, dim in zip(x.shape, info.shape, strict=False):
-                if isinstance(dim, str) and dim.isidentifier():
+                if isinstance(dim, int):
+                    fits = fits and dim == size
+                elif dim.isidentifier():
                     fits = fits and symbols.setdefault(dim, size) == size
                 else:
-                    fits = fits and evaluate_dim(dim, symbols) == size
+                    symbols.update(solve_dim(dim, size, symbols))
+                    fits = fits and _fits(dim, size, symbols)
             if not fits:
                 raise InputError(f"input {name!r} must be {wanted}, given {given}")
             if x.requires_grad and torch.is_grad_enabled():
@@ -206,7 +234,32 @@ class Executor:
                     f"input {name!r} requires a gradient; this model is for inference: detach the "
                     f"input, or train the original model"
                 )
+        self._check_conditions(symbols)
         return symbols
+
+    def _check_conditions(self, symbols: Mapping[str, int]) -> None:
+        if not self._conditions:
+            return
+        sizes = tuple(symbols.values())
+        if sizes in self._holding:
+            return
+        failing = first_failing(self._conditions, symbols)
+        if failing is not None:
+            raise InputError(
+                f"the model was captured for sizes with {failing}, and here "
+                f"{self._sizes_in(failing, symbols)}: capture it with an example of these sizes"
+            )
+        self._holding.add(sizes)
+
+    def _sizes_in(self, condition: str, symbols: Mapping[str, int]) -> str:
+        """Which sizes the symbols of a condition are, and what they are now."""
+        places = {
+            dim: f"dimension {number} of {name!r}"
+            for name, info in self.inputs.items()
+            for number, dim in enumerate(info.shape)
+        }
+        names = symbols_of((condition,))
+        return ", ".join(f"{n} = {symbols[n]} ({places.get(n, 'derived')})" for n in names)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Executor:
         # Nothing in here changes after construction, so copies may share it, packed weights
@@ -218,6 +271,11 @@ class Executor:
             "an Executor holds packed kernels and cannot be pickled; keep the model's state_dict, "
             "or save the partitioned model, and prepare it again"
         )
+
+
+def _fits(dim: str, size: int, symbols: Mapping[str, int]) -> bool:
+    known = all(name in symbols for name in symbols_of((dim,)))
+    return known and evaluate_dim(dim, symbols) == size
 
 
 def _prepare(op: Op, prepare: Preparation, exchanges: Set[str]) -> Step:

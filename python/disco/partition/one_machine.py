@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from disco.partition.norms import merge_norms
 from disco.partition.planner import Decisions
+from disco.partition.reductions import merge_reductions
 from disco.partition.rules import Lowering
 from disco.program import Arg, Op, Program
 
@@ -22,7 +23,7 @@ def one_machine_program(decisions: Decisions) -> Program:
     """The whole program with those convolutions and linears gathered whose zeros make a pattern."""
     pairs = zip(decisions.program.ops, decisions.lowerings, strict=True)
     ops = tuple(_gathered(op, lowering) for op, lowering in pairs)
-    return merge_norms(replace(decisions.program, ops=ops))
+    return merge_reductions(merge_norms(replace(decisions.program, ops=ops)))
 
 
 def _gathered(op: Op, lowering: Lowering) -> Op:

@@ -14,6 +14,7 @@ from typing import Any
 
 from disco.errors import InputError
 from disco.partition.cluster import Node
+from disco.partition.nearly_zero import NearlyZero
 from disco.partition.prediction import FewerNodes, Latency, NodeMemory
 
 # Minor versions add fields with defaults; a reader takes every minor of its own major, up to its
@@ -157,6 +158,7 @@ class Plan:
     memory: tuple[NodeMemory, ...] = field(default=(), metadata={"since": (1, 2)})
     latency: Latency | None = field(default=None, metadata={"since": (1, 2)})
     fewer_nodes: tuple[FewerNodes, ...] = field(default=(), metadata={"since": (1, 2)})
+    nearly_zero: tuple[NearlyZero, ...] = field(default=(), metadata={"since": (1, 2)})
 
     @property
     def bytes_matrix(self) -> Channels:
@@ -206,6 +208,12 @@ class Plan:
         return min(faster, key=lambda f: f.latency_ms, default=None)
 
     @property
+    def bytes_without_rule(self) -> int:
+        """Payload bytes per image of what is gathered for ops that no rule covers."""
+        names = {layer.name for layer in self.replicated}
+        return sum(e.bytes_per_image for e in self.exchanges if names & set(e.gathered_by))
+
+    @property
     def replicated(self) -> tuple[LayerPlan, ...]:
         """The ops that gather their inputs because no rule covers them."""
         return tuple(
@@ -239,6 +247,8 @@ class Plan:
             content = _tuples(content)
             content["layers"] = tuple(LayerPlan(**layer) for layer in content["layers"])
             content["exchanges"] = tuple(_exchange(e) for e in content["exchanges"])
+            nearly = content.get("nearly_zero", ())
+            content["nearly_zero"] = tuple(NearlyZero(**each) for each in nearly)
             content |= _predictions(content)
             return cls(**content)
         except (TypeError, KeyError, ValueError) as error:

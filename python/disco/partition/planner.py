@@ -24,16 +24,18 @@ from disco.partition.exchanges import (
     make_exchanges,
 )
 from disco.partition.memory import predict_memory
+from disco.partition.nearly_zero import NearlyZero, find_nearly_zero
 from disco.partition.norms import split_norms
 from disco.partition.ownership_choice import OwnershipChoice
 from disco.partition.placement import Replicated, Sharded
 from disco.partition.plan import ExchangePlan, LayerPlan, Plan
 from disco.partition.rank_builder import Exchange, RankBuilder, RankProgram
+from disco.partition.reductions import split_reductions
 from disco.partition.rules import Lowering, RuleContext, lower
 from disco.partition.rules.matrix import matrix_flops
 from disco.partition.runs import gather_runs
 from disco.partition.shares import Shares
-from disco.program import Op, Program, Ref
+from disco.program import Op, Program, Ref, WeightRef
 from disco_kernels.pattern import Ownership
 
 MATRIX_OPS = ("disco.conv2d", "disco.linear")
@@ -80,6 +82,7 @@ class Decisions:
             ),
             weight_bytes_dense=self._weight_bytes_dense(),
             weight_bytes_per_rank=(),
+            nearly_zero=self._nearly_zero(),
         )
 
     def _with_runs(self, plan: ExchangePlan) -> ExchangePlan:
@@ -104,7 +107,17 @@ class Decisions:
                 lowering.emit(op, builder)
             # Sending starts as soon as the value is there, to overlap with what comes next.
             builder.exchange(op.name)
-        return builder.finish(self.program.inputs, self.program.outputs, self.program.values)
+        return builder.finish(self.program)
+
+    def _nearly_zero(self) -> tuple[NearlyZero, ...]:
+        found = []
+        for op, lowering in zip(self.program.ops, self.lowerings, strict=True):
+            out, inputs, weight = lowering.out_ownership, lowering.in_ownership, op.args[1:2]
+            if lowering.select and out and inputs and isinstance(weight[0], WeightRef):
+                raw = self.context.pattern_weight(weight[0])
+                name, tolerance = self.context.layer_of(op), self.context.tolerance
+                found.append(find_nearly_zero(name, raw, out, inputs, tolerance))
+        return tuple(each for each in found if each is not None)
 
     def exchange_of(self, value: str) -> Exchange:
         """The exchange that a value is in, or is computed from."""
@@ -202,7 +215,7 @@ def decide(
         permute: let ranks hold channels in an order in which those that they send are runs.
         kept_order: layers whose outputs stay in the order of `out_ownership`.
     """
-    program = split_norms(program)
+    program = split_reductions(split_norms(program))
 
     def given(orders: Mapping[str, Ownership]) -> RuleContext:
         return RuleContext(
@@ -216,6 +229,7 @@ def decide(
             dense_exchange,
             {**orders},
             shares,
+            program.example_sizes,
         )
 
     sums = partial_sums and not dense_exchange

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from disco.partition.placement import Placement, Replicated, Sharded
-from disco.program import Arg, Dtype, Op, Output, Program, Ref, ValueInfo, WeightRef, map_leaves
+from disco.program import Arg, Dtype, Op, Program, Ref, WeightRef, map_leaves
 from disco_kernels.pattern import Ownership, Selected
 
 
@@ -270,12 +270,11 @@ class RankBuilder:
                 send.append((peer, self.store(f"exchange.{number}.send.{peer}", local)))
         return tuple(send)
 
-    def finish(
-        self, inputs: Sequence[str], outputs: Output, values: Mapping[str, ValueInfo]
-    ) -> RankProgram:
-        """The rank's program, with whole outputs, and its weights."""
-        whole = map_leaves(outputs, self.globalise)
-        program = Program(tuple(inputs), whole, tuple(self._ops), {n: values[n] for n in inputs})
+    def finish(self, source: Program) -> RankProgram:
+        """The rank's program of `source`, with whole outputs, and its weights."""
+        whole = map_leaves(source.outputs, self.globalise)
+        values = {name: source.values[name] for name in source.inputs}
+        program = replace(source, outputs=whole, ops=tuple(self._ops), values=values)
         program.validate()
         return RankProgram(program, self.weights)
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from disco.partition.nearly_zero import describe
+
 if TYPE_CHECKING:
-    from disco.partition.plan import LayerPlan, Plan
+    from disco.partition.plan import ExchangePlan, LayerPlan, Plan
 
 _HEADER = (
-    *("layer", "op", "in", "out", "selected"),
+    *("layer", "op", "in", "out", "selected", "exchange"),
     *("activation", "exchanged", "kB/image", "MFLOP/rank", "note"),
 )
 
 
 def format_plan(plan: Plan) -> str:
     """The table that `print(plan)` shows."""
-    rows = [_HEADER, *(_row(layer) for layer in plan.layers)]
+    by_number = {exchange.number: exchange for exchange in plan.exchanges}
+    rows = [_HEADER, *(_row(layer, by_number) for layer in plan.layers)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -25,13 +28,14 @@ def format_plan(plan: Plan) -> str:
     return "\n".join([*lines, "", *_totals(plan)])
 
 
-def _row(layer: LayerPlan) -> tuple[str, ...]:
+def _row(layer: LayerPlan, exchanges: Mapping[int, ExchangePlan]) -> tuple[str, ...]:
     return (
         layer.name,
         layer.op.removeprefix("disco.").removeprefix("aten."),
         _counts(layer.in_counts) if layer.in_counts else "whole",
         _counts(layer.out_counts) if layer.out_counts else "whole",
         _selected(layer.selected_counts),
+        " ".join(_exchange(exchanges[number]) for number in layer.exchanges) or "-",
         layer.activation or "-",
         layer.form or "-",
         f"{layer.bytes_per_image / 1e3:.1f}" if layer.exchanges else "-",
@@ -70,12 +74,24 @@ def _totals(plan: Plan) -> list[str]:
             f"a pixel ({before.lines} unpermuted)"
         )
     lines += _predictions(plan)
+    if plan.replicated:
+        lost = plan.bytes_without_rule
+        share = f" ({lost / sparse:.1%} of all)" if sparse else ""
+        lines.append(f"gathered for ops without a rule: {lost / 1e6:.3f} MB per image{share}")
     for layer in plan.replicated:
         lines.append(
             f"runs on every node: {layer.name} ({layer.op}), {layer.note}; gathering its inputs "
             f"costs {layer.bytes_per_image / 1e3:.1f} kB per image"
         )
-    return lines
+    return [*lines, *describe(plan.nearly_zero)]
+
+
+def _exchange(exchange: ExchangePlan) -> str:
+    """Its number, and the part of the channels that every other rank gets."""
+    if not exchange.bytes_dense:
+        return f"#{exchange.number}"
+    density = exchange.bytes_per_image / exchange.bytes_dense
+    return f"#{exchange.number} " + ("whole" if exchange.gathered_by else f"d={density:.2f}")
 
 
 def _predictions(plan: Plan) -> list[str]:

@@ -19,6 +19,7 @@ from disco.program.json_format import program_from_json, program_to_json
 from disco.program.ops import is_allowed, pure_function, register_op
 from disco.program.precision import lower_precision
 from disco.program.ranges import input_ranges
+from disco.program.signature import Parameter, Signature, flatten_inputs
 from disco.program.symbols import evaluate_dim, evaluate_shape
 
 __all__ = [
@@ -27,12 +28,15 @@ __all__ = [
     "Dtype",
     "Op",
     "Output",
+    "Parameter",
     "Program",
     "Ref",
+    "Signature",
     "ValueInfo",
     "WeightRef",
     "evaluate_dim",
     "evaluate_shape",
+    "flatten_inputs",
     "input_ranges",
     "interpret",
     "is_allowed",

@@ -119,3 +119,24 @@ def _epilogue(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
     if residual is not None:
         y = y + residual
     return _ACTIVATION[activation](y)
+
+
+def part_of_sum(x: Tensor, *, dim: int, square: bool) -> Tensor:
+    """Sum of ``x``, or of its squares, over ``dim``, which stays with size 1: zero for no entry."""
+    return (x.square() if square else x).sum(dim, keepdim=True)
+
+
+def sum_of_parts(parts: Tensor, *, dim: int, keepdim: bool, size: int, how: str) -> Tensor:
+    """What the sums of parts come to.
+
+    Args:
+        parts: ``[.., parts, ..]``, of squares for a norm.
+        dim: of the parts.
+        keepdim: leave it with size 1.
+        size: entries that were summed up, over all parts.
+        how: "sum", "mean" or "norm" (2-norm).
+    """
+    total = parts.sum(dim, keepdim=keepdim)
+    if how == "mean":
+        return total / size
+    return total.sqrt() if how == "norm" else total

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from disco.errors import InputError
 from disco.program.fused import check_attributes
 from disco.program.ops import check_allowed
+
+if TYPE_CHECKING:
+    from disco.program.signature import Parameter
 
 PROGRAM_VERSION = 1
 
@@ -90,13 +93,22 @@ class ValueInfo:
 
 @dataclass(frozen=True)
 class Program:
-    """Ops in an order in which they can run, names of inputs, nesting of outputs."""
+    """Ops in an order in which they can run, names of inputs, nesting of outputs.
+
+    Attributes:
+        signature: the arguments in which the inputs come; empty for the inputs by position.
+        example_sizes: symbols of image sizes (not the batch's) and their values in the example.
+        conditions: of symbols, e.g. ``"s1 >= 9"``: what the captured graph takes for granted.
+    """
 
     inputs: tuple[str, ...]
     outputs: Output
     ops: tuple[Op, ...]
     values: Mapping[str, ValueInfo]
     version: int = PROGRAM_VERSION
+    signature: tuple[Parameter, ...] = ()
+    example_sizes: Mapping[str, int] = field(default_factory=dict)
+    conditions: tuple[str, ...] = ()
 
     def validate(self) -> None:
         """Raise InputError unless all names are defined once, before use, by allowed ops.
@@ -112,6 +124,12 @@ class Program:
             if name not in self.values:
                 raise InputError(f"program input {name!r} has no shape and dtype in `values`")
             defined.add(name)
+        if self.signature:
+            given = [leaf.name for p in self.signature for leaf in leaves(p.value) if _is_ref(leaf)]
+            if sorted(given) != sorted(self.inputs):
+                raise InputError(
+                    f"the signature names {given} and the program reads {list(self.inputs)}"
+                )
         for op in self.ops:
             check_allowed(op.kind, op.name)
             check_attributes(op.kind, op.name, op.kwargs)
@@ -177,6 +195,10 @@ class Program:
     def _typed(self, name: str) -> str:
         info = self.values.get(name)
         return name if info is None else f"{name}: {info.dtype}{list(info.shape)}"
+
+
+def _is_ref(leaf: Any) -> bool:
+    return isinstance(leaf, Ref)
 
 
 def leaves(tree: Any) -> Iterator[Any]:

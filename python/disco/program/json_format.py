@@ -13,6 +13,7 @@ from typing import Any
 
 from disco.errors import InputError
 from disco.program.ir import PROGRAM_VERSION, Dtype, Op, Program, Ref, ValueInfo, WeightRef
+from disco.program.signature import Parameter
 
 
 def program_to_json(program: Program) -> str:
@@ -27,6 +28,15 @@ def program_to_json(program: Program) -> str:
         ],
         "values": {name: [list(v.shape), v.dtype] for name, v in program.values.items()},
     }
+    # Programs without these are as they always were.
+    if program.signature:
+        content["signature"] = [
+            [p.name, _encode_output(p.value), p.keyword_only, p.optional] for p in program.signature
+        ]
+    if program.example_sizes:
+        content["example_sizes"] = dict(program.example_sizes)
+    if program.conditions:
+        content["conditions"] = list(program.conditions)
     return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
@@ -52,6 +62,9 @@ def program_from_json(text: str) -> Program:
             outputs=_decode_output(content["outputs"]),
             ops=tuple(_decode_op(item) for item in content["ops"]),
             values={_text(n): _decode_value(v) for n, v in content["values"].items()},
+            signature=tuple(_decode_parameter(item) for item in content.get("signature", ())),
+            example_sizes={_text(n): _size(v) for n, v in content.get("example_sizes", {}).items()},
+            conditions=tuple(_text(c) for c in content.get("conditions", ())),
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"damaged program: {type(error).__name__} {error}") from None
@@ -121,6 +134,17 @@ def _decode_value(item: Any) -> ValueInfo:
     if not all(isinstance(dim, (int, str)) for dim in shape):
         raise ValueError(f"sizes are numbers or expressions, given {shape!r}")
     return ValueInfo(tuple(shape), _text(dtype))
+
+
+def _decode_parameter(item: Any) -> Parameter:
+    name, value, keyword_only, optional = item
+    return Parameter(_text(name), _decode_output(value), bool(keyword_only), bool(optional))
+
+
+def _size(value: Any) -> int:
+    if not isinstance(value, int):
+        raise ValueError(f"expected a size, given {value!r}")
+    return value
 
 
 def _text(value: Any) -> str:

@@ -29,8 +29,8 @@ _ATEN_NAMES = """
     arange.start arange.start_step argmax.default avg_pool1d.default avg_pool2d.default
     avg_pool3d.default baddbmm.default batch_norm.default bitwise_and.Tensor bitwise_not.default
     bitwise_or.Tensor bmm.default cat.default ceil.default chunk.default clamp.default
-    clamp_max.default clamp_min.default clone.default col2im.default
-    constant_pad_nd.default contiguous.default
+    clamp_max.default clamp_min.default clone.default col2im.default constant_pad_nd.default
+    contiguous.default copy.default
     conv1d.default conv2d.default conv2d.padding conv3d.default conv_transpose1d.default
     conv_transpose2d.input conv_transpose3d.input cos.default cumsum.default detach.default
     div.Scalar div.Tensor div.Tensor_mode einsum.default elu.default embedding.default eq.Scalar
@@ -49,7 +49,8 @@ _ATEN_NAMES = """
     new_full.default new_ones.default new_zeros.default norm.ScalarOpt_dim ones.default
     ones_like.default pad.default permute.default pixel_shuffle.default pixel_unshuffle.default
     pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor prelu.default reciprocal.default
-    reflection_pad2d.default relu.default relu6.default repeat.default replication_pad2d.default
+    reflection_pad2d.default relu.default relu6.default repeat.default
+    repeat_interleave.Tensor repeat_interleave.self_int replication_pad2d.default
     reshape.default roll.default round.default rsqrt.default rsub.Scalar rsub.Tensor
     scalar_tensor.default scaled_dot_product_attention.default select.int select_scatter.default
     selu.default sigmoid.default sign.default silu.default sin.default slice.Tensor
@@ -103,6 +104,8 @@ _functions: dict[str, Function] = {
     "disco.group_normalize": statistics.group_normalize,
     "disco.moments": statistics.moments,
     "disco.normalize": statistics.normalize,
+    "disco.part_of_sum": fused.part_of_sum,
+    "disco.sum_of_parts": fused.sum_of_parts,
     "disco.take": fused.take,
 }
 

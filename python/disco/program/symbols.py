@@ -12,6 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 from disco.errors import InputError
 
+_COMPARE: dict[type[ast.cmpop], Callable[[int, int], bool]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
 _BINARY: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -27,6 +35,8 @@ _FUNCTIONS: dict[str, Callable[..., int]] = {
     "CeilToInt": int,
     "Mod": operator.mod,
     "PythonMod": operator.mod,
+    "Eq": operator.eq,
+    "Ne": operator.ne,
 }
 # Exponents beyond this are no sizes of tensors; evaluating them could take for ever.
 _LARGEST_EXPONENT = 8
@@ -47,7 +57,34 @@ def evaluate_dim(dim: int | str, symbols: Mapping[str, int]) -> int:
         raise InputError(
             f"size {dim!r} is no integer expression of symbols ({error.msg})"
         ) from None
-    return _evaluate(tree, dim, symbols)
+    try:
+        return _evaluate(tree, dim, symbols)
+    except ZeroDivisionError:
+        given = ", ".join(f"{name} = {value}" for name, value in symbols.items())
+        raise InputError(f"size {dim!r} divides by zero with {given}") from None
+
+
+def solve_dim(dim: str, size: int, symbols: Mapping[str, int]) -> dict[str, int]:
+    """The value of the one unknown symbol in ``dim`` that makes it ``size``; {} if there is none.
+
+    Args:
+        dim: linear in that symbol ("s1", "32*s1", "s1 + 2").
+        symbols: those that are known.
+    """
+    unknown = [name for name in symbols_of((dim,)) if name not in symbols]
+    if len(unknown) != 1:
+        return {}
+    name = unknown[0]
+    at = [evaluate_dim(dim, {**symbols, name: value}) for value in (1, 2)]
+    slope = at[1] - at[0]
+    value = 1 + (size - at[0]) // slope if slope else 1
+    fits = evaluate_dim(dim, {**symbols, name: value}) == size
+    return {name: value} if fits else {}
+
+
+def first_failing(conditions: Sequence[str], symbols: Mapping[str, int]) -> str | None:
+    """The first condition ("s1 >= 9", "Eq(Mod(s1, 32), 0)") that does not hold, or None."""
+    return next((text for text in conditions if not evaluate_dim(text, symbols)), None)
 
 
 def evaluate_shape(shape: Sequence[int | str], symbols: Mapping[str, int]) -> tuple[int, ...]:
@@ -82,8 +119,12 @@ def _evaluate(node: ast.AST, text: str, symbols: Mapping[str, int]) -> int:
             return int(base**exponent)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return -_evaluate(node.operand, text, symbols)
+    if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _COMPARE:
+        left = _evaluate(node.left, text, symbols)
+        right = _evaluate(node.comparators[0], text, symbols)
+        return int(_COMPARE[type(node.ops[0])](left, right))
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
         function = _FUNCTIONS.get(node.func.id)
         if function is not None:
-            return function(*(_evaluate(a, text, symbols) for a in node.args))
+            return int(function(*(_evaluate(a, text, symbols) for a in node.args)))
     raise InputError(f"size {text!r} is no integer expression of symbols: {ast.unparse(node)!r}")

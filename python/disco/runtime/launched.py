@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
+from disco.errors import InputError
 from disco.runtime.children import Children, ChildSpec
-from disco.runtime.messages import Message, save_tensors
+from disco.runtime.messages import Message, flatten, save_tensors
 
 START_TIMEOUT_S = 180.0  # importing torch and packing weights, on slow storage
 
@@ -76,17 +77,31 @@ class Launched(ABC):
             self._folder.cleanup()
             self._children = None
 
-    def measure(self, *inputs: Tensor, warmup: int, repeats: int) -> list[float]:
+    def measure(self, *inputs: Any, warmup: int, repeats: int) -> list[float]:
         """Latencies in ms of `repeats` passes after `warmup` untimed ones, of the slowest child."""
         replies = self._ask(
-            inputs, {"command": "measure", "warmup": warmup, "repeats": repeats}, warmup + repeats
+            inputs,
+            {"command": "measure", "warmup": warmup, "repeats": repeats},
+            warmup + repeats,
         )
         return [max(times) for times in zip(*(r["latency_ms"] for r in replies), strict=True)]
 
-    def _ask(self, inputs: Sequence[Tensor], command: Message, passes: int) -> list[Message]:
+    def _ask(
+        self,
+        args: Sequence[Any],
+        command: Message,
+        passes: int,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> list[Message]:
         assert self._children is not None and self._folder is not None, "use it in a with block"
         path = os.path.join(self._folder.name, "inputs.safetensors")
-        save_tensors(path, list(inputs))
+        tensors: list[Tensor] = []
+        try:
+            structure = flatten([list(args), dict(kwargs or {})], tensors)
+        except TypeError as error:
+            raise InputError(str(error)) from error
+        save_tensors(path, tensors)
+        command = {**command, "inputs": path, "structure": structure}
         # One more than the passes: the children's own waits should end first and say why.
         timeout_s = self.timeout_s * (passes + 1)
-        return self._children.ask({**command, "inputs": path}, timeout_s=timeout_s)
+        return self._children.ask(command, timeout_s=timeout_s)

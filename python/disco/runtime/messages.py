@@ -45,8 +45,8 @@ def flatten(value: Any, tensors: list[Tensor]) -> Any:
     """Append the tensors in nested dicts, lists and tuples to `tensors`.
 
     Returns:
-        the same structure as JSON: a tensor's position, or {"dict": ...}, {"list": ...} or
-        {"tuple": ...}.
+        the same structure as JSON: a tensor's position, or {"dict": ...}, {"list": ...},
+        {"tuple": ...} or {"constant": ...}.
     """
     if isinstance(value, Tensor):
         tensors.append(value)
@@ -56,7 +56,12 @@ def flatten(value: Any, tensors: list[Tensor]) -> Any:
     if isinstance(value, (list, tuple)):
         kind = "list" if isinstance(value, list) else "tuple"
         return {kind: [flatten(item, tensors) for item in value]}
-    raise TypeError(f"a model's output may hold tensors, dicts, lists and tuples, not {value!r}")
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return {"constant": value}
+    raise TypeError(
+        f"a model's inputs and outputs may hold tensors, constants, dicts, lists and tuples, "
+        f"not {value!r}"
+    )
 
 
 def unflatten(template: Any, tensors: list[Tensor]) -> Any:
@@ -67,6 +72,7 @@ def unflatten(template: Any, tensors: list[Tensor]) -> Any:
         "dict": lambda items: {key: unflatten(item, tensors) for key, item in items.items()},
         "list": lambda items: [unflatten(item, tensors) for item in items],
         "tuple": lambda items: tuple(unflatten(item, tensors) for item in items),
+        "constant": lambda value: value,
     }
     ((kind, content),) = template.items()
     return makers[kind](content)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from disco.runtime.messages import Message, flatten, load_tensors, save_tensors
+from disco.runtime.messages import Message, flatten, load_tensors, save_tensors, unflatten
 from disco.runtime.serve import Handlers
 
 
@@ -34,11 +34,11 @@ class Passes:
 
     def run(self, command: Message) -> Message:
         """One pass: inputs from a file, outputs to a file, the latency in ms and the counters."""
-        inputs = load_tensors(command["inputs"])
+        args, kwargs = unflatten(command["structure"], load_tensors(command["inputs"]))
         before = self.counters()
         with torch.inference_mode():
             begin = time.perf_counter()
-            value = self.function(*inputs)
+            value = self.function(*args, **kwargs)
             latency_ms = (time.perf_counter() - begin) * 1e3
         growth = {name: total - before[name] for name, total in self.counters().items()}
         outputs: list[torch.Tensor] = []
@@ -55,12 +55,12 @@ class Passes:
 
     def measure(self, command: Message) -> Message:
         """Time passes in ms: `warmup` untimed ones, then `repeats` that are timed one by one."""
-        inputs = load_tensors(command["inputs"])
+        args, kwargs = unflatten(command["structure"], load_tensors(command["inputs"]))
         latencies_ms: list[float] = []
         with torch.inference_mode():
             for index in range(command["warmup"] + command["repeats"]):
                 begin = time.perf_counter()
-                self.function(*inputs)
+                self.function(*args, **kwargs)
                 if index >= command["warmup"]:
                     latencies_ms.append((time.perf_counter() - begin) * 1e3)
         return {"latency_ms": latencies_ms}

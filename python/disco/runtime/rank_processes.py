@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from disco.errors import InputError
 from disco.partition.shards import load_manifest
 from disco.runtime.children import ChildSpec
@@ -77,9 +75,9 @@ class RankProcesses(Launched):
             )
         self.threads = threads or max(1, available_cores() // self.world_size)
 
-    def run(self, *inputs: Tensor) -> RunResult:
-        """One pass over all ranks; every rank is given the same inputs."""
-        replies = self._ask(inputs, {"command": "run"}, 1)
+    def run(self, *args: Any, **kwargs: Any) -> RunResult:
+        """One pass over all ranks; every rank is given the same inputs, those of the model."""
+        replies = self._ask(args, {"command": "run"}, 1, kwargs)
         return RunResult(
             outputs=tuple(unflatten(r["structure"], load_tensors(r["outputs"])) for r in replies),
             bytes_sent=tuple(r["bytes_sent"] for r in replies),

@@ -7,6 +7,7 @@ from disco.partition.rules import (
     join,
     matrix,
     norm,
+    reduction,
     reshape,
     spatial,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "lower",
     "matrix",
     "norm",
+    "reduction",
     "reshape",
     "rule",
     "spatial",

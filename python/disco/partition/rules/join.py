@@ -1,4 +1,4 @@
-"""Concatenation: along the channels each rank joins its own; ownership is no longer a range."""
+"""Joining: along the channels each rank joins its own, and ownership is no longer a range."""
 
 from __future__ import annotations
 
@@ -38,6 +38,29 @@ def cat(op: Op, context: RuleContext) -> Lowering | None:
         rank.add(Op(op.kind, op.name, (parts, along)))
 
     return Lowering(Sharded(ownership, first.dim), emit, reshare=reshare, whole=whole)
+
+
+@rule("aten.stack.default")
+def stack(op: Op, context: RuleContext) -> Lowering | None:
+    """Equal shapes along a new dimension: all take the ownership of the first sharded one."""
+    pieces = op.args[0]
+    given = op.args[1] if len(op.args) > 1 else op.kwargs.get("dim", 0)
+    if not isinstance(pieces, tuple) or not isinstance(given, int):
+        return None
+    placed = next(found for piece in pieces if (found := context.sharded(piece)) is not None)
+    along = given % len(context.values[op.name].shape)
+    whole = tuple(
+        piece.name
+        for piece in pieces
+        if isinstance(piece, Ref) and context.sharded(piece) not in (None, placed)
+    )
+
+    def emit(op: Op, rank: RankBuilder) -> None:
+        parts = tuple(rank.part(piece, placed.ownership, placed.dim) for piece in pieces)
+        rank.add(Op(op.kind, op.name, (parts, along)))
+
+    dim = placed.dim + (along <= placed.dim)
+    return Lowering(Sharded(placed.ownership, dim), emit, whole=whole)
 
 
 def _own(piece: Arg, context: RuleContext, dim: int) -> Ownership:

@@ -72,6 +72,7 @@ class RuleContext:
         chosen: layer's value -> ownership of its outputs, where what follows asks for one, or other
             ranks do for an order.
         shares: how much each rank is to compute; equal shares if None.
+        example_sizes: symbols of image sizes and their values in the example.
     """
 
     world_size: int
@@ -84,6 +85,7 @@ class RuleContext:
     dense_exchange: bool = False
     chosen: Mapping[str, Ownership] = field(default_factory=dict)
     shares: Shares | None = None
+    example_sizes: Mapping[str, int] = field(default_factory=dict)
 
     def share_out(self, value: str, num_channels: int) -> Ownership:
         """So many channels in contiguous runs, in the ranks' shares of the layer of this value."""
@@ -105,10 +107,10 @@ class RuleContext:
         return tuple(self.weights[arg.name].shape) if isinstance(arg, WeightRef) else ()
 
     def sizes(self, name: str) -> tuple[int, ...]:
-        """Shape of a value for one image: every symbol is 1."""
+        """Shape of a value for one image of the example's size."""
         shape = self.values[name].shape
-        ones = dict.fromkeys(symbols_of(shape), 1)
-        return tuple(evaluate_dim(dim, ones) for dim in shape)
+        sizes = {**dict.fromkeys(symbols_of(shape), 1), **self.example_sizes}
+        return tuple(evaluate_dim(dim, sizes) for dim in shape)
 
     def layer_of(self, op: Op) -> str:
         """The model's layer behind an op: where its first weight lives; else the op's own name."""
