@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import disco
 from disco.errors import InputError
-from disco.runtime import Cluster
+from disco.runtime import RankProcesses
 
 
 class Nested(nn.Module):
@@ -35,7 +35,7 @@ def test_nested_and_named_inputs_of_other_sizes(tmp_path: Path) -> None:
         model, (images,), 2, example_kwargs={"bias": torch.randn(1, 6)}, dynamic_size=True
     )
     cut.save(tmp_path / "out")
-    with Cluster(tmp_path / "out") as cluster:
+    with RankProcesses(tmp_path / "out") as cluster:
         for batch, height, width in [(1, 8, 8), (3, 11, 6)]:
             images = {"views": [torch.randn(batch, 3, height, width) for _ in range(2)]}
             bias = torch.randn(batch, 6)
