@@ -16,6 +16,7 @@ from disco import commands
 from disco.bench.throughput import BF16_ENGINES, DENSE_ENGINES, DTYPES
 from disco.errors import InputError, TransportError
 from disco.runtime.children import WorkerError
+from disco.sparsify import GROUP_SIZES
 from disco_kernels import BackendUnavailable
 
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
@@ -135,6 +136,13 @@ def _add_partition(subparsers: Any) -> None:
     _add_model_options(partition, positional=True)
     partition.add_argument(
         "--density", type=float, help="of exchanged channels; without it the weights stay"
+    )
+    partition.add_argument(
+        "--group-size",
+        type=int,
+        choices=GROUP_SIZES,
+        default=1,
+        help="neighbours among the channels that --density keeps or drops together (default: 1)",
     )
     partition.add_argument(
         "--pattern",

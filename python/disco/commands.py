@@ -75,6 +75,10 @@ def throughput(args: argparse.Namespace) -> bool:
 def partition(args: argparse.Namespace) -> None:
     """`disco partition`."""
     check_target(args.out, args.overwrite)  # before the work, not after it
+    if args.group_size != 1 and args.density is None:
+        raise InputError(
+            f"--group-size {args.group_size} was given, which is for --density: give that too"
+        )
     pattern = _find_pattern(args)
     cluster = None if args.cluster is None else Cluster.from_yaml(args.cluster)
     recipe = Recipe(
@@ -86,6 +90,7 @@ def partition(args: argparse.Namespace) -> None:
         density=args.density,
         preprocessing=Preprocessing.for_size(args.image_size),
         cluster=cluster,
+        group_size=args.group_size,
     )
     if args.weights is None:
         _say(f"no --weights: random weights of seed {args.seed}")

@@ -30,6 +30,7 @@ class Recipe:
         nodes: number of nodes.
         preprocessing: how photographs become inputs.
         cluster: the nodes, None for equal ones.
+        group_size: channels that the sparsification chose at a time.
     """
 
     source: str
@@ -40,6 +41,7 @@ class Recipe:
     density: float | None = None
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     cluster: Cluster | None = None
+    group_size: int = 1
 
     @property
     def example_input(self) -> Tensor:
@@ -54,7 +56,13 @@ class Recipe:
         """Give the model its structure in place, if the recipe says so, and return its pattern."""
         if self.density is None:
             return None
-        return api.sparsify_(model, self.cluster or self.nodes, self.density, (self.example_input,))
+        return api.sparsify_(
+            model,
+            self.cluster or self.nodes,
+            self.density,
+            (self.example_input,),
+            group_size=self.group_size,
+        )
 
     def describe(self, model: nn.Module) -> dict[str, Any]:
         """The manifest's model description; `model` is the finished one."""
@@ -65,6 +73,7 @@ class Recipe:
             "seed": self.seed,
             "weights_sha256": self.weights_sha256,
             "density": self.density,
+            "group_size": self.group_size,
             "input": self.preprocessing.to_json(),
             "cluster": None if self.cluster is None else [asdict(n) for n in self.cluster.nodes],
             "state_sha256": state_digest(model.state_dict()),
@@ -88,6 +97,7 @@ class Recipe:
                 density=None if data["density"] is None else float(data["density"]),
                 preprocessing=Preprocessing.from_json(data["input"]),
                 cluster=_cluster(data.get("cluster")),
+                group_size=int(data.get("group_size", 1)),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(

@@ -55,6 +55,18 @@ def test_another_image_size(disco: Command, photo: Path, tmp_path: Path) -> None
     assert done.code == 0, done.err
 
 
+def test_channels_in_groups(disco: Command, photo: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made = disco("partition", *MODEL, "--density", "0.2", "--group-size", "4", "--out", out)
+    assert made.code == 0, made.err
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["model"]["group_size"] == 4
+    done = disco("verify", out, "--input", photo)  # the model made again is this one
+    assert done.code == 0, done.err
+    refused = disco("partition", *MODEL, "--group-size", "4", "--out", tmp_path / "other")
+    assert refused.code == 2 and "--density: give that too" in refused.err
+
+
 def test_run_classifies_every_image_of_a_folder(
     disco: Command, partitioned: Path, photo: Path, tmp_path: Path
 ) -> None:
