@@ -122,7 +122,15 @@ def test_ssd300(nodes: int) -> None:
     )
     assert not any(part.plan.replicated for part in parts.values())
     for found, exact in zip(model(images), expected, strict=True):
-        assert torch.equal(found["labels"], exact["labels"])
-        for key in ("boxes", "scores"):
-            error = float((found[key] - exact[key]).abs().max())
-            assert error <= 1e-5 * float(exact[key].abs().max()), f"{key}: {error:.2e}"
+        _check_same_detections(found, exact)
+
+
+def _check_same_detections(found: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    """Each has its like in the other; those whose scores differ by less than rounding may swap."""
+    assert found["labels"].shape == exact["labels"].shape
+    same = found["labels"][:, None] == exact["labels"][None]
+    for key in ("boxes", "scores"):
+        a, b = (x[key].reshape(len(x[key]), -1) for x in (found, exact))
+        off = (a[:, None] - b[None]).abs().amax(-1)
+        same &= off <= 1e-5 * float(b.abs().max())
+    assert bool(same.any(0).all()) and bool(same.any(1).all())
