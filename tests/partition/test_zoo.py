@@ -54,8 +54,8 @@ SLOW = [
     ("timm", "dla34", 64),
     ("timm", "focalnet_tiny_srf", 64),
 ]
-# Queries, keys and values are gathered: torch's own multi-head attention merges images and heads into
-# one dimension, which no rule follows; LeViT's heads are of one split on two nodes but not on three.
+# Queries, keys and values are gathered: torch's own multi-head attention merges images and heads
+# into one dimension, which no rule follows; LeViT's split by heads holds on two nodes only.
 GATHERING = [("torchvision", "vit_b_16", 224), ("timm", "levit_128s", 224)]
 # Gathers for ops without a rule, as a share of what is exchanged sparsely.
 LARGEST_GATHERED_SHARE = 0.05
