@@ -26,6 +26,9 @@ from disco.program.symbols import first_failing, solve_dim, symbols_of
         ("Ne(s0, 5)", 0),
         ("(s0 - 1)//2 + 1 > 3", 0),
         ("s1 <= 2", 1),
+        ("(s0 > 1) & (s1 > 5)", 0),
+        ("(s0 > 1) | (s1 > 5)", 1),
+        ("~(s0 > 1)", 0),
     ],
 )
 def test_expressions(expression: int | str, value: int) -> None:

@@ -27,6 +27,7 @@ from disco.program import (
     WeightRef,
     is_allowed,
 )
+from disco.program.symbols import first_failing
 
 # Where and how a result lies in memory is for the executor to choose; values do not depend on it.
 _PLACEMENT_ATTRIBUTES = frozenset({"device", "layout", "memory_format", "pin_memory"})
@@ -131,6 +132,8 @@ class _Symbols:
             # Others are of the batch alone, which is open to any size.
             if names & set(sizes):
                 conditions[str(self._renamed(condition))] = None
+        failing = first_failing(tuple(conditions), self._hints)
+        assert failing is None, f"the example itself does not satisfy {failing}"
         return {"example_sizes": sizes, "conditions": tuple(conditions)}
 
     def _renamed(self, expression: Any) -> Any:

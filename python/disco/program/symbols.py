@@ -26,6 +26,9 @@ _BINARY: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Mult: operator.mul,
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
+    # Of conditions, which are 0 or 1.
+    ast.BitAnd: operator.and_,
+    ast.BitOr: operator.or_,
 }
 _FUNCTIONS: dict[str, Callable[..., int]] = {
     "Max": max,
@@ -119,6 +122,8 @@ def _evaluate(node: ast.AST, text: str, symbols: Mapping[str, int]) -> int:
             return int(base**exponent)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return -_evaluate(node.operand, text, symbols)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
+        return int(not _evaluate(node.operand, text, symbols))
     if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _COMPARE:
         left = _evaluate(node.left, text, symbols)
         right = _evaluate(node.comparators[0], text, symbols)
