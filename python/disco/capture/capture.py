@@ -16,6 +16,7 @@ from disco.capture.fuse import fuse_epilogues, lower_convolutions_and_linears
 from disco.capture.on_cpu import on_cpu
 from disco.capture.parts import spell_out_parts, spell_out_shuffles
 from disco.capture.prune import remove_copies, remove_dead
+from disco.capture.views import spell_out_views
 from disco.program import Program
 
 
@@ -68,6 +69,7 @@ def capture(
     program, weights = convert(exported, examples.parameters)
     origins: dict[str, str] = {}
     program = fold_constants(spell_out_parts(remove_copies(program)), weights)
+    program = spell_out_views(program)
     program = remove_dead(spell_out_shuffles(program, weights))
     program = lower_convolutions_and_linears(program)
     program = fold_batch_norm(program, weights, origins)
