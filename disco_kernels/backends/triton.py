@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -25,12 +24,6 @@ _VECTOR = 8  # columns of a packed weight are padded to whole vectors (triton/ta
 def interpreted() -> bool:
     """Whether Triton's interpreter was asked for, which takes tensors in CPU memory."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-
-
-def _launch() -> ModuleType:
-    from disco_kernels.triton import launch
-
-    return launch
 
 
 class TritonBackend(Backend):
@@ -79,8 +72,9 @@ class TritonBackend(Backend):
         self, descriptor: Conv2dDescriptor, dtype: torch.dtype, pack: Sequence[Tensor] = ()
     ) -> PreparedConv2d:
         _refuse_algorithm(descriptor.spec.algorithm)
-        prepared: PreparedConv2d = _launch().TritonConv2d(descriptor, dtype, pack)
-        return prepared
+        from disco_kernels.triton.launch import TritonConv2d
+
+        return TritonConv2d(descriptor, dtype, pack)
 
     def dense_is_faster(self, descriptor: Conv2dDescriptor, dtype: torch.dtype) -> bool:
         # A tile of fewer columns leaves the matrix units idle while it waits for its pixels, which
@@ -108,22 +102,28 @@ class TritonBackend(Backend):
         _refuse_algorithm(descriptor.spec.algorithm)
         if self.groups_as_nodes(descriptor, dtype):
             return super().prepare_grouped(descriptor, dtype)
-        prepared: PreparedConv2d = _launch().TritonDepthwise(descriptor)
-        return prepared
+        from disco_kernels.triton.launch_depthwise import TritonDepthwise
+
+        return TritonDepthwise(descriptor)
 
     def max_pool2d_(self, x: Tensor, window: ConvSpec, out: Tensor) -> None:
-        _launch().max_pool2d_(x, window, out)
+        from disco_kernels.triton.launch_pool import max_pool2d_
+
+        max_pool2d_(x, window, out)
 
     def global_avg_pool2d_(self, x: Tensor, out: Tensor) -> Callable[[], None]:
+        from disco_kernels.triton.launch_pool import global_avg_pool2d_
+
         def run() -> None:
-            _launch().global_avg_pool2d_(x, out)
+            global_avg_pool2d_(x, out)
 
         run()
         return run
 
     def prepare_gather_pack(self, index: Sequence[Tensor]) -> PreparedGatherPack:
-        prepared: PreparedGatherPack = _launch().TritonGatherPack(index)
-        return prepared
+        from disco_kernels.triton.launch_pack import TritonGatherPack
+
+        return TritonGatherPack(index)
 
 
 def _refuse_algorithm(algorithm: str) -> None:

@@ -1,4 +1,4 @@
-"""Launches: arguments of the kernels, from tensors and descriptors that were checked before."""
+"""The launch of a convolution: its kernels' arguments, from tensors that were checked before."""
 
 from __future__ import annotations
 
@@ -11,27 +11,16 @@ import torch
 from torch import Tensor
 
 from disco_kernels.core import FEW_CHANNELS
-from disco_kernels.registry import Outgoing, PreparedConv2d, PreparedGatherPack
-from disco_kernels.spec import Conv2dDescriptor, ConvSpec, GroupedDescriptor
+from disco_kernels.registry import Outgoing, PreparedConv2d
+from disco_kernels.spec import Conv2dDescriptor, ConvSpec
+from disco_kernels.triton.arguments import VECTOR_BYTES, geometry, pixel_strides, strides, wide
 from disco_kernels.triton.conv2d import conv2d_kernel
-from disco_kernels.triton.depthwise import depthwise_kernel
 from disco_kernels.triton.few_channels import few_channels_kernel, pad_kernel
-from disco_kernels.triton.message import pack_kernel, quantise_kernel, scale_kernel
-from disco_kernels.triton.pool import global_avg_pool2d_kernel, max_pool2d_kernel
-from disco_kernels.triton.tables import (
-    Lists,
-    Part,
-    Tables,
-    make_tables,
-    num_channels,
-    padded_columns,
-)
+from disco_kernels.triton.launch_pack import TritonGatherPack
+from disco_kernels.triton.tables import Lists, Tables, make_tables, num_channels, padded_columns
 from disco_kernels.triton.tiles import Tile, choose_tile
-from disco_kernels.wire import LARGEST_SCALE, SMALLEST_MAGNITUDE, message_views
 
-_VECTOR_BYTES = 16
 _FEW_CHANNELS_PADDED = 4
-_INT32_MAX = 2**31 - 1
 
 
 class TritonConv2d(PreparedConv2d):
@@ -87,9 +76,9 @@ class TritonConv2d(PreparedConv2d):
             "weight": packed_weight,
             "bias": bias,
             "residual": residual,
-            "residual_strides": None if residual is None else _pixel_strides(residual),
+            "residual_strides": None if residual is None else pixel_strides(residual),
             "out": out,
-            "out_strides": _pixel_strides(out),
+            "out_strides": pixel_strides(out),
             "messages": messages,
             "message_channels": tuple(len(self.pack[d]) for d in range(len(messages))),
             "positions": self._positions_for(num_outputs, out.device) if messages else None,
@@ -100,7 +89,7 @@ class TritonConv2d(PreparedConv2d):
             **_window(spec),
             "NUM_MESSAGES": len(messages),
             "OUT_GROUP": self._out_group(out, residual),
-            "WIDE": _wide(*sources, out, residual, *messages),
+            "WIDE": wide(*sources, out, residual, *messages),
             "ACTIVATION": spec.activation,
             "ACCUMULATE": accumulate,
             "PRECISION": _precision(self.dtype),
@@ -133,7 +122,7 @@ class TritonConv2d(PreparedConv2d):
         spec = self.descriptor.spec
         conv2d_kernel[(-(-shared["M"] // tile.m) * tables.num_tiles,)](
             xs=tuple(xs),
-            x_strides=tuple(_strides(x) for x in xs),
+            x_strides=tuple(strides(x) for x in xs),
             scales=tuple(given),
             scale_strides=tuple(0 if scale is None else scale.stride(0) for scale in given),
             images_per_scale=tuple(
@@ -190,7 +179,7 @@ class TritonConv2d(PreparedConv2d):
         num_pixels = padded.numel() // channels
         pad_kernel[(-(-num_pixels // 256),)](
             x=x,
-            x_strides=_strides(x),
+            x_strides=strides(x),
             padded=padded,
             first_channel=part.channels[0],
             C=count,
@@ -212,7 +201,7 @@ class TritonConv2d(PreparedConv2d):
             C=count,
             CHANNELS=channels,
             BLOCK_K=64 if out.element_size() == 2 else 32,
-            **{**shared, "WIDE": shared["WIDE"] or _wide(padded)},
+            **{**shared, "WIDE": shared["WIDE"] or wide(padded)},
         )
 
     def choose(self, pixels: int, device: torch.device) -> Tile:
@@ -246,10 +235,10 @@ class TritonConv2d(PreparedConv2d):
     def _group(self, sources: Sequence[Tensor], tile: Tile) -> int:
         """Channels that are read at once: those of 16 bytes, if lists and memory allow it."""
         sizes = {sources[source].element_size() for source in self.lists.sources}
-        vector = _VECTOR_BYTES // min(sizes, default=1)
+        vector = VECTOR_BYTES // min(sizes, default=1)
         aligned = all(
             x.stride(1) == 1
-            and x.data_ptr() % _VECTOR_BYTES == 0
+            and x.data_ptr() % VECTOR_BYTES == 0
             and all(stride % vector == 0 for stride in (x.stride(0), x.stride(2), x.stride(3)))
             for x in (sources[source] for source in self.lists.sources)
         )
@@ -260,12 +249,12 @@ class TritonConv2d(PreparedConv2d):
         return self._groups[vector]
 
     def _out_group(self, out: Tensor, residual: Tensor | None) -> int:
-        vector = _VECTOR_BYTES // out.element_size()
+        vector = VECTOR_BYTES // out.element_size()
         for x in (out, residual):
             if x is None:
                 continue
             strides = (x.stride(0), x.stride(2), x.stride(3))
-            if x.data_ptr() % _VECTOR_BYTES or any(stride % vector for stride in strides):
+            if x.data_ptr() % VECTOR_BYTES or any(stride % vector for stride in strides):
                 return 1
         return self.lists.out_group(vector)
 
@@ -295,242 +284,14 @@ class TritonConv2d(PreparedConv2d):
         return found
 
 
-class TritonDepthwise(PreparedConv2d):
-    """Groups of one input channel."""
-
-    def __init__(self, descriptor: GroupedDescriptor) -> None:
-        self.descriptor = descriptor
-
-    def run(
-        self,
-        sources: Sequence[Tensor],
-        packed_weight: Tensor,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        out: Tensor,
-        accumulate: bool,
-        scales: Sequence[Tensor | None] | None = None,
-        outgoing: Outgoing | None = None,
-    ) -> None:
-        assert outgoing is None, "grouped convolutions are prepared without messages"
-        (x,), given = sources, self.descriptor
-        wanted = given.out_channels * math.prod(given.spec.kernel_size)
-        if packed_weight.numel() != wanted:
-            raise ValueError(
-                f"the packed weights hold {packed_weight.numel()} values, this layer has {wanted}: "
-                "pack them again for this backend (prepack_grouped, or repack() of the module)"
-            )
-        batch, channels, height, width = out.shape
-        pixels = batch * height * width
-        if pixels == 0:
-            return
-        block_c = min(64, _power_of_two(channels))
-        block_m = 2048 // block_c
-        depthwise_kernel[(-(-pixels // block_m), -(-channels // block_c))](
-            x,
-            _strides(x),
-            packed_weight,
-            bias,
-            residual,
-            None if residual is None else _pixel_strides(residual),
-            out,
-            _pixel_strides(out),
-            pixels,
-            x.shape[2],
-            x.shape[3],
-            height,
-            width,
-            channels,
-            PER_GROUP=given.out_per_group,
-            **_geometry(given.spec),
-            WIDE=_wide(x, out, residual),
-            ACTIVATION=given.spec.activation,
-            ACCUMULATE=accumulate,
-            BLOCK_M=block_m,
-            BLOCK_C=block_c,
-            num_warps=4,
-        )
-
-
-class TritonGatherPack(PreparedGatherPack):
-    """All messages of an exchange; int8 takes two launches a message, others one for all."""
-
-    def __init__(self, index: Sequence[Tensor]) -> None:
-        self.index = [index_d.to(torch.int32).cpu() for index_d in index]
-        lists = [tuple(int(c) for c in one.tolist()) for one in self.index]
-        self.counts = tuple(map(len, lists))
-        self.begins = tuple(sum(self.counts[:d]) for d in range(len(lists)))
-        self.lists = Lists((0,), (False,), tuple((Part(listed, 0),) for listed in lists), ())
-        self._channels: dict[torch.device, Tensor] = {}
-
-    def run(self, x: Tensor, messages: Sequence[Tensor]) -> None:
-        largest = self.lists.largest_channel.get(0, -1)
-        if largest >= x.shape[1]:
-            raise ValueError(f"channel {largest} is listed, but only 0 to {x.shape[1] - 1} exist")
-        if len(messages) != len(self.counts):
-            raise ValueError(f"{len(self.counts)} messages are needed, given {len(messages)}")
-        batch, _, height, width = x.shape
-        if not messages or x.numel() == 0:
-            return
-        channels = self._channels_on(x.device)
-        if messages[0].dtype == torch.int8:
-            for count, begin, message in zip(self.counts, self.begins, messages, strict=True):
-                _pack_int8(x, channels[begin : begin + count], message)
-            return
-        pixels = batch * height * width
-        taken = [d for d, count in enumerate(self.counts) if count]
-        if not taken:
-            return
-        widest = max(self.counts)
-        block_c = min(128, max(16, _power_of_two(widest)))
-        block_m = max(16, 4096 // block_c)
-        pack_kernel[(-(-pixels // block_m),)](
-            x,
-            _strides(x),
-            tuple(messages[d] for d in taken),
-            tuple(self.counts[d] for d in taken),
-            tuple(self.begins[d] for d in taken),
-            channels,
-            pixels,
-            height,
-            width,
-            NUM_MESSAGES=len(taken),
-            GROUP=self._group(x, messages),
-            WIDE=_wide(x, *messages),
-            BLOCK_M=block_m,
-            BLOCK_C=block_c,
-            num_warps=4,
-        )
-
-    def _group(self, x: Tensor, messages: Sequence[Tensor]) -> int:
-        vector = _VECTOR_BYTES // x.element_size()
-        strides = (x.stride(0), x.stride(2), x.stride(3))
-        aligned = all(t.data_ptr() % _VECTOR_BYTES == 0 for t in (x, *messages) if t.numel())
-        if not aligned or x.stride(1) != 1 or any(stride % vector for stride in strides):
-            return 1
-        return self.lists.group(vector)
-
-    def _channels_on(self, device: torch.device) -> Tensor:
-        found = self._channels.get(device)
-        if found is None:
-            listed = torch.cat(self.index) if self.index else torch.empty(0, dtype=torch.int32)
-            self._channels[device] = found = listed.to(device)
-        return found
-
-
-def _pack_int8(x: Tensor, channels: Tensor, message: Tensor) -> None:
-    batch, _, height, width = x.shape
-    count, pixels = channels.numel(), height * width
-    values, scale = message_views(message, (batch, height, width), count)
-    assert scale is not None
-    filled = 4 * scale.numel() + values.numel()
-    if filled < message.numel():
-        message.view(-1)[filled:].zero_()
-    if count == 0:
-        return
-    largest = torch.empty_like(scale)
-    block_c = min(64, max(16, _power_of_two(count)))
-    block_p = 2048 // block_c
-    scale_kernel[(batch, -(-count // block_c))](
-        x,
-        _strides(x),
-        scale,
-        largest,
-        channels,
-        count,
-        pixels,
-        width,
-        SMALLEST=SMALLEST_MAGNITUDE,
-        LARGEST_SCALE=LARGEST_SCALE,
-        BLOCK_P=block_p,
-        BLOCK_C=block_c,
-        num_warps=4,
-    )
-    quantise_kernel[(batch, -(-pixels // block_p))](
-        x,
-        _strides(x),
-        largest,
-        values,
-        channels,
-        count,
-        pixels,
-        width,
-        BLOCK_P=block_p,
-        BLOCK_C=block_c,
-        num_warps=4,
-    )
-
-
-def max_pool2d_(x: Tensor, window: ConvSpec, out: Tensor) -> None:
-    """As `Backend.max_pool2d_`."""
-    batch, channels, height, width = out.shape
-    pixels = batch * height * width
-    if out.numel() == 0:
-        return
-    block_c = min(64, _power_of_two(channels))
-    block_m = 2048 // block_c
-    max_pool2d_kernel[(-(-pixels // block_m), -(-channels // block_c))](
-        x,
-        _strides(x),
-        out,
-        _pixel_strides(out),
-        pixels,
-        x.shape[2],
-        x.shape[3],
-        height,
-        width,
-        channels,
-        **_geometry(window),
-        BLOCK_M=block_m,
-        BLOCK_C=block_c,
-        num_warps=4,
-    )
-
-
-def global_avg_pool2d_(x: Tensor, out: Tensor) -> None:
-    """As `Backend.global_avg_pool2d_`."""
-    batch, channels, height, width = x.shape
-    if out.numel() == 0:
-        return
-    block_c = min(64, _power_of_two(channels))
-    global_avg_pool2d_kernel[(batch, -(-channels // block_c))](
-        x,
-        _strides(x),
-        out,
-        out.stride(0),
-        height * width,
-        width,
-        channels,
-        BLOCK_P=2048 // block_c,
-        BLOCK_C=block_c,
-        num_warps=4,
-    )
-
-
 def _window(spec: ConvSpec) -> dict[str, int]:
-    found = _geometry(spec)
+    found = geometry(spec)
     kept = {name: found[name] for name in ("KW", "SH", "SW", "DH", "DW")}
     return {"taps": found["KH"] * found["KW"], **kept}
 
 
-def _geometry(spec: ConvSpec) -> dict[str, int]:
-    names = ("KH", "KW", "SH", "SW", "PH", "PW", "DH", "DW")
-    values = (*spec.kernel_size, *spec.stride, *spec.padding, *spec.dilation)
-    return dict(zip(names, values, strict=True))
-
-
 def _is_run(channels: Sequence[int]) -> bool:
     return list(channels) == list(range(channels[0], channels[0] + len(channels)))
-
-
-def _strides(x: Tensor) -> tuple[int, int, int, int]:
-    n, c, h, w = x.stride()
-    return n, c if x.shape[1] > 1 else 1, h, w
-
-
-def _pixel_strides(x: Tensor) -> tuple[int, int, int]:
-    n, _, h, w = x.stride()
-    return n, h, w
 
 
 def _as_images(out: Tensor, images: int) -> Tensor:
@@ -538,16 +299,6 @@ def _as_images(out: Tensor, images: int) -> Tensor:
     pixels = out.numel() // max(1, out.shape[1] * images)
     rows = out.permute(0, 2, 3, 1).reshape(images, 1, pixels, out.shape[1])
     return rows.permute(0, 3, 1, 2)
-
-
-def _wide(*tensors: Tensor | None) -> bool:
-    """Whether offsets into one of these need 64 bits."""
-    return any(x is not None and _extent(x) > _INT32_MAX for x in tensors)
-
-
-def _extent(x: Tensor) -> int:
-    pairs = zip(x.shape, x.stride(), strict=True)
-    return 1 + sum((size - 1) * abs(stride) for size, stride in pairs) if x.numel() else 0
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -561,7 +312,3 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def _power_of_two(value: int) -> int:
-    return 1 << (max(value, 1) - 1).bit_length()

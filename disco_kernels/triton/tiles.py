@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from disco_kernels.triton.arguments import power_of_two
+
 
 @dataclass(frozen=True, order=True)
 class Tile:
@@ -45,13 +47,13 @@ def choose_tile(
     """
     narrow = dtype.itemsize == 2
     widest = 64 if narrow else 32
-    k = min(widest, max(16, _power_of_two(min(inputs - listed, inputs) or inputs)))
-    g = min(widest, max(16, _power_of_two(listed)))
+    k = min(widest, max(16, power_of_two(min(inputs - listed, inputs) or inputs)))
+    g = min(widest, max(16, power_of_two(listed)))
     if not narrow:
-        n = max(16, min(64, _power_of_two(columns)))
+        n = max(16, min(64, power_of_two(columns)))
         m = _fitting(64, pixels, columns, n, multiprocessors)
         return Tile(m, n, k, g, 4, 3)
-    n = max(16, min(128 if k > 16 else 64, _power_of_two(columns)))
+    n = max(16, min(128 if k > 16 else 64, power_of_two(columns)))
     long_sum = inputs * taps >= _LONG_SUM
     # Long sums are worth a tile that reads less for each product, as long as all multiprocessors
     # have two of them in turn; short ones are over before a large tile has filled.
@@ -74,7 +76,3 @@ def _fitting(side: int, length: int, other_length: int, other: int, multiprocess
     ):
         side //= 2
     return side
-
-
-def _power_of_two(value: int) -> int:
-    return 1 << (max(value, 1) - 1).bit_length()
