@@ -126,3 +126,27 @@ def test_masks_and_whole_numbers_are_exchanged(nodes: int) -> None:
     for result in partitioned.run_ranks(x):
         for found, wanted in zip(result, expected, strict=True):
             assert found.dtype == wanted.dtype and torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": lambda x: x}, "model must be a torch.nn.Module, given function"),
+        ({"model": nn.Conv2d(3, 4, 1, device="meta")}, "device 'meta'"),
+        ({"example_inputs": None}, "example_inputs must be a tuple .* given NoneType"),
+        ({"example_kwargs": [1]}, "example_kwargs must be a dict .* given list"),
+        ({"tolerance": float("nan")}, "tolerance must be a number, 0 or more; given nan"),
+        ({"tolerance": "0"}, "tolerance must be a number, 0 or more; given '0'"),
+        ({"pattern": "p.json"}, r"disco_kernels\.Pattern .* given str"),
+        ({"ownership": [1]}, r"disco_kernels\.Ownership, given list"),
+        ({"ownership": {"conv": [[0], [1]]}}, "of layer 'conv' must be a .* given list"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(options: dict[str, object], message: str) -> None:
+    given: dict[str, object] = {
+        "model": Masks().eval(),
+        "example_inputs": (torch.randn(2, 3, 6, 6),),
+    }
+    with pytest.raises(InputError, match=message) as caught:
+        disco.partition(**{**given, **options})  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
