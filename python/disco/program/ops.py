@@ -50,38 +50,39 @@ _ATEN_NAMES = """
     cummax.default cummin.default cumprod.default cumsum.default deg2rad.default detach.default
     diag_embed.default diagonal.default diff.default div.Scalar div.Scalar_mode div.Tensor
     div.Tensor_mode dot.default dstack.default einsum.default elu.default embedding.default
-    eq.Scalar eq.Tensor erf.default erfc.default erfinv.default exp.default exp2.default
-    expand.default expand_as.default expm1.default eye.default eye.m fill.Scalar fill.Tensor
-    flatten.using_ints flip.default fliplr.default flipud.default float_power.Tensor_Scalar
-    floor.default floor_divide.Scalar floor_divide.default fmax.default fmin.default
-    fmod.Scalar fmod.Tensor frac.default frobenius_norm.dim full.default full_like.default
-    gather.default ge.Scalar ge.Tensor gelu.default glu.default grid_sampler.default
-    group_norm.default gt.Scalar gt.Tensor hardshrink.default hardsigmoid.default
-    hardswish.default hardtanh.default heaviside.default hstack.default huber_loss.default
-    hypot.default im2col.default index.Tensor index_add.default index_copy.default
-    index_put.default index_select.default instance_norm.default isfinite.default isinf.default
-    isnan.default kthvalue.default l1_loss.default layer_norm.default le.Scalar le.Tensor
-    leaky_relu.default lerp.Scalar lerp.Tensor lift_fresh_copy.default
-    linalg_vector_norm.default linear.default linspace.default log.default log10.default
-    log1p.default log2.default log_sigmoid.default log_softmax.int logaddexp.default
-    logcumsumexp.default logical_and.default logical_not.default logical_or.default
-    logical_xor.default logit.default logsumexp.default lt.Scalar lt.Tensor masked_fill.Scalar
-    masked_fill.Tensor matmul.default max.default max.dim max.other max_pool1d.default
-    max_pool2d.default max_pool2d_with_indices.default max_pool3d.default
-    max_pool3d_with_indices.default max_unpool2d.default max_unpool3d.default maximum.default
-    mean.default mean.dim median.default median.dim meshgrid.default meshgrid.indexing
-    min.default min.dim min.other minimum.default mish.default mm.default movedim.int
-    mse_loss.default mul.Scalar mul.Tensor mv.default nan_to_num.default narrow.default
-    native_group_norm.default native_layer_norm.default ne.Scalar ne.Tensor neg.default
-    new_full.default new_ones.default new_zeros.default norm.Scalar norm.ScalarOpt_dim
-    numpy_T.default one_hot.default ones.default ones_like.default outer.default pad.default
-    pairwise_distance.default permute.default pixel_shuffle.default pixel_unshuffle.default
-    pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor prelu.default prod.default prod.dim_int
-    rad2deg.default ravel.default reciprocal.default reflection_pad1d.default
-    reflection_pad2d.default reflection_pad3d.default relu.default relu6.default
-    remainder.Scalar remainder.Tensor repeat.default repeat_interleave.Tensor
-    repeat_interleave.self_int replication_pad1d.default replication_pad2d.default
-    replication_pad3d.default reshape.default rms_norm.default roll.default rot90.default
+    embedding_bag.padding_idx eq.Scalar eq.Tensor erf.default erfc.default erfinv.default
+    exp.default exp2.default expand.default expand_as.default expm1.default eye.default eye.m
+    fill.Scalar fill.Tensor flatten.using_ints flip.default fliplr.default flipud.default
+    float_power.Tensor_Scalar floor.default floor_divide.Scalar floor_divide.default
+    fmax.default fmin.default fmod.Scalar fmod.Tensor frac.default frobenius_norm.dim
+    full.default full_like.default gather.default ge.Scalar ge.Tensor gelu.default glu.default
+    grid_sampler.default group_norm.default gru.input gt.Scalar gt.Tensor hardshrink.default
+    hardsigmoid.default hardswish.default hardtanh.default heaviside.default hstack.default
+    huber_loss.default hypot.default im2col.default index.Tensor index_add.default
+    index_copy.default index_put.default index_select.default instance_norm.default
+    isfinite.default isinf.default isnan.default kthvalue.default l1_loss.default
+    layer_norm.default le.Scalar le.Tensor leaky_relu.default lerp.Scalar lerp.Tensor
+    lift_fresh_copy.default linalg_vector_norm.default linear.default linspace.default
+    log.default log10.default log1p.default log2.default log_sigmoid.default log_softmax.int
+    logaddexp.default logcumsumexp.default logical_and.default logical_not.default
+    logical_or.default logical_xor.default logit.default logsumexp.default lstm.input lt.Scalar
+    lt.Tensor masked_fill.Scalar masked_fill.Tensor matmul.default max.default max.dim
+    max.other max_pool1d.default max_pool2d.default max_pool2d_with_indices.default
+    max_pool3d.default max_pool3d_with_indices.default max_unpool2d.default
+    max_unpool3d.default maximum.default mean.default mean.dim median.default median.dim
+    meshgrid.default meshgrid.indexing min.default min.dim min.other minimum.default
+    mish.default mm.default movedim.int mse_loss.default mul.Scalar mul.Tensor mv.default
+    nan_to_num.default narrow.default native_group_norm.default native_layer_norm.default
+    ne.Scalar ne.Tensor neg.default new_full.default new_ones.default new_zeros.default
+    norm.Scalar norm.ScalarOpt_dim numpy_T.default one_hot.default ones.default
+    ones_like.default outer.default pad.default pairwise_distance.default permute.default
+    pixel_shuffle.default pixel_unshuffle.default pow.Scalar pow.Tensor_Scalar
+    pow.Tensor_Tensor prelu.default prod.default prod.dim_int rad2deg.default ravel.default
+    reciprocal.default reflection_pad1d.default reflection_pad2d.default
+    reflection_pad3d.default relu.default relu6.default remainder.Scalar remainder.Tensor
+    repeat.default repeat_interleave.Tensor repeat_interleave.self_int
+    replication_pad1d.default replication_pad2d.default replication_pad3d.default
+    reshape.default rms_norm.default rnn_relu.input rnn_tanh.input roll.default rot90.default
     round.default rsqrt.default rsub.Scalar rsub.Tensor scalar_tensor.default
     scaled_dot_product_attention.default scatter.src scatter.value scatter_add.default
     scatter_reduce.two searchsorted.Tensor select.int select_scatter.default selu.default
@@ -100,8 +101,8 @@ _ATEN_NAMES = """
     upsample_nearest1d.vec upsample_nearest2d.default upsample_nearest2d.vec
     upsample_nearest3d.default upsample_nearest3d.vec upsample_trilinear3d.default
     upsample_trilinear3d.vec var.correction var.default var.dim var_mean.correction
-    var_mean.dim view.default vstack.default where.ScalarOther where.ScalarSelf where.self
-    xlogy.Tensor zero.default zeros.default zeros_like.default
+    var_mean.dim vdot.default view.default vstack.default where.ScalarOther where.ScalarSelf
+    where.self xlogy.Tensor zero.default zeros.default zeros_like.default
 """
 _ATEN = frozenset("aten." + name for name in _ATEN_NAMES.split())
 
