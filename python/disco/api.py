@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Container, Mapping, Sequence
@@ -163,8 +164,9 @@ def partition(
             its part (with need and limit) or left without any work.
     """
     cluster = Cluster.of(nodes)
-    if tolerance < 0:
-        raise InputError(f"tolerance must be 0 or more, given {tolerance}")
+    if not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf:
+        raise InputError(f"tolerance must be a number, 0 or more; given {tolerance!r}")
+    _check_kinds(ownership, pattern)
     captured = capture(
         model, example_inputs, example_kwargs=example_kwargs, dynamic_size=dynamic_size
     )
@@ -398,6 +400,25 @@ def _fixed_ownership(
                 f"layers are called like {', '.join(repr(layer) for layer in sorted(layers)[:3])}"
             )
     return fixed
+
+
+def _check_kinds(ownership: Mapping[str, Ownership] | None, pattern: Pattern | None) -> None:
+    if pattern is not None and not isinstance(pattern, Pattern):
+        raise InputError(
+            f"pattern must be a disco_kernels.Pattern (Pattern.load reads a file), given "
+            f"{type(pattern).__name__}"
+        )
+    if ownership is not None and not isinstance(ownership, Mapping):
+        raise InputError(
+            "ownership must be a dict of layers and their disco_kernels.Ownership, given "
+            f"{type(ownership).__name__}"
+        )
+    for name, owned in (ownership or {}).items():
+        if not isinstance(owned, Ownership):
+            raise InputError(
+                f"the ownership of layer {name!r} must be a disco_kernels.Ownership, given "
+                f"{type(owned).__name__}"
+            )
 
 
 def _check_nodes(nodes: int) -> None:

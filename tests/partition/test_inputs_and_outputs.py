@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import disco
 from disco.errors import InputError
+from disco_kernels import Ownership
 
 
 class TwoInputs(nn.Module):
@@ -89,3 +90,63 @@ def test_later_changes_to_the_model_do_not_reach_it() -> None:
     for parameter in model.parameters():
         parameter.fill_(7.0)
     assert torch.equal(partitioned(x), before)
+
+
+class Masks(nn.Module):
+    """Masks and indices, which are exchanged too: as outputs, and where an op needs them whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.conv(x)
+        mask = y > 0
+        counts = mask.sum((2, 3))
+        return y, mask, counts, y.flatten(2).argmax(2), mask.flip(1), mask.permute(0, 2, 3, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("nodes", [2, 3, 8])
+def test_masks_and_whole_numbers_are_exchanged(nodes: int) -> None:
+    torch.manual_seed(0)
+    model, x = Masks().eval(), torch.randn(2, 3, 6, 6)
+    cluster = disco.Cluster(nodes)
+    ownership = None
+    if nodes == 8:  # more nodes than channels: some own nothing
+        ownership = {"conv": Ownership(((4, 0), (), (2,), (), (1,), (3, 5), (), ()))}
+    partitioned = disco.partition(model, (x,), cluster, ownership=ownership)
+    y = partitioned(x)[0]
+    torch.testing.assert_close(y, model(x)[0])
+    mask = y > 0
+    expected = (
+        *(y, mask, mask.sum((2, 3)), y.flatten(2).argmax(2)),
+        *(mask.flip(1), mask.permute(0, 2, 3, 1)),
+    )
+    for result in partitioned.run_ranks(x):
+        for found, wanted in zip(result, expected, strict=True):
+            assert found.dtype == wanted.dtype and torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": lambda x: x}, "model must be a torch.nn.Module, given function"),
+        ({"model": nn.Conv2d(3, 4, 1, device="meta")}, "device 'meta'"),
+        ({"example_inputs": None}, "example_inputs must be a tuple .* given NoneType"),
+        ({"example_kwargs": [1]}, "example_kwargs must be a dict .* given list"),
+        ({"tolerance": float("nan")}, "tolerance must be a number, 0 or more; given nan"),
+        ({"tolerance": "0"}, "tolerance must be a number, 0 or more; given '0'"),
+        ({"pattern": "p.json"}, r"disco_kernels\.Pattern .* given str"),
+        ({"ownership": [1]}, r"disco_kernels\.Ownership, given list"),
+        ({"ownership": {"conv": [[0], [1]]}}, "of layer 'conv' must be a .* given list"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(options: dict[str, object], message: str) -> None:
+    given: dict[str, object] = {
+        "model": Masks().eval(),
+        "example_inputs": (torch.randn(2, 3, 6, 6),),
+    }
+    with pytest.raises(InputError, match=message) as caught:
+        disco.partition(**{**given, **options})  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)

@@ -654,3 +654,39 @@ def test_stack(data: st.DataObject, world_size: int, dim: int, tied: bool) -> No
     owned["b"] = owned["a"] if tied else data.draw(ownerships(5, world_size))
     plan = check_exact(case, world_size, owned)
     assert not plan.replicated
+
+
+_LIMITED = {"acos", "asin", "atanh", "erfinv"}  # defined between -1 and 1 only
+_POSITIVE = {"acosh", "log2", "log10"}
+_OF_ONE_ELEMENT = """
+    acos acosh asin asinh atan atanh celu cosh erfc erfinv exp2 frac hardshrink log10 log2
+    log_sigmoid logit nan_to_num sgn sinc sinh softshrink square trunc
+"""
+
+
+@pytest.mark.parametrize(
+    "name",
+    _OF_ONE_ELEMENT.split(),
+)
+def test_functions_of_one_element_run_where_their_channels_are(name: str) -> None:
+    case = Case(3, 4, 4)
+    y = case.conv("conv", "x", 5, 3)
+    if name in _LIMITED | _POSITIVE | {"logit"}:
+        y = case.op("aten.sigmoid.default", "limited", y)
+    if name in _POSITIVE:
+        y = case.op("aten.add.Scalar", "positive", y, 1.0)
+    case.op(f"aten.{name}.default", "y", y)
+    ownership = Ownership(((3, 0), (), (4, 1, 2)))
+    plan = check_exact(case, 3, {"conv": ownership})
+    assert not plan.replicated
+
+
+@pytest.mark.parametrize(
+    "kind", ["atan2.default", "copysign.Tensor", "hypot.default", "max.other", "logaddexp.default"]
+)
+def test_functions_of_two_elements_run_where_their_channels_are(kind: str) -> None:
+    case = Case(3, 4, 4)
+    a, b = case.conv("a", "x", 5, 3), case.conv("b", "x", 5, 3)
+    case.op(f"aten.{kind}", "y", a, b)
+    plan = check_exact(case, 3, {"a": Ownership(((3, 0), (), (4, 1, 2)))})
+    assert not plan.replicated

@@ -18,6 +18,7 @@ from disco.program import (
     ValueInfo,
     WeightRef,
     interpret,
+    ops,
     register_op,
 )
 from disco.program.fused import ACTIVATIONS
@@ -168,3 +169,11 @@ def test_views_work_in_any_memory_layout() -> None:
     program = _program(Op("aten.view.default", "y", (Ref("x"), (2, 192))))
     strided = x.contiguous(memory_format=torch.channels_last)
     assert torch.equal(interpret(program, {}, (strided,)), x.reshape(2, 192))
+
+
+def test_every_op_of_the_list_is_an_aten_op_without_side_effects() -> None:
+    for kind in sorted(ops._ATEN):
+        _, name, overload = kind.split(".")
+        schema = getattr(getattr(torch.ops.aten, name), overload)._schema
+        if kind not in ("aten.copy.default", "aten.fill.Scalar", "aten.fill.Tensor"):
+            assert not schema.is_mutable, kind

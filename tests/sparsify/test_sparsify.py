@@ -277,3 +277,10 @@ def test_groups_make_longer_runs() -> None:
         plan = disco.partition(model, (X,), 4, pattern=pattern, partial_sums=False).plan
         lengths.append(plan.gather.channels / plan.gather.runs)
     assert lengths[1] > lengths[0] > 1
+
+
+@pytest.mark.parametrize("density", ["0.2", None, float("nan"), 1.1])
+def test_a_density_that_is_none_is_refused(density: object) -> None:
+    model, x = nn.Conv2d(3, 4, 1).eval(), torch.randn(2, 3, 4, 4)
+    with pytest.raises(InputError, match=r"density must be in \[0, 1\]"):
+        disco.sparsify_(model, 2, density, (x,))  # type: ignore[arg-type]

@@ -55,6 +55,16 @@ def read_examples(
             f"example_inputs is a {'tensor' if isinstance(example_inputs, Tensor) else 'dict'}; "
             "pass a tuple of the model's inputs, e.g. (x,)"
         )
+    if not isinstance(example_inputs, Sequence) or isinstance(example_inputs, str):
+        raise InputError(
+            f"example_inputs must be a tuple of the model's inputs, e.g. (x,); given "
+            f"{type(example_inputs).__name__}"
+        )
+    if example_kwargs is not None and not isinstance(example_kwargs, Mapping):
+        raise InputError(
+            "example_kwargs must be a dict of inputs by name, given "
+            f"{type(example_kwargs).__name__}"
+        )
     if not tuple(example_inputs) and not example_kwargs:
         raise InputError("example_inputs is empty; pass a tuple with the model's inputs, e.g. (x,)")
     examples = _laid_out(model, tuple(example_inputs), dict(example_kwargs or {}))

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from disco.errors import InputError
+
 _CPU = torch.device("cpu")
 _Tree = TypeVar("_Tree")
 
@@ -25,8 +27,18 @@ def on_cpu(model: nn.Module, inputs: _Tree) -> tuple[nn.Module, _Tree]:
 
     Args:
         inputs: tensors in any nesting.
+
+    Raises:
+        InputError: no module, or one whose parameters have no values ("meta").
     """
-    tensors = itertools.chain(model.parameters(), model.buffers())
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model must be a torch.nn.Module, given {type(model).__name__}")
+    tensors = list(itertools.chain(model.parameters(), model.buffers()))
+    if any(t.is_meta for t in tensors):
+        raise InputError(
+            f"{type(model).__name__} is on the device 'meta', where parameters have no values: "
+            "make it on the CPU, or load its weights with assign=True"
+        )
     if any(t.device != _CPU for t in tensors):
         model = copy.deepcopy(model).cpu()
     return model, pytree.tree_map_only(Tensor, Tensor.cpu, inputs)

@@ -46,15 +46,23 @@ class _Part:
         self.receive = dict(_pairs(op, "receive", receive, int))
         index = [(p, prepare.kept_weight(r, op)) for p, r in _pairs(op, "send", send, WeightRef)]
         self.send = {peer: positions.numel() for peer, positions in index}
-        self._pack = dk.GatherPack([positions for _, positions in index])
+        self._positions = [positions for _, positions in index]
+        self._pack = dk.GatherPack(self._positions)
 
     def leading(self, x: Tensor) -> tuple[int, ...]:
         """The other dimensions than the channels'."""
         return (*x.shape[: self.dim], *x.shape[self.dim + 1 :])
 
     def pack(self, x: Tensor, messages: list[Tensor]) -> None:
-        """The kernel reads 4 dimensions as ``[B, C, H, W]``, any other number as ``[..., C]``."""
-        if x.dim() == 4 and self.dim != 1:
+        """The kernel reads 4 dimensions as ``[B, C, H, W]``, any other number as ``[..., C]``.
+
+        Kernels are for floats; masks and indices are packed by torch.
+        """
+        if not x.dtype.is_floating_point:
+            last = x.movedim(self.dim, -1)
+            for positions, message in zip(self._positions, messages, strict=True):
+                message.copy_(last[..., positions])
+        elif x.dim() == 4 and self.dim != 1:
             moved = [message.unsqueeze(0) for message in messages]
             self._pack(x.movedim(self.dim, -1).unsqueeze(0), moved)
         else:

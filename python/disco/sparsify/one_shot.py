@@ -64,9 +64,9 @@ def sparsify_weights_(
 
 def check_density(density: float) -> None:
     """Raise InputError unless it is in [0, 1]."""
-    if not 0.0 <= density <= 1.0:
+    if not isinstance(density, (int, float)) or not 0.0 <= density <= 1.0:
         raise InputError(
-            f"density must be in [0, 1] (a share of the sender's channels), given {density}"
+            f"density must be in [0, 1] (a share of the sender's channels), given {density!r}"
         )
 
 

@@ -18,21 +18,29 @@ from disco.partition.rules.registry import (
 from disco.program import Arg, Op, Ref, WeightRef
 
 _UNARY = """
-    _to_copy.default abs.default add.Scalar ceil.default clamp.default clamp_max.default
-    clamp_min.default cos.default div.Scalar elu.default eq.Scalar erf.default exp.default
-    expm1.default fill.Scalar floor.default full_like.default ge.Scalar gelu.default gt.Scalar
-    hardsigmoid.default hardswish.default hardtanh.default le.Scalar leaky_relu.default
-    log.default log1p.default logical_not.default lt.Scalar mish.default mul.Scalar ne.Scalar
-    neg.default ones_like.default pow.Scalar pow.Tensor_Scalar reciprocal.default relu.default
-    relu6.default round.default rsqrt.default rsub.Scalar selu.default sigmoid.default
-    sign.default silu.default sin.default softplus.default sqrt.default sub.Scalar tan.default
-    tanh.default to.dtype zero.default zeros_like.default
+    _to_copy.default abs.default acos.default acosh.default add.Scalar asin.default
+    asinh.default atan.default atanh.default bitwise_not.default ceil.default celu.default
+    clamp.default clamp_max.default clamp_min.default copysign.Scalar cos.default cosh.default
+    div.Scalar elu.default eq.Scalar erf.default erfc.default erfinv.default exp.default
+    exp2.default expm1.default fill.Scalar floor.default fmod.Scalar frac.default
+    full_like.default ge.Scalar gelu.default gt.Scalar hardshrink.default hardsigmoid.default
+    hardswish.default hardtanh.default isfinite.default isinf.default isnan.default le.Scalar
+    leaky_relu.default log.default log10.default log1p.default log2.default log_sigmoid.default
+    logical_not.default logit.default lt.Scalar mish.default mul.Scalar nan_to_num.default
+    ne.Scalar neg.default ones_like.default pow.Scalar pow.Tensor_Scalar reciprocal.default
+    relu.default relu6.default remainder.Scalar round.default rsqrt.default rsub.Scalar
+    selu.default sgn.default sigmoid.default sign.default silu.default sin.default sinc.default
+    sinh.default softplus.default softshrink.default sqrt.default square.default sub.Scalar
+    tan.default tanh.default threshold.default to.dtype trunc.default zero.default
+    zeros_like.default
 """
 _BINARY = """
-    add.Tensor addcmul.default div.Tensor eq.Tensor ge.Tensor gt.Tensor le.Tensor
-    logical_and.default logical_or.default lt.Tensor masked_fill.Scalar masked_fill.Tensor
-    maximum.default minimum.default mul.Tensor ne.Tensor pow.Tensor_Tensor rsub.Tensor
-    sub.Tensor where.self
+    add.Tensor addcmul.default atan2.default bitwise_and.Tensor bitwise_or.Tensor
+    bitwise_xor.Tensor copysign.Tensor div.Tensor eq.Tensor fmax.default fmin.default
+    fmod.Tensor ge.Tensor gt.Tensor hypot.default le.Tensor logaddexp.default
+    logical_and.default logical_or.default logical_xor.default lt.Tensor masked_fill.Scalar
+    masked_fill.Tensor max.other maximum.default min.other minimum.default mul.Tensor ne.Tensor
+    pow.Tensor_Tensor remainder.Tensor rsub.Tensor sub.Tensor where.self xlogy.Tensor
 """
 
 
