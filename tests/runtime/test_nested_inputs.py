@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import disco
 from disco.errors import InputError
 from disco.runtime import RankProcesses
+from disco.runtime.children import WorkerError
 
 
 class Nested(nn.Module):
@@ -50,3 +52,16 @@ def test_nested_and_named_inputs_of_other_sizes(tmp_path: Path) -> None:
             cluster.run(images, bias=object())
         with pytest.raises(InputError, match="'bias' is missing"):
             cluster.run(images)
+
+
+def test_processes_that_ended_with_an_error_say_so_at_once(tmp_path: Path) -> None:
+    model = torch.nn.Conv2d(3, 4, 1).eval()
+    x = torch.randn(2, 3, 4, 4)
+    disco.partition(model, (x,), 2).save(tmp_path / "saved")
+    with RankProcesses(tmp_path / "saved", threads=1, timeout_s=60) as ranks:
+        with pytest.raises(InputError, match="'input' must be"):
+            ranks.run(torch.randn(2, 5, 4, 4))
+        began = time.monotonic()
+        with pytest.raises(WorkerError, match="started again .* it was: .*'input' must be"):
+            ranks.run(x)
+        assert time.monotonic() - began < 30

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from disco.errors import InputError
-from disco.runtime.children import Children, ChildSpec
+from disco.runtime.children import Children, ChildSpec, WorkerError
 from disco.runtime.messages import Message, flatten, save_tensors
 
 START_TIMEOUT_S = 180.0  # importing torch and packing weights, on slow storage
@@ -35,6 +35,7 @@ class Launched(ABC):
         self.start_timeout_s = start_timeout_s
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._children: Children | None = None
+        self._failure: str | None = None
 
     @abstractmethod
     def specs(self, folder: str) -> list[ChildSpec]:
@@ -61,7 +62,7 @@ class Launched(ABC):
         except BaseException:
             folder.cleanup()
             raise
-        self._folder, self._children = folder, children
+        self._folder, self._children, self._failure = folder, children, None
         return self
 
     def __exit__(
@@ -94,6 +95,11 @@ class Launched(ABC):
         kwargs: Mapping[str, Any] | None = None,
     ) -> list[Message]:
         assert self._children is not None and self._folder is not None, "use it in a with block"
+        if self._failure is not None:
+            raise WorkerError(
+                "the processes ended with an earlier error and have to be started again (in a new "
+                f"with block); it was: {self._failure}"
+            )
         path = os.path.join(self._folder.name, "inputs.safetensors")
         tensors: list[Tensor] = []
         try:
@@ -104,4 +110,8 @@ class Launched(ABC):
         command = {**command, "inputs": path, "structure": structure}
         # One more than the passes: the children's own waits should end first and say why.
         timeout_s = self.timeout_s * (passes + 1)
-        return self._children.ask(command, timeout_s=timeout_s)
+        try:
+            return self._children.ask(command, timeout_s=timeout_s)
+        except Exception as error:
+            self._failure = str(error)
+            raise
