@@ -21,6 +21,7 @@ from disco.partition.drawing import check_drawing, draw_exchange
 from disco.partition.shards import check_target, load_manifest
 from disco.recipe import Recipe, rebuild
 from disco.runtime import RankProcesses
+from disco.sparsify import check_density
 from disco.zoo import weights_digest
 
 
@@ -79,8 +80,11 @@ def partition(args: argparse.Namespace) -> None:
         raise InputError(
             f"--group-size {args.group_size} was given, which is for --density: give that too"
         )
+    if args.density is not None:
+        check_density(args.density)
     pattern = _find_pattern(args)
     cluster = None if args.cluster is None else Cluster.from_yaml(args.cluster)
+    Cluster.of(cluster or (2 if args.nodes is None else args.nodes))
     recipe = Recipe(
         source=args.source,
         name=args.model,
