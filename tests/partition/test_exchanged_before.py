@@ -107,3 +107,17 @@ def test_a_norm_whose_input_is_read_as_well(
     found = {e.value: e.statistics for e in plan.exchanges}
     assert found["a"] == (() if early else ("n.moments",))
     assert ("n.moments" in found) == early and "n" not in found and "g" not in found
+
+
+@property_test
+@given(st.data(), st.integers(2, 4))
+def test_two_norms_in_a_row(data: st.DataObject, world_size: int) -> None:
+    """The second's statistics are made of the first's result, and cannot travel with them."""
+    case = Case(4, 5)
+    case.linear("a", "x", 7, 5)
+    case.op("aten.layer_norm.default", "n", Ref("a"), (7,), None, None, 1e-5)
+    case.op("aten.layer_norm.default", "m", Ref("n"), (7,), case.weight("w", 7), None, 1e-5)
+    case.linear("b", "m", 6, 7, zero_columns=0.5)
+    plan = check_exact(case, world_size, {"a": data.draw(ownerships(7, world_size))})
+    assert not plan.replicated
+    assert {e.value: e.statistics for e in plan.exchanges}["a"] == ("n.moments",)

@@ -116,10 +116,12 @@ def make_exchanges(
     forms = {name: low.form for low in lowerings for name in low.select}
     riders: dict[str, list[str]] = {}
     for statistics, value in _statistics(program, needs, sources):
-        first = min(needs[value].readers)
         same_dtype = context.values[value].dtype == context.values[statistics].dtype
-        # Who reads the value before there are statistics would wait for both.
-        if same_dtype and place[statistics] < first:
+        # A message goes out when all of it is there; who reads one part before that would wait for
+        # what may depend on it. Of two norms in a row the second's statistics go by themselves.
+        parts = (value, *riders.get(value, ()), statistics)
+        complete = max(place[part] for part in parts)
+        if same_dtype and all(min(needs[part].readers) > complete for part in parts):
             riders.setdefault(value, []).append(statistics)
     riding = {name for names in riders.values() for name in names}
     # Numbered in the order in which the values come into being, which is the order on every rank.
