@@ -202,7 +202,7 @@ def test_wrong_ownership_and_tolerance() -> None:
         disco.partition(_two_layers(), x, 2, ownership={"2": owned})
     with pytest.raises(InputError, match=r"covers 8 channels on 2 nodes; .* 3 nodes"):
         disco.partition(_two_layers(), x, 3, ownership={"0": owned})
-    with pytest.raises(InputError, match="tolerance must be 0 or more"):
+    with pytest.raises(InputError, match="tolerance must be a number, 0 or more; given -1.0"):
         disco.partition(_two_layers(), x, 2, tolerance=-1.0)
     inputs = Ownership.contiguous(3, 3)
     none = tuple(((),) * 3 for _ in range(3))

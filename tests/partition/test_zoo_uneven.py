@@ -25,6 +25,12 @@ SLOW = [
     ("torchvision", "shufflenet_v2_x0_5", 64, 3),
     ("torchvision", "swin_t", 64, 3),
     ("timm", "deit_tiny_patch16_224", 224, 4),
+    ("torchvision", "efficientnet_b0", 64, 4),
+    ("torchvision", "vgg16_bn", 64, 3),
+    ("torchvision", "googlenet", 64, 2),
+    ("torchvision", "convnext_tiny", 64, 8),
+    ("timm", "vit_small_patch32_224", 224, 2),
+    ("timm", "mixer_s32_224", 224, 3),
 ]
 
 
