@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import disco
+from disco import Cluster
 from disco.errors import InputError
 from disco.zoo import build_model
+from tests.partition.zoo import NODES, cluster_of
 
 
 class Backbone(nn.Module):
@@ -105,10 +107,14 @@ def test_wrong_names(detector: Detector, names: list[str], message: str) -> None
         disco.partition_submodules_(detector, names, ([torch.randn(3, 8, 8)],))
 
 
+def _name(nodes: int | Cluster) -> str:
+    return str(nodes) if isinstance(nodes, int) else f"uneven-{nodes.world_size}"
+
+
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("nodes", [2, 3, 4, 8])
-def test_ssd300(nodes: int) -> None:
+@pytest.mark.parametrize("nodes", [*NODES, *map(cluster_of, NODES)], ids=_name)
+def test_ssd300(nodes: int | Cluster) -> None:
     """Backbone and head on the nodes; matching and suppression stay in torch."""
     model = build_model("torchvision", "ssd300_vgg16")
     generator = torch.Generator().manual_seed(0)
