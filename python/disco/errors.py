@@ -13,3 +13,20 @@ class TransportError(RuntimeError):
 
 class DeadlineError(TransportError, TimeoutError):
     """A message did not arrive, or was not taken, before the deadline."""
+
+
+class PeerLostError(TransportError):
+    """A peer died, was stopped, or its link was cut while a request needed it.
+
+    Attributes:
+        rank: of the peer.
+        host: where it was reached, ``address:port``.
+        exchange: number of the exchange that waited for it, None if none did.
+    """
+
+    def __init__(self, rank: int, host: str, why: str, exchange: int | None = None) -> None:
+        at = "" if exchange is None else f", while exchange {exchange} waited for it"
+        super().__init__(f"rank {rank} ({host}) is lost: {why}{at}")
+        self.rank = rank
+        self.host = host
+        self.exchange = exchange

@@ -214,7 +214,7 @@ def test_the_worker_keeps_stdout_for_replies(tiny_folder: Path, tmp_path: Path) 
     done = subprocess.run(
         [
             *(sys.executable, "-m", "disco.runtime.worker", "--directory", str(tiny_folder)),
-            *("--rank", "5", "--world-size", "2", "--rendezvous", str(tmp_path / "meet")),
+            *("--rank", "5", "--world-size", "2", "--folder", str(tmp_path)),
         ],
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from disco.errors import InputError
 from disco.runtime.messages import Message, flatten, load_tensors, save_tensors, unflatten
 from disco.runtime.serve import Handlers
 
@@ -33,12 +34,19 @@ class Passes:
         return {"run": self.run, "measure": self.measure}
 
     def run(self, command: Message) -> Message:
-        """One pass: inputs from a file, outputs to a file, the latency in ms and the counters."""
+        """One pass: inputs from a file, outputs to a file, the latency in ms and the counters.
+
+        Inputs that the model does not take are refused before anything is exchanged, so that the
+        next pass may be right.
+        """
         args, kwargs = unflatten(command["structure"], load_tensors(command["inputs"]))
         before = self.counters()
         with torch.inference_mode():
             begin = time.perf_counter()
-            value = self.function(*args, **kwargs)
+            try:
+                value = self.function(*args, **kwargs)
+            except InputError as error:
+                return {"refused": str(error)}
             latency_ms = (time.perf_counter() - begin) * 1e3
         growth = {name: total - before[name] for name, total in self.counters().items()}
         outputs: list[torch.Tensor] = []

@@ -13,6 +13,9 @@ from disco.partition.shards import load_manifest
 from disco.runtime.children import ChildSpec
 from disco.runtime.launched import Launched
 from disco.runtime.messages import load_tensors, unflatten
+from disco.runtime.tcp.transport import SILENCE_S
+from disco.runtime.token import make_token
+from disco.runtime.transports import TOKEN_FILE, choose_transport
 
 PathLike = str | os.PathLike[str]
 
@@ -36,14 +39,16 @@ class RunResult:
 class RankProcesses(Launched):
     """Start one process per rank of the plan in `directory`; use as a context manager.
 
-    Each process loads its own shard and no other, and they exchange payloads over gloo on loopback.
-    They end with the block, with an exception in it, and when this process dies.
+    Each process loads its own shard and no other, and they exchange payloads over loopback. They
+    end with the block, with an exception in it, and when this process dies.
 
     Args:
         directory: with manifest.json and the shards; or one such directory per rank.
         nodes: must be the plan's number of ranks if given.
         threads: per rank; None shares this process's cores out evenly.
-        timeout_s: for every wait on a peer.
+        timeout_s: for every wait on a peer that is alive.
+        transport: "tcp", "torch" (gloo), or "auto", which is tcp here.
+        silence_s: over tcp, a peer that is waited for and silent for so long is lost.
 
     Raises:
         InputError: `nodes` is not the plan's, a shard is damaged or of another plan.
@@ -57,8 +62,12 @@ class RankProcesses(Launched):
         nodes: int | None = None,
         threads: int | None = None,
         timeout_s: float = 30.0,
+        transport: str = "auto",
+        silence_s: float = SILENCE_S,
     ) -> None:
         super().__init__(timeout_s)
+        self.transport = choose_transport(transport)
+        self.silence_s = silence_s
         given = [directory] if isinstance(directory, (str, os.PathLike)) else list(directory)
         self.manifest = load_manifest(given[0])
         self.world_size = self.manifest.plan.world_size
@@ -76,8 +85,16 @@ class RankProcesses(Launched):
         self.threads = threads or max(1, available_cores() // self.world_size)
 
     def run(self, *args: Any, **kwargs: Any) -> RunResult:
-        """One pass over all ranks; every rank is given the same inputs, those of the model."""
+        """One pass over all ranks; every rank is given the same inputs, those of the model.
+
+        Raises:
+            InputError: the model does not take these inputs; others may follow.
+            WorkerError: a rank failed; the processes have to be started again.
+        """
         replies = self._ask(args, {"command": "run"}, 1, kwargs)
+        refused = [str(r["refused"]) for r in replies if "refused" in r]
+        if refused:
+            raise InputError(refused[0])
         return RunResult(
             outputs=tuple(unflatten(r["structure"], load_tensors(r["outputs"])) for r in replies),
             bytes_sent=tuple(r["bytes_sent"] for r in replies),
@@ -87,6 +104,7 @@ class RankProcesses(Launched):
 
     def specs(self, folder: str) -> list[ChildSpec]:
         """One worker a rank."""
+        make_token(os.path.join(folder, TOKEN_FILE))
         return [self._spec(rank, folder) for rank in range(self.world_size)]
 
     def _spec(self, rank: int, folder: str) -> ChildSpec:
@@ -94,7 +112,9 @@ class RankProcesses(Launched):
             "--directory": str(Path(self._directories[rank]).absolute()),
             "--rank": str(rank),
             "--world-size": str(self.world_size),
-            "--rendezvous": os.path.join(folder, "rendezvous"),
+            "--folder": folder,
+            "--transport": self.transport,
+            "--silence-s": str(self.silence_s),
             "--threads": str(self.threads),
             "--timeout-s": str(self.timeout_s),
         }

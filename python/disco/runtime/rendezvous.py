@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from datetime import timedelta
+from pathlib import Path
 
 from torch._C._distributed_c10d import FileStore, Store
 from torch.distributed import DistStoreError
@@ -42,3 +44,28 @@ def agree(store: Store, rank: int, world_size: int, plan_digest: str, timeout_s:
                 f"rank {peer} one of plan {theirs['plan'][:12]} for {theirs['world_size']}: "
                 "give every rank its shard of one partition"
             )
+
+
+class AddressBook:
+    """Where the ranks of one machine listen: a file a rank, in a folder that only this user reads.
+
+    Args:
+        folder: private to the ranks and their launcher.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self._folder = Path(folder)
+
+    def publish(self, rank: int, host: str, port: int) -> None:
+        """Say where `rank` listens."""
+        part = self._folder / f"address-{rank}.part"
+        part.write_text(json.dumps([host, port]), encoding="utf-8")
+        part.replace(self._folder / f"address-{rank}")
+
+    def __call__(self, rank: int) -> tuple[str, int] | None:
+        """Where `rank` listens, None as long as it has not said so."""
+        try:
+            host, port = json.loads((self._folder / f"address-{rank}").read_text("utf-8"))
+        except FileNotFoundError:
+            return None
+        return str(host), int(port)

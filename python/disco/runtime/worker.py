@@ -6,34 +6,36 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 
 from disco.executor import Executor
 from disco.partition.shards import load_shard
-from disco.runtime.gloo import GlooTransport
 from disco.runtime.messages import Message
 from disco.runtime.passes import Passes
-from disco.runtime.rendezvous import agree, file_store
 from disco.runtime.serve import Handlers, serve
-
-# Ranks do not finish loading at once. A launcher notices a dead one long before.
-_MEETING_TIMEOUT_S = 150.0
+from disco.runtime.transports import open_local
 
 
-def prepare(args: argparse.Namespace) -> tuple[Message, Handlers]:
-    """Load this rank's shard and no other, meet the peers, and make the executor."""
+def prepare(args: argparse.Namespace, at_end: ExitStack) -> tuple[Message, Handlers]:
+    """Load this rank's shard and no other, meet the peers, and make the executor.
+
+    Args:
+        args: of the command line.
+        at_end: gets what to do when the process ends, whatever ended it.
+    """
     torch.set_num_threads(args.threads)
     shard = load_shard(args.directory, args.rank)
     weight_bytes = sum(tensor.nbytes for tensor in shard.weights.values())
-    store = file_store(args.rendezvous, args.world_size)
-    agree(store, args.rank, args.world_size, shard.plan_digest, _MEETING_TIMEOUT_S)
-    transport = GlooTransport(args.rank, args.world_size, store, timeout_s=args.timeout_s)
-    transport.connect()
+    transport = open_local(
+        args.transport, shard, args.folder, timeout_s=args.timeout_s, silence_s=args.silence_s
+    )
+    at_end.callback(transport.close)
     executor = Executor(shard.program, shard.weights, transport, deadline_s=args.timeout_s)
     passes = Passes(
         executor,
-        os.path.join(os.path.dirname(args.rendezvous), f"outputs-{args.rank}.safetensors"),
+        os.path.join(args.folder, f"outputs-{args.rank}.safetensors"),
         lambda: {
             "bytes_sent": transport.bytes_sent,
             "bytes_received": transport.bytes_received,
@@ -43,7 +45,7 @@ def prepare(args: argparse.Namespace) -> tuple[Message, Handlers]:
         "rank": args.rank,
         "weight_bytes": weight_bytes,
         "threads": args.threads,
-        "transport": "gloo",
+        "transport": args.transport,
         "backends": sorted(set(executor.kernel_backends.values())),
     }
     return ready, passes.handlers()
@@ -55,11 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--directory", required=True, help="the folder with the manifest and shard")
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--world-size", type=int, required=True)
-    parser.add_argument("--rendezvous", required=True, help="a file in a private folder")
+    parser.add_argument("--folder", required=True, help="private to the ranks and the launcher")
+    parser.add_argument("--transport", default="tcp", choices=("tcp", "torch"))
+    parser.add_argument("--silence-s", type=float, default=2.0, help="of a peer, then it is lost")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--timeout-s", type=float, default=30.0, help="for every wait on a peer")
     args = parser.parse_args(argv)
-    return serve(lambda: prepare(args))
+    with ExitStack() as at_end:
+        return serve(lambda: prepare(args, at_end))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,316 @@
+"""How ranks come together: every rank listens, and dials the ranks below it.
+
+Nothing here blocks on one connection: handshakes of peers and of strangers go on side by side, so
+many of the latter at a time, and each has to be over soon.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import socket
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from disco.errors import InputError, TransportError
+from disco.runtime.tcp.handshake import (
+    Handshake,
+    Identity,
+    StrangerError,
+    accept,
+    check_agreement,
+    dial,
+)
+
+Address = tuple[str, int]
+AddressOf = Callable[[int], "Address | None"]
+
+_HANDSHAKE_S = 5.0
+_MOST_STRANGERS = 32  # handshakes under way with those who connected to us
+_REDIAL_S = 0.1
+_LOG_S = 5.0
+_POLL_S = 0.05
+
+_log = logging.getLogger(__name__)
+
+
+def listen(host: str, port: int = 0) -> socket.socket:
+    """A listening socket on one address; port 0 lets the kernel choose.
+
+    Raises:
+        InputError: nobody can listen there.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise InputError(f"{host}:{port} cannot be listened on: {error}") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_MOST_STRANGERS)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise InputError(
+            f"{host}:{port} cannot be listened on: {error.strerror}: give an address of this "
+            f"machine and a port that is free"
+        ) from None
+    return listener
+
+
+def name_of(address: Address) -> str:
+    """``host:port``, as messages have it."""
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+@dataclass
+class Peer:
+    """A rank that has proved itself."""
+
+    rank: int
+    host: str
+    sock: socket.socket
+
+
+@dataclass
+class _Talk:
+    """A handshake under way over one socket."""
+
+    sock: socket.socket
+    host: str
+    talk: Handshake
+    until: float
+    dialled: int | None = None
+    unsent: bytes = b""
+    wanted: int = 0
+    got: bytes = b""
+    connected: bool = True
+    result: Identity | None = None
+    fresh: bool = True
+
+    def advance(self) -> bool:
+        """Go on as far as the socket lets it; True once it is over.
+
+        Raises:
+            OSError, StrangerError, InputError: it failed.
+        """
+        if not self.connected:
+            error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if error:
+                raise OSError(error, os.strerror(error))
+            self.connected = True
+        try:
+            if self.fresh:
+                self.fresh = False
+                self._take(next(self.talk))
+            while True:
+                if self.unsent:
+                    self.unsent = self.unsent[self.sock.send(self.unsent) :]
+                    if not self.unsent:
+                        self._take(next(self.talk))
+                elif len(self.got) == self.wanted:
+                    data, self.got = self.got, b""
+                    self._take(self.talk.send(data))
+                else:
+                    data = self.sock.recv(self.wanted - len(self.got))
+                    if not data:
+                        raise StrangerError("it closed the connection in the handshake")
+                    self.got += data
+        except BlockingIOError:
+            return False
+        except StopIteration as over:
+            self.result = over.value
+            return True
+
+    def _take(self, step: bytes | int) -> None:
+        if isinstance(step, bytes):
+            self.unsent = step
+        else:
+            self.wanted = step
+
+    @property
+    def events(self) -> int:
+        sends = self.unsent or not self.connected
+        return selectors.EVENT_WRITE if sends else selectors.EVENT_READ
+
+
+@dataclass
+class Meeting:
+    """Bring this rank and its peers together, or say who is missing and why.
+
+    Args:
+        identity: of this rank.
+        token: the shared secret.
+        listener: from `listen`.
+        address_of: where a rank listens; None while that is not known.
+    """
+
+    identity: Identity
+    token: bytes
+    listener: socket.socket
+    address_of: AddressOf
+    peers: dict[int, Peer] = field(default_factory=dict)
+    _selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
+    _talks: dict[socket.socket, _Talk] = field(default_factory=dict)
+    _redial: dict[int, float] = field(default_factory=dict)
+    _why: dict[int, str] = field(default_factory=dict)
+    _refused: int = 0
+    _logged: float = 0.0
+
+    def meet(self, timeout_s: float) -> dict[int, Peer]:
+        """All peers by rank, connected.
+
+        Raises:
+            InputError: a peer has another token, plan, version or the same rank.
+            TransportError: peers are missing after `timeout_s`.
+        """
+        end = time.monotonic() + timeout_s
+        self._selector.register(self.listener, selectors.EVENT_READ)
+        try:
+            while missing := self._missing():
+                if time.monotonic() > end:
+                    raise TransportError(self._who_is_missing(missing, timeout_s))
+                self._dial_those(rank for rank in missing if rank < self.identity.rank)
+                self._turn()
+        except BaseException:
+            for peer in self.peers.values():
+                peer.sock.close()
+            raise
+        finally:
+            for talk in list(self._talks.values()):
+                self._drop(talk)
+            self._selector.close()
+        return self.peers
+
+    def _missing(self) -> list[int]:
+        ranks = range(self.identity.world_size)
+        return [rank for rank in ranks if rank not in self.peers and rank != self.identity.rank]
+
+    def _turn(self) -> None:
+        """Whatever can go on now."""
+        for key, _ in self._selector.select(_POLL_S):
+            if key.fileobj is self.listener:
+                self._accept()
+            else:
+                talk = self._talks.get(key.fileobj)  # type: ignore[call-overload]
+                if talk is not None:
+                    self._advance(talk)
+        now = time.monotonic()
+        for talk in [t for t in self._talks.values() if t.until < now]:
+            self._failed(talk, "it did not answer")
+
+    def _dial_those(self, ranks: Iterable[int]) -> None:
+        dialled = {talk.dialled for talk in self._talks.values()}
+        now = time.monotonic()
+        for rank in ranks:
+            if rank in dialled or self._redial.get(rank, 0.0) > now:
+                continue
+            address = self.address_of(rank)
+            if address is None:
+                self._why[rank] = "it has not said where it listens"
+                continue
+            self._redial[rank] = now + _REDIAL_S
+            try:
+                family, _, _, _, where = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
+            except OSError as error:
+                self._why[rank] = f"{name_of(address)}: {error.strerror}"
+                continue
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            sock.setblocking(False)
+            sock.connect_ex(where)
+            talk = dial(self.token, self.identity)
+            self._add(_Talk(sock, name_of(address), talk, 0.0, dialled=rank, connected=False))
+
+    def _accept(self) -> None:
+        try:
+            sock, address = self.listener.accept()
+        except OSError:  # gone already, or no descriptor is left
+            return
+        sock.setblocking(False)
+        strangers = [talk for talk in self._talks.values() if talk.dialled is None]
+        if len(strangers) >= _MOST_STRANGERS:
+            self._failed(strangers[0], "too many connect at once")
+        talk = _Talk(sock, name_of(address[:2]), accept(self.token, self.identity, self.peers), 0.0)
+        self._add(talk)
+
+    def _add(self, talk: _Talk) -> None:
+        talk.until = time.monotonic() + _HANDSHAKE_S
+        self._talks[talk.sock] = talk
+        self._selector.register(talk.sock, talk.events)
+        if talk.connected:
+            self._advance(talk)
+
+    def _advance(self, talk: _Talk) -> None:
+        try:
+            over = talk.advance()
+        except (OSError, StrangerError) as error:
+            text = error.strerror if isinstance(error, OSError) else None
+            self._failed(talk, text or str(error) or type(error).__name__)
+            return
+        except InputError as error:
+            if talk.dialled is None:
+                # Whoever connects can say anything until it has proved that it knows the token.
+                self._failed(talk, str(error))
+                return
+            self._drop(talk)
+            raise InputError(f"rank {talk.dialled} ({talk.host}): {error}") from None
+        if not over:
+            self._selector.modify(talk.sock, talk.events)
+            return
+        assert talk.result is not None
+        self._welcome(talk, talk.result)
+
+    def _welcome(self, talk: _Talk, theirs: Identity) -> None:
+        self._forget(talk)
+        try:
+            check_agreement(self.identity, theirs, talk.host)
+            if talk.dialled not in (None, theirs.rank):
+                raise InputError(
+                    f"{talk.host} is where rank {talk.dialled} should be, and rank {theirs.rank} "
+                    f"is there: correct the list of peers"
+                )
+            if theirs.rank in self.peers:
+                raise InputError(f"two processes say that they are rank {theirs.rank}")
+        except InputError:
+            talk.sock.close()
+            raise
+        talk.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.peers[theirs.rank] = Peer(theirs.rank, talk.host, talk.sock)
+
+    def _failed(self, talk: _Talk, why: str) -> None:
+        self._drop(talk)
+        if talk.dialled is not None:
+            self._why[talk.dialled] = f"{talk.host}: {why}"
+            return
+        self._refused += 1
+        now = time.monotonic()
+        if now - self._logged > _LOG_S:
+            self._logged = now
+            _log.warning(
+                "a connection from %s was refused: %s (%d so far)", talk.host, why, self._refused
+            )
+
+    def _forget(self, talk: _Talk) -> None:
+        self._selector.unregister(talk.sock)
+        del self._talks[talk.sock]
+
+    def _drop(self, talk: _Talk) -> None:
+        self._forget(talk)
+        talk.sock.close()
+
+    def _who_is_missing(self, missing: list[int], timeout_s: float) -> str:
+        parts = []
+        for rank in missing:
+            why = self._why.get(rank)
+            if why is None:
+                why = "it has not connected" if rank > self.identity.rank else "not reached"
+            parts.append(f"rank {rank} ({why})")
+        refused = f"; {self._refused} connections were refused" if self._refused else ""
+        return (
+            f"rank {self.identity.rank} of {self.identity.world_size} missed "
+            f"{', '.join(parts)} after {timeout_s:g} s{refused}"
+        )
