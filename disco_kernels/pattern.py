@@ -273,14 +273,20 @@ class Pattern:
         """
         found: list[tuple[str, str]] = []
         for name, layer in self.layers.items():
-            weight = state_dict.get(f"{name}.weight")
-            if weight is None:
+            parameter = parameter_of(name, state_dict)
+            if parameter is None:
                 found.append((name, f"the pattern names layer {name!r}, which has no weight here"))
                 continue
-            message = contradiction(name, layer, weight, tolerance)
+            message = contradiction(name, layer, state_dict[parameter], tolerance)
             if message:
                 found.append((name, message))
         return found
+
+
+def parameter_of(layer: str, state_dict: Mapping[str, Tensor]) -> str | None:
+    """The weight that a pattern's layer names: ``layer.weight``, or a parameter of another name
+    (``in_proj_weight`` of attention) by itself. None if there is neither."""
+    return next((name for name in (f"{layer}.weight", layer) if name in state_dict), None)
 
 
 def contradiction(

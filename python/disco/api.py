@@ -30,6 +30,7 @@ from disco.program import flatten_inputs, input_ranges, lower_precision
 from disco.sparsify import check_density, sparsify_weights_
 from disco.sparsify.groups import Reader, groups_of
 from disco_kernels import WINOGRAD, InputBytes, Ownership, Pattern, choose_int8, registry
+from disco_kernels.pattern import parameter_of
 
 PathLike = str | os.PathLike[str]
 
@@ -376,7 +377,8 @@ def _fixed_ownership(
                     f"the pattern of layer {name!r} is for {layer.world_size} nodes, and the model "
                     f"is partitioned for {nodes}: give that number, or another pattern"
                 )
-        strangers = [name for name in pattern.layers if f"{name}.weight" not in captured.weights]
+        parameters = {name: parameter_of(name, captured.weights) for name in pattern.layers}
+        strangers = [name for name, parameter in parameters.items() if parameter is None]
         if strangers:
             raise InputError(
                 f"the pattern is of another model: it names {len(strangers)} layers that this one "
@@ -388,7 +390,10 @@ def _fixed_ownership(
                 f" (and {len(contradictions) - 1} more layers)" if len(contradictions) > 1 else ""
             )
             raise InputError(contradictions[0][1] + more)
-        fixed.update((name, layer.out_ownership) for name, layer in pattern.layers.items())
+        for name, layer in pattern.layers.items():
+            parameter = parameters[name]
+            assert parameter is not None
+            fixed[parameter.rpartition(".")[0] or parameter] = layer.out_ownership
     fixed.update(ownership)
     layers = {
         captured.raw_name(name).rpartition(".")[0] for name in captured.program.weight_names()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from itertools import product
 from math import floor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import disco
+import disco_kernels as dk
+from disco import Cluster, Node
 from disco.errors import InputError
 from disco_kernels import Ownership, find_selected
 
@@ -284,3 +287,36 @@ def test_a_density_that_is_none_is_refused(density: object) -> None:
     model, x = nn.Conv2d(3, 4, 1).eval(), torch.randn(2, 3, 4, 4)
     with pytest.raises(InputError, match=r"density must be in \[0, 1\]"):
         disco.sparsify_(model, 2, density, (x,))  # type: ignore[arg-type]
+
+
+class _Attention(nn.Module):
+    """torch keeps the projections of queries, keys and values in a parameter without a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grow = nn.Linear(12, 24)
+        self.attention = nn.MultiheadAttention(24, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.grow(x))
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("nodes", [2, 3, Cluster([Node("a", 3.0), Node("b", 1.0)])])
+def test_the_pattern_of_a_parameter_without_a_module(nodes: int | Cluster, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = _Attention().eval()
+    x = torch.randn(2, 5, 12)
+    pattern = disco.sparsify_(model, nodes, 0.3, (x,))
+    assert "attention.in_proj_weight" in pattern.layers
+    pattern.save(tmp_path / "pattern.json")
+    pattern = dk.Pattern.load(tmp_path / "pattern.json")
+    partitioned = disco.partition(model, (x,), nodes, pattern=pattern)
+    exact = copy.deepcopy(model).double()(x.double())
+    assert float((partitioned(x) - exact).abs().max()) <= 1e-5 * float(exact.abs().max())
+    dense = disco.partition(model, (x,), nodes, pattern=pattern, dense_exchange=True)
+    assert partitioned.plan.bytes_per_image < dense.plan.bytes_per_image
+    model.attention.in_proj_weight.fill_(0.5)
+    with pytest.raises(InputError, match=r"attention\.in_proj_weight"):
+        disco.partition(model, (x,), nodes, pattern=pattern)

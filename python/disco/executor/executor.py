@@ -149,6 +149,10 @@ class Executor:
         """
         return flatten_inputs(self._signature, tuple(self.inputs), args, kwargs)
 
+    def check_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Raise InputError unless the program takes these arguments."""
+        self._check(self.flat_inputs(args, kwargs))
+
     def _run(self, inputs: Sequence[Tensor], transport: Transport | None, request: int) -> Any:
         running = self.start(inputs, transport, request)
         with torch.no_grad():

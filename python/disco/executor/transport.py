@@ -60,7 +60,7 @@ class Transport(ABC):
 
     @abstractmethod
     def wait(self, handle: Handle, deadline_s: float) -> None:
-        """Block until `handle` is done; DeadlineError after `deadline_s` seconds."""
+        """Block until `handle` is done; DeadlineError after `deadline_s` seconds (inf: never)."""
 
     @abstractmethod
     def close(self) -> None:

@@ -16,6 +16,7 @@ from disco.executor.transport import Handle, Transport
 # ever under way together, and 16 for the exchange.
 _EXCHANGE_BITS = 16
 _REQUEST_MASK = (1 << 15) - 1
+_LONGEST_S = 1e6  # gloo counts milliseconds
 
 
 class GlooHandle(Handle):
@@ -126,7 +127,7 @@ class GlooTransport(Transport):
             raise TransportError(self._failure)
         verb = "receiving from" if handle.is_receive else "sending to"
         try:
-            handle.work.wait(timedelta(milliseconds=max(1.0, deadline_s * 1e3)))
+            handle.work.wait(timedelta(seconds=min(max(1e-3, deadline_s), _LONGEST_S)))
         except RuntimeError as error:
             raise self._failed(f"{verb} rank {handle.peer}", error) from error
         handle.finish()

@@ -69,3 +69,22 @@ class AddressBook:
         except FileNotFoundError:
             return None
         return str(host), int(port)
+
+
+class StoreAddresses:
+    """Where ranks listen, in a store of torch's that all of them reach (torchrun has one)."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def publish(self, rank: int, host: str, port: int) -> None:
+        """Say where `rank` listens."""
+        self._store.set(f"address/{rank}", json.dumps([host, port]))
+
+    def __call__(self, rank: int) -> tuple[str, int] | None:
+        """Where `rank` listens, None as long as it has not said so."""
+        key = f"address/{rank}"
+        if not self._store.check([key]):
+            return None
+        host, port = json.loads(self._store.get(key))
+        return str(host), int(port)

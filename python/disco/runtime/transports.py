@@ -13,7 +13,7 @@ from disco.runtime.rendezvous import AddressBook, agree, file_store
 from disco.runtime.tcp import Identity, Meeting, TcpTransport, listen
 from disco.runtime.token import read_token
 
-TRANSPORTS = ("auto", "tcp", "torch")
+TRANSPORTS = ("auto", "tcp", "torch", "mpi")
 TOKEN_FILE = "token"
 
 # Ranks do not finish loading at once. A launcher notices a dead one long before.
@@ -22,9 +22,17 @@ _LOOPBACK = "127.0.0.1"
 
 
 def choose_transport(name: str) -> str:
-    """The transport that a name means on this machine's CPUs. InputError for an unknown one."""
+    """The transport of ranks that this process starts on this machine.
+
+    Raises:
+        InputError: there is no such transport, or another launcher has to start the ranks for it.
+    """
     if name not in TRANSPORTS:
         raise InputError(f"transport {name!r} was given; there are {', '.join(TRANSPORTS)}")
+    if name == "mpi":
+        raise InputError(
+            "transport 'mpi' is for processes that mpiexec starts: mpiexec -n NODES disco run ..."
+        )
     return "tcp" if name == "auto" else name
 
 

@@ -8,6 +8,7 @@ is alive at least every `HEARTBEAT_S` while it computes or waits.
 
 from __future__ import annotations
 
+import math
 import select
 import time
 from collections.abc import Mapping, Sequence
@@ -122,10 +123,10 @@ class TcpTransport(Transport):
         self._say_alive()
 
     def wait(self, handle: Handle, deadline_s: float) -> None:
-        """Block until `handle` is done.
+        """Block until `handle` is done; with an infinite deadline, as long as the peer is there.
 
         Raises:
-            PeerLostError: a peer is gone, or says nothing.
+            PeerLostError: a peer is gone, or (with a deadline) says nothing.
             DeadlineError: not done after `deadline_s` seconds, though the peer is alive.
         """
         self.wait_any((handle,), deadline_s)
@@ -163,7 +164,8 @@ class TcpTransport(Transport):
         now = time.monotonic()
         for handle in awaited:
             silent_s = now - max(handle.channel.heard, begin)
-            if silent_s > self._silence_s:
+            # Without a deadline the peer may have nothing to do, and no reason to say anything.
+            if silent_s > self._silence_s and deadline_s < math.inf:
                 handle.channel.lose(f"it has said nothing for {silent_s:.1f} s")
             if handle.channel.lost is not None:
                 raise self._error(handle.channel, handle.exchange)

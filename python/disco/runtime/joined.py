@@ -1,0 +1,284 @@
+"""One rank in this process, of a cluster that a list of peers, torchrun or MPI makes up."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from disco.errors import InputError
+from disco.executor import Executor, Transport
+from disco.partition.shards import Shard, load_shard
+from disco.runtime.calls import Calls
+from disco.runtime.gloo import GlooTransport
+from disco.runtime.mpi import MpiTransport, load_mpi, started_by_mpi
+from disco.runtime.peers import Peers
+from disco.runtime.rendezvous import StoreAddresses, agree
+from disco.runtime.tcp import Meeting, TcpTransport, listen
+from disco.runtime.tcp.handshake import check_agreement
+from disco.runtime.tcp.transport import SILENCE_S
+from disco.runtime.token import TOKEN_VARIABLE, read_token
+from disco.runtime.transports import TRANSPORTS, identity_of
+
+MEETING_S = 150.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process's place in a cluster, and how it reaches the others.
+
+    Attributes:
+        rank, world_size: as of the plan.
+        launcher: "peers", "torchrun" or "mpi".
+        open: connects the transport, given this rank's shard.
+        transport: its name.
+    """
+
+    rank: int
+    world_size: int
+    launcher: str
+    transport: str
+    open: Callable[[Shard], Transport]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to meet and to wait.
+
+    Attributes:
+        transport: one of `TRANSPORTS`.
+        token_file: with the shared secret; None for the variable ``DISCO_TOKEN``.
+        meeting_s: how long to wait for all ranks, in seconds.
+        deadline_s: for every message of a peer that is alive, in seconds.
+        silence_s: over tcp: a peer that is waited for and silent for so long is lost.
+    """
+
+    transport: str = "auto"
+    token_file: str | os.PathLike[str] | None = None
+    meeting_s: float = MEETING_S
+    deadline_s: float = 30.0
+    silence_s: float = SILENCE_S
+
+    def __post_init__(self) -> None:
+        if self.transport not in TRANSPORTS:
+            raise InputError(
+                f"transport {self.transport!r} was given; there are {', '.join(TRANSPORTS)}"
+            )
+
+
+def started_by_launcher() -> bool:
+    """True in a process that mpiexec or torchrun started."""
+    return started_by_mpi() or "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def place_among(peers: Peers, rank: int, options: Options) -> Place:
+    """Rank `rank` of a static list, over tcp."""
+    peers.check_rank(rank)
+    if options.transport not in ("auto", "tcp"):
+        raise InputError(
+            f"transport {options.transport!r} was given with a list of peers, which is for tcp: "
+            f"start the ranks with torchrun for torch, with mpiexec for mpi"
+        )
+    token = read_token(options.token_file)
+
+    def connect(shard: Shard) -> Transport:
+        _check_world_size(shard, peers.world_size, "the list of peers")
+        meeting = Meeting(identity_of(shard), token, listen(*peers(rank)), peers)
+        return _tcp(meeting, options)
+
+    return Place(rank, peers.world_size, "peers", "tcp", connect)
+
+
+def place_from_launcher(options: Options) -> Place:
+    """The place that mpiexec or torchrun has given this process."""
+    return _place_in_mpi(options) if started_by_mpi() else _place_in_torchrun(options)
+
+
+def _place_in_mpi(options: Options) -> Place:
+    if options.transport not in ("auto", "mpi"):
+        raise InputError(
+            f"transport {options.transport!r} was given under mpiexec: use mpi or auto there"
+        )
+    world = load_mpi().COMM_WORLD
+
+    def connect(shard: Shard) -> Transport:
+        transport = MpiTransport()
+        mine = identity_of(shard)
+        for theirs in transport.agree(mine):
+            if theirs.rank != mine.rank:
+                check_agreement(mine, theirs, "over MPI")
+        _check_world_size(shard, transport.world_size, "mpiexec")
+        return transport
+
+    return Place(world.Get_rank(), world.Get_size(), "mpi", "mpi", connect)
+
+
+def _place_in_torchrun(options: Options) -> Place:
+    name = options.transport
+    if name == "auto":
+        has_token = options.token_file is not None or TOKEN_VARIABLE in os.environ
+        name = "tcp" if has_token else "torch"
+    if name == "mpi":
+        raise InputError("transport 'mpi' was given under torchrun: use mpiexec for it")
+    store, rank, world_size = next(iter(rendezvous("env://")))
+    store = PrefixStore("disco", store)
+    host = _address_towards(os.environ["MASTER_ADDR"])
+
+    def connect(shard: Shard) -> Transport:
+        _check_world_size(shard, world_size, "torchrun")
+        if name == "torch":
+            agree(store, rank, world_size, shard.plan_digest, options.meeting_s)
+            gloo = GlooTransport(
+                rank, world_size, store, address=host, timeout_s=options.deadline_s
+            )
+            gloo.connect()
+            return gloo
+        listener = listen(host)
+        addresses = StoreAddresses(store)
+        addresses.publish(rank, *listener.getsockname()[:2])
+        token = read_token(options.token_file)
+        return _tcp(Meeting(identity_of(shard), token, listener, addresses), options)
+
+    return Place(rank, world_size, "torchrun", name, connect)
+
+
+class JoinedRank:
+    """This process as one rank of a running cluster; use as a context manager.
+
+    All ranks enter, then one of them, the leader, calls `run`, and the others `follow` until its
+    block ends.
+
+    Args:
+        directory: with manifest.json and this rank's shard.
+        place: of this process.
+        options: as given for `place`.
+        threads: of the kernels; None leaves torch's number.
+        leader: the rank that has the inputs.
+
+    Raises:
+        InputError: the shard is damaged or of another plan, a peer has another token or plan.
+        TransportError: (on entering) peers are missing; (later) one is lost.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        place: Place,
+        options: Options,
+        *,
+        threads: int | None = None,
+        leader: int = 0,
+    ) -> None:
+        if not 0 <= leader < place.world_size:
+            raise InputError(
+                f"leader {leader} was given for {place.world_size} ranks: give 0 to "
+                f"{place.world_size - 1}"
+            )
+        self.place = place
+        self.leader = leader
+        self._directory = Path(directory)
+        self._options = options
+        self._threads = threads
+        self._transport: Transport | None = None
+
+    @property
+    def leads(self) -> bool:
+        return self.place.rank == self.leader
+
+    def __enter__(self) -> JoinedRank:
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+        shard = load_shard(self._directory, self.place.rank)
+        self._transport = self.place.open(shard)
+        deadline_s = self._options.deadline_s
+        self._executor = Executor(
+            shard.program, shard.weights, self._transport, deadline_s=deadline_s
+        )
+        self._calls = Calls(self._transport, self.leader, deadline_s)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self._transport is not None
+        try:
+            if kind is None and self.leads:
+                self._calls.end()
+        finally:
+            if kind is not None and isinstance(self._transport, MpiTransport):
+                self._transport.abort()
+            self._transport.close()
+
+    def run(self, *args: Any, **kwargs: Any) -> tuple[Any, float, int]:
+        """(The leader.) One call over all ranks.
+
+        Returns:
+            what the model returned, the latency in ms from the inputs here to the outputs here,
+            and the payload bytes that this rank sent for it, the inputs not counted.
+
+        Raises:
+            InputError: the model does not take these inputs.
+            TransportError: a peer is lost.
+        """
+        assert self._transport is not None and self.leads
+        self._executor.check_call(args, kwargs)
+        begin = time.perf_counter()
+        self._calls.tell(args, kwargs)
+        before = self._transport.bytes_sent
+        with torch.inference_mode():
+            outputs = self._executor(*args, **kwargs)
+        latency_ms = (time.perf_counter() - begin) * 1e3
+        return outputs, latency_ms, self._transport.bytes_sent - before
+
+    def follow(self) -> int:
+        """(The others.) Take part in the leader's calls until it ends. Returns how many."""
+        count = 0
+        while (call := self._calls.next()) is not None:
+            with torch.inference_mode():
+                self._executor(*call[0], **call[1])
+            count += 1
+        return count
+
+
+def _tcp(meeting: Meeting, options: Options) -> TcpTransport:
+    identity = meeting.identity
+    transport = TcpTransport(
+        identity.rank,
+        identity.world_size,
+        meeting,
+        meeting_s=options.meeting_s,
+        silence_s=options.silence_s,
+    )
+    transport.connect()
+    return transport
+
+
+def _check_world_size(shard: Shard, world_size: int, where: str) -> None:
+    if shard.world_size != world_size:
+        raise InputError(
+            f"the plan is for {shard.world_size} ranks, and {where} has {world_size}: start as "
+            f"many as the plan has, or partition the model again"
+        )
+
+
+def _address_towards(host: str) -> str:
+    """This machine's address on the way to `host`: no packet is sent."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise InputError(f"there is no way to the master's address {host}: {error}") from None
