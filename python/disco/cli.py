@@ -12,10 +12,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from disco import commands
+from disco import commands, running
 from disco.bench.throughput import BF16_ENGINES, DENSE_ENGINES, DTYPES
 from disco.errors import InputError, TransportError
 from disco.runtime.children import WorkerError
+from disco.runtime.joined import MEETING_S
+from disco.runtime.mpi import abort_job
+from disco.runtime.tcp.transport import SILENCE_S
+from disco.runtime.transports import TRANSPORTS
 from disco.sparsify import GROUP_SIZES
 from disco_kernels import BackendUnavailable
 
@@ -68,6 +72,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _fail(error: Exception, code: int) -> int:
     print(f"disco: error: {' '.join(str(error).split())}", file=sys.stderr)
+    abort_job(code)
     return code
 
 
@@ -103,6 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_partition(subparsers)
     _add_inspect(subparsers)
     _add_run(subparsers)
+    _add_worker(subparsers)
+    _add_doctor(subparsers)
+    _add_token_command(subparsers)
     _add_verify(subparsers)
     _add_bench(subparsers)
     return parser
@@ -178,16 +186,117 @@ def _add_inspect(subparsers: Any) -> None:
 
 
 def _add_run(subparsers: Any) -> None:
-    run = subparsers.add_parser("run", help="classify images, one process per node, over loopback")
-    _add_cluster_options(run)
+    run = subparsers.add_parser(
+        "run",
+        help="classify images on all nodes",
+        description="Without --peers: one process per node on this machine, over loopback. With "
+        "--peers and --rank, under torchrun (-m disco.run) or under mpiexec: this process is one "
+        "rank. The leader reads the images and sends them to the others.",
+        epilog="examples:\n  disco run out/ --input photos/\n"
+        "  disco run out/ --peers peers.yaml --rank 0 --token-file token --input photos/\n"
+        "  mpiexec -n 2 disco run out/ --input photos/",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run.add_argument("directory", type=Path, help="made by `disco partition`")
+    run.add_argument("--input", type=Path, help="an image, or a folder of them (of the leader)")
+    run.add_argument("--nodes", type=int, help="must be the plan's number (default: that)")
     run.add_argument(
         "--image-size",
         type=int,
         help="of a partition made with --dynamic-size (default: the one it was made with)",
     )
     run.add_argument("--top", type=int, default=5, help="classes to show (default: %(default)s)")
+    _add_member_options(run)
     _add_json(run)
-    run.set_defaults(handler=commands.run)
+    run.set_defaults(handler=running.run)
+
+
+def _add_worker(subparsers: Any) -> None:
+    worker = subparsers.add_parser(
+        "worker",
+        help="be one rank of a cluster, led by another",
+        description="Load one shard, meet the peers, and take part in what the leader runs until "
+        "it ends.",
+        epilog="example:\n  disco worker out/ --peers peers.yaml --rank 1 --token-file token",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    worker.add_argument("directory", type=Path, help="with the manifest and this rank's shard")
+    _add_member_options(worker)
+    worker.set_defaults(handler=running.worker)
+
+
+def _add_member_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--peers", type=Path, metavar="FILE", help="YAML with HOST:PORT of each")
+    parser.add_argument("--rank", type=int, help="of this node in --peers")
+    parser.add_argument(
+        "--leader", type=int, default=0, help="the rank that has the inputs (default: %(default)s)"
+    )
+    _add_token(parser)
+    parser.add_argument(
+        "--transport", choices=TRANSPORTS, default="auto", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--deadline",
+        type=float,
+        default=SILENCE_S,
+        metavar="S",
+        help="tcp: a peer that is silent for so long is lost (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--meeting",
+        type=float,
+        default=MEETING_S,
+        metavar="S",
+        help="how long to wait for all ranks at the start (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        help="of each process (default: here the cores shared out evenly; as a member, torch's)",
+    )
+
+
+def _add_token(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="the secret that all ranks share (default: the variable DISCO_TOKEN)",
+    )
+
+
+def _add_doctor(subparsers: Any) -> None:
+    doctor = subparsers.add_parser(
+        "doctor",
+        help="say which nodes cannot talk, and why",
+        description="Run it on all nodes at once: each pair is tried as a run would use it, token "
+        "included. Exit code 1 if a pair cannot talk.",
+        epilog="example:\n  disco doctor --peers peers.yaml --rank 1 --token-file token",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    doctor.add_argument("--peers", type=Path, required=True, metavar="FILE", help="as for run")
+    doctor.add_argument("--rank", type=int, required=True, help="of this node")
+    _add_token(doctor)
+    doctor.add_argument(
+        "--timeout",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="how long to try (default: %(default)s)",
+    )
+    _add_json(doctor)
+    doctor.set_defaults(handler=running.doctor)
+
+
+def _add_token_command(subparsers: Any) -> None:
+    token = subparsers.add_parser(
+        "token",
+        help="make the secret that all ranks share",
+        description="Write 256 random bits into a new file that only this user reads. Copy it to "
+        "every node.",
+    )
+    token.add_argument("file", type=Path, help="must not exist")
+    token.set_defaults(handler=running.token)
 
 
 def _add_verify(subparsers: Any) -> None:

@@ -217,8 +217,6 @@ class JoinedRank:
             if kind is None and self.leads:
                 self._calls.end()
         finally:
-            if kind is not None and isinstance(self._transport, MpiTransport):
-                self._transport.abort()
             self._transport.close()
 
     def run(self, *args: Any, **kwargs: Any) -> tuple[Any, float, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from typing import Any
 
@@ -39,6 +40,15 @@ def load_mpi() -> Any:
             f"the mpi transport cannot be used ({error}): pip install 'disco-kernels[mpi]'"
         ) from None
     return MPI
+
+
+def abort_job(code: int) -> None:
+    """End all ranks' processes if MPI runs in this one, which has failed: MPI would wait for it."""
+    module = sys.modules.get("mpi4py.MPI")
+    if module is not None and module.Is_initialized() and not module.Is_finalized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        module.COMM_WORLD.Abort(code)
 
 
 class MpiHandle(Handle):
@@ -141,10 +151,6 @@ class MpiTransport(Transport):
     def close(self) -> None:
         """Nothing: MPI ends with the process, and waits for the other ranks then."""
         self.sends.clear()
-
-    def abort(self) -> None:
-        """End all ranks' processes now, since this one failed: MPI would wait for it for ever."""
-        self._mpi.COMM_WORLD.Abort(1)
 
 
 def _tag(exchange: int, request: int) -> int:

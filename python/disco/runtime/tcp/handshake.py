@@ -25,6 +25,8 @@ from dataclasses import asdict, dataclass, fields
 
 from disco.errors import InputError
 
+# What `disco doctor` has for a version of programs: it runs none.
+DOCTOR = "doctor"
 MAGIC = b"disco\x00tp"
 PROTOCOL = 1
 _NONCE_BYTES = 32

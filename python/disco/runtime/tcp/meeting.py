@@ -11,11 +11,12 @@ import os
 import selectors
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from disco.errors import InputError, TransportError
 from disco.runtime.tcp.handshake import (
+    DOCTOR,
     Handshake,
     Identity,
     StrangerError,
@@ -147,12 +148,15 @@ class Meeting:
         token: the shared secret.
         listener: from `listen`.
         address_of: where a rank listens; None while that is not known.
+        strict: a peer that refuses this rank ends the meeting, rather than being one more reason
+            why it is missing.
     """
 
     identity: Identity
     token: bytes
     listener: socket.socket
     address_of: AddressOf
+    strict: bool = True
     peers: dict[int, Peer] = field(default_factory=dict)
     _selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
     _talks: dict[socket.socket, _Talk] = field(default_factory=dict)
@@ -168,12 +172,19 @@ class Meeting:
             InputError: a peer has another token, plan, version or the same rank.
             TransportError: peers are missing after `timeout_s`.
         """
+        missing = self.attempt(timeout_s)
+        if missing:
+            for peer in self.peers.values():
+                peer.sock.close()
+            raise TransportError(self._who_is_missing(missing, timeout_s))
+        return self.peers
+
+    def attempt(self, timeout_s: float) -> dict[int, str]:
+        """As `meet`, but who is missing, and why, is returned; `peers` are there."""
         end = time.monotonic() + timeout_s
         self._selector.register(self.listener, selectors.EVENT_READ)
         try:
-            while missing := self._missing():
-                if time.monotonic() > end:
-                    raise TransportError(self._who_is_missing(missing, timeout_s))
+            while (missing := self._missing()) and time.monotonic() <= end:
                 self._dial_those(rank for rank in missing if rank < self.identity.rank)
                 self._turn()
         except BaseException:
@@ -184,7 +195,7 @@ class Meeting:
             for talk in list(self._talks.values()):
                 self._drop(talk)
             self._selector.close()
-        return self.peers
+        return {rank: self._why_missing(rank) for rank in missing}
 
     def _missing(self) -> list[int]:
         ranks = range(self.identity.world_size)
@@ -252,7 +263,7 @@ class Meeting:
             self._failed(talk, text or str(error) or type(error).__name__)
             return
         except InputError as error:
-            if talk.dialled is None:
+            if talk.dialled is None or not self.strict:
                 # Whoever connects can say anything until it has proved that it knows the token.
                 self._failed(talk, str(error))
                 return
@@ -265,6 +276,9 @@ class Meeting:
         self._welcome(talk, talk.result)
 
     def _welcome(self, talk: _Talk, theirs: Identity) -> None:
+        if (theirs.program == DOCTOR) != (self.identity.program == DOCTOR):
+            self._failed(talk, "a run and a doctor do not meet: both see that they can talk")
+            return
         self._forget(talk)
         try:
             check_agreement(self.identity, theirs, talk.host)
@@ -302,13 +316,12 @@ class Meeting:
         self._forget(talk)
         talk.sock.close()
 
-    def _who_is_missing(self, missing: list[int], timeout_s: float) -> str:
-        parts = []
-        for rank in missing:
-            why = self._why.get(rank)
-            if why is None:
-                why = "it has not connected" if rank > self.identity.rank else "not reached"
-            parts.append(f"rank {rank} ({why})")
+    def _why_missing(self, rank: int) -> str:
+        unknown = "it has not connected" if rank > self.identity.rank else "not reached"
+        return self._why.get(rank, unknown)
+
+    def _who_is_missing(self, missing: Mapping[int, str], timeout_s: float) -> str:
+        parts = [f"rank {rank} ({why})" for rank, why in missing.items()]
         refused = f"; {self._refused} connections were refused" if self._refused else ""
         return (
             f"rank {self.identity.rank} of {self.identity.world_size} missed "

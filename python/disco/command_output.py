@@ -1,0 +1,30 @@
+"""What commands print and write."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from disco.errors import InputError
+
+
+def check_json(path: Path | None) -> None:
+    """Refuse now what could not be written after minutes of work."""
+    if path is None:
+        return
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"--json {path} cannot be written: give a file in a folder that exists")
+
+
+def write_json(path: Path | None, data: Any) -> None:
+    if path is None:
+        return
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def say(line: str) -> None:
+    print(line, flush=True)

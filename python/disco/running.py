@@ -1,0 +1,215 @@
+"""The commands that run a partition: `run`, `worker` and `doctor`. Called by `disco.cli`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from disco.bench.classes import is_logits, top_classes
+from disco.command_output import check_json, say, write_json
+from disco.errors import InputError
+from disco.images import Preprocessing, find_images, load_image
+from disco.partition.shards import load_manifest
+from disco.recipe import Recipe
+from disco.runtime import RankProcesses
+from disco.runtime.doctor import examine
+from disco.runtime.joined import (
+    JoinedRank,
+    Options,
+    place_among,
+    place_from_launcher,
+    started_by_launcher,
+)
+from disco.runtime.peers import Peers
+from disco.runtime.token import make_token
+
+# An image in; the output, the latency in ms and the payload bytes out.
+RunOne = Callable[[Tensor], "tuple[Any, float, int]"]
+
+
+def run(args: argparse.Namespace) -> bool:
+    """`disco run`: all ranks from here, or one rank of a cluster; False if an input failed."""
+    if args.top < 1:
+        raise InputError(f"--top {args.top} was given; at least 1 class can be shown")
+    check_json(args.json)
+    if args.peers is None and not started_by_launcher():
+        _refuse(args, "--rank", args.rank, "which is for a list of peers: give --peers, too")
+        return _run_here(args)
+    joined = _join(args)
+    if not joined.leads:
+        return _follow(joined)
+    return _lead(args, joined)
+
+
+def worker(args: argparse.Namespace) -> bool:
+    """`disco worker`: one rank, which takes part in what the leader runs."""
+    joined = _join(args)
+    if joined.leads:
+        raise InputError(
+            f"rank {joined.place.rank} leads, so it needs inputs: start it with `disco run`, or "
+            f"name another rank with --leader, here and there"
+        )
+    return _follow(joined)
+
+
+def doctor(args: argparse.Namespace) -> bool:
+    """`disco doctor`; False if a pair of nodes cannot talk."""
+    check_json(args.json)
+    peers = Peers.from_yaml(args.peers)
+    report = examine(peers, args.rank, args.token_file, args.timeout)
+    say(str(report))
+    write_json(args.json, report.to_json())
+    return report.healthy
+
+
+def token(args: argparse.Namespace) -> None:
+    """`disco token`."""
+    make_token(args.file)
+    say(f"{args.file}: copy it to every node, and keep it to yourself")
+
+
+def _run_here(args: argparse.Namespace) -> bool:
+    if args.threads is not None and args.threads < 1:
+        raise InputError(f"--threads {args.threads} was given; a process needs at least 1")
+    processes = RankProcesses(
+        args.directory,
+        nodes=args.nodes,
+        threads=args.threads,
+        transport=args.transport,
+        silence_s=args.deadline,
+    )
+
+    def run_one(image: Tensor) -> tuple[Any, float, int]:
+        done = processes.run(image)
+        return done.outputs[0], done.latency_ms, sum(done.bytes_sent)
+
+    with ExitStack() as stack:
+        return _run_images(
+            args, lambda: stack.enter_context(processes), run_one, processes.transport, True
+        )
+
+
+def _lead(args: argparse.Namespace, joined: JoinedRank) -> bool:
+    with ExitStack() as stack:
+        name = joined.place.transport
+        return _run_images(args, lambda: stack.enter_context(joined), joined.run, name, False)
+
+
+def _follow(joined: JoinedRank) -> bool:
+    place = joined.place
+    print(
+        f"rank {place.rank} of {place.world_size} over {place.transport}, led by rank "
+        f"{joined.leader}",
+        flush=True,
+    )
+    with joined:
+        count = joined.follow()
+    print(f"rank {place.rank}: {count} calls; the leader has ended", flush=True)
+    return True
+
+
+def _join(args: argparse.Namespace) -> JoinedRank:
+    options = Options(
+        transport=args.transport,
+        token_file=args.token_file,
+        meeting_s=args.meeting,
+        silence_s=args.deadline,
+    )
+    if args.peers is None:
+        if not started_by_launcher():
+            raise InputError(
+                "this process is one rank, and nothing says of which cluster: give --peers FILE "
+                "and --rank, or start it with mpiexec or torchrun"
+            )
+        _refuse(args, "--rank", args.rank, "and the launcher has given it one: leave it out")
+        place = place_from_launcher(options)
+    else:
+        if args.rank is None:
+            raise InputError("--peers was given without --rank: say which of them this node is")
+        place = place_among(Peers.from_yaml(args.peers), args.rank, options)
+    threads = args.threads
+    return JoinedRank(args.directory, place, options, threads=threads, leader=args.leader)
+
+
+def _run_images(
+    args: argparse.Namespace,
+    start: Callable[[], object],
+    run_one: RunOne,
+    transport: str,
+    on_one_machine: bool,
+) -> bool:
+    """Each image in turn. A bad one is one line, and the rest go on; False if there was one.
+
+    Args:
+        args: of the command.
+        start: begins what `run_one` needs.
+        run_one: an image in; the output, the latency in ms and the payload bytes out.
+        transport: to be named.
+        on_one_machine: whether all ranks are here.
+    """
+    if args.input is None:
+        raise InputError("--input was not given: name an image, or a folder of images")
+    recipe = Recipe.from_description(load_manifest(args.directory).model, args.directory)
+    preprocessing = recipe.preprocessing
+    if args.image_size is not None:
+        preprocessing = Preprocessing.for_size(args.image_size)
+    images = find_images(args.input)
+    loaded = ((path, _load(path, preprocessing)) for path in images)
+    # Nothing is started for images of which none can be read.
+    first = next(((path, x) for path, x in loaded if isinstance(x, Tensor)), None)
+    if first is None:
+        raise InputError(str(_load(images[0], preprocessing)))
+    start()
+    say(f"transport: {transport}" + (" over loopback" if on_one_machine else ""))
+    run_one(first[1])  # the first pass is slow
+    results: list[dict[str, Any]] = []
+    for path in images:
+        image = _load(path, preprocessing)
+        try:
+            if isinstance(image, InputError):
+                raise image
+            results.append(_show(path, *run_one(image), args.top))
+        except InputError as error:
+            say(f"{path}: {error}")
+    bad = len(images) - len(results)
+    if recipe.weights_sha256 is None:
+        say("(the weights are random, so the classes mean nothing)")
+    if bad:
+        say(f"{bad} of {len(images)} images could not be used")
+    write_json(args.json, results)
+    return not bad
+
+
+def _load(path: Path, preprocessing: Preprocessing) -> Tensor | InputError:
+    """The image, or why there is none."""
+    try:
+        return load_image(path, preprocessing)
+    except InputError as error:
+        return error
+
+
+def _show(path: Path, output: Any, latency_ms: float, num_bytes: int, top: int) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "image": str(path),
+        "latency_ms": latency_ms,
+        "bytes_exchanged": num_bytes,
+    }
+    say(f"{path}  ({latency_ms:.1f} ms)")
+    if is_logits(output):
+        guesses = top_classes(output, top)
+        result["top"] = [vars(guess) for guess in guesses]
+        for guess in guesses:
+            say(f"  {guess}")
+    else:
+        say("  (not a classifier's output; `disco verify` compares it)")
+    return result
+
+
+def _refuse(args: argparse.Namespace, option: str, value: object, why: str) -> None:
+    if value is not None:
+        raise InputError(f"{option} {value} was given, {why}")
