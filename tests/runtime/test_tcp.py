@@ -259,6 +259,19 @@ def test_a_closed_peer_is_lost_at_once(pair: Pair) -> None:
         b.send(torch.zeros(1), 0, 0, 0)
 
 
+def test_what_came_before_the_peer_left_counts(pair: Pair) -> None:
+    a, b = pair
+    b.wait(b.send(torch.full((4,), 3.0), 0, 2, 0), 5)
+    b.close()
+    time.sleep(0.1)
+    a.progress()
+    buffer = torch.empty(4)
+    handle = a.post_receive(buffer, 1, 2, 0)
+    assert handle.done and torch.equal(buffer, torch.full((4,), 3.0))
+    with pytest.raises(PeerLostError, match="it left, while exchange 3 waited"):
+        a.post_receive(buffer, 1, 3, 0)
+
+
 def test_who_was_lost_first_is_named_to_all() -> None:
     """Rank 0 waits for rank 1, which waits for rank 2, which is gone without a word."""
     ranks = Ranks(3, silence_s=0.5)

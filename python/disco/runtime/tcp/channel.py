@@ -128,16 +128,17 @@ class Channel:
 
     # Receiving ----------------------------------------------------------------------------------
 
+    def take_early(self, handle: TcpHandle, request: int) -> bool:
+        """Finish the handle with a payload that came before it was asked for, if there is one."""
+        early = self._early.pop(key_of(handle.exchange, request), None)
+        if early is None:
+            return False
+        self._take(early, handle)
+        return True
+
     def await_payload(self, handle: TcpHandle, request: int) -> None:
-        """Let the payload of (request, exchange) go into the handle's buffer."""
+        """Let the payload of (request, exchange) go into the handle's buffer when it comes."""
         key = key_of(handle.exchange, request)
-        early = self._early.pop(key, None)
-        if early is not None:
-            self._early_bytes -= len(early)
-            self._check_size(len(early), handle)
-            handle.view[:] = early
-            self._finish(handle)
-            return
         if key in self._awaited:
             raise TransportError(
                 f"exchange {handle.exchange} of request {request} is awaited from rank "
@@ -188,10 +189,7 @@ class Channel:
         if handle is None:
             self._early[key] = target
             return
-        self._early_bytes -= len(target)
-        self._check_size(len(target), handle)
-        handle.view[:] = target
-        self._finish(handle)
+        self._take(target, handle)
 
     def _begin_payload(self, key: int, num_bytes: int) -> None:
         handle = self._awaited.pop(key, None)
@@ -205,6 +203,12 @@ class Channel:
         self._early_bytes += num_bytes
         early = bytearray(num_bytes)
         self._frame, self._into = (key, early), memoryview(early)
+
+    def _take(self, early: bytearray, handle: TcpHandle) -> None:
+        self._early_bytes -= len(early)
+        self._check_size(len(early), handle)
+        handle.view[:] = early
+        self._finish(handle)
 
     def _check_size(self, num_bytes: int, handle: TcpHandle) -> None:
         if num_bytes != handle.num_bytes:

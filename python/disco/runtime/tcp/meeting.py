@@ -162,6 +162,7 @@ class Meeting:
     _talks: dict[socket.socket, _Talk] = field(default_factory=dict)
     _redial: dict[int, float] = field(default_factory=dict)
     _why: dict[int, str] = field(default_factory=dict)
+    _refusals: set[int | None] = field(default_factory=set)
     _refused: int = 0
     _logged: float = 0.0
 
@@ -266,6 +267,7 @@ class Meeting:
             if talk.dialled is None or not self.strict:
                 # Whoever connects can say anything until it has proved that it knows the token.
                 self._failed(talk, str(error))
+                self._refusals.add(talk.dialled)
                 return
             self._drop(talk)
             raise InputError(f"rank {talk.dialled} ({talk.host}): {error}") from None
@@ -298,7 +300,8 @@ class Meeting:
     def _failed(self, talk: _Talk, why: str) -> None:
         self._drop(talk)
         if talk.dialled is not None:
-            self._why[talk.dialled] = f"{talk.host}: {why}"
+            if talk.dialled not in self._refusals:  # says more than that it is gone by now
+                self._why[talk.dialled] = f"{talk.host}: {why}"
             return
         self._refused += 1
         now = time.monotonic()

@@ -95,16 +95,18 @@ class TcpTransport(Transport):
         """Announce that a payload of `source` goes into `buffer` (contiguous, any dtype)."""
         if buffer.numel() == 0:
             return _NOTHING
-        channel = self._channel(source, exchange)
+        channel = self._channels[source]
         handle = TcpHandle(channel, buffer, exchange)
-        channel.await_payload(handle, request)
+        # What came before the peer left counts.
+        if not channel.take_early(handle, request):
+            self._usable(channel, exchange).await_payload(handle, request)
         return handle
 
     def send(self, buffer: Tensor, destination: int, exchange: int, request: int) -> Handle:
         """Start sending `buffer` (contiguous, any dtype) to `destination`."""
         if buffer.numel() == 0:
             return _NOTHING
-        channel = self._channel(destination, exchange)
+        channel = self._usable(self._channels[destination], exchange)
         handle = TcpHandle(channel, buffer, exchange)
         channel.send(handle, request)
         return handle
@@ -150,11 +152,10 @@ class TcpTransport(Transport):
         self._meeting.listener.close()
         self._closed = True
 
-    def _channel(self, peer: int, exchange: int) -> Channel:
+    def _usable(self, channel: Channel, exchange: int) -> Channel:
         assert 0 <= exchange < MOST_EXCHANGES, f"exchange {exchange} has no place in a header"
         if self._closed:
             raise TransportError(f"the transport of rank {self.rank} is closed")
-        channel = self._channels[peer]
         if channel.lost is not None:
             raise self._error(channel, exchange)
         return channel
