@@ -272,6 +272,22 @@ def test_what_came_before_the_peer_left_counts(pair: Pair) -> None:
         a.post_receive(buffer, 1, 3, 0)
 
 
+def test_a_peer_that_has_finished_does_not_end_the_others() -> None:
+    ranks = Ranks(3)
+    assert ranks.connect() == [None] * 3
+    a, b, c = ranks.transports
+    b.close()
+
+    def late() -> None:
+        time.sleep(0.4)
+        c.wait(c.send(torch.ones(2), 0, 0, 0), 5)
+
+    buffer = torch.empty(2)
+    assert at_once(lambda: a.wait(a.post_receive(buffer, 2, 0, 0), 5), late) == [None, None]
+    assert torch.equal(buffer, torch.ones(2))
+    ranks.close()
+
+
 def test_who_was_lost_first_is_named_to_all() -> None:
     """Rank 0 waits for rank 1, which waits for rank 2, which is gone without a word."""
     ranks = Ranks(3, silence_s=0.5)

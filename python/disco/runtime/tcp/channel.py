@@ -68,6 +68,7 @@ class Channel:
         rank, host: of the peer.
         heard, spoken: when bytes last came from it, and last went to it (`time.monotonic`).
         lost: why the peer is gone, or None.
+        finished: the peer left on purpose, after all its payloads.
         blamed: the rank whose loss made the peer leave, or None.
     """
 
@@ -78,6 +79,7 @@ class Channel:
     heard: float = field(default_factory=time.monotonic)
     spoken: float = field(default_factory=time.monotonic)
     lost: str | None = None
+    finished: bool = False
     blamed: int | None = None
     _outbox: deque[tuple[list[memoryview], TcpHandle | None]] = field(default_factory=deque)
     _awaited: dict[int, TcpHandle] = field(default_factory=dict)
@@ -171,6 +173,7 @@ class Channel:
             kind, exchange, request, num_bytes = unpack_header(self._header)
             if kind == GOODBYE:
                 self.blamed = exchange - 1 if exchange else None
+                self.finished = not exchange
                 because = f" because it lost rank {self.blamed}" if exchange else ""
                 self.lose(f"it left{because}")
             elif kind not in KINDS or (num_bytes and kind != DATA):

@@ -171,8 +171,9 @@ class TcpTransport(Transport):
             if handle.channel.lost is not None:
                 raise self._error(handle.channel, handle.exchange)
         for channel in self._channels.values():
-            # Not awaited here, but others may wait for it, and then this rank waits for them.
-            if channel.lost is not None:
+            # Not awaited here, but others may wait for it, and then this rank waits for them. One
+            # that left on purpose has sent all that anybody waits for.
+            if channel.lost is not None and not channel.finished:
                 raise self._error(channel, None)
         if now - begin > deadline_s:
             names = ", ".join(f"rank {h.channel.rank} ({h.channel.host})" for h in awaited)
