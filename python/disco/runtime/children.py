@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -27,12 +27,20 @@ class WorkerError(RuntimeError):
 
 @dataclass(frozen=True)
 class ChildSpec:
-    """A child to start: the name for messages, the module with its arguments, its threads."""
+    """A child to start.
+
+    Attributes:
+        name: for messages.
+        module, args: what Python runs.
+        threads: of its pools.
+        popen: starts it, as `subprocess.Popen` does, perhaps somewhere else.
+    """
 
     name: str
     module: str
     args: tuple[str, ...]
     threads: int
+    popen: Callable[..., subprocess.Popen[str]] = subprocess.Popen
 
 
 class Children:
@@ -100,7 +108,7 @@ class Children:
         env["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in sys.path)
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             env[name] = str(spec.threads)
-        process = subprocess.Popen(
+        process = spec.popen(
             [sys.executable, "-m", spec.module, *spec.args],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from disco.errors import InputError
 from disco.partition.shards import load_manifest
@@ -15,9 +17,19 @@ from disco.runtime.launched import Launched
 from disco.runtime.messages import load_tensors, unflatten
 from disco.runtime.tcp.transport import SILENCE_S
 from disco.runtime.token import make_token
-from disco.runtime.transports import TOKEN_FILE, choose_transport
+from disco.runtime.transports import LOOPBACK, TOKEN_FILE, choose_transport
 
 PathLike = str | os.PathLike[str]
+
+
+class Hosts(Protocol):
+    """Where ranks run, if not simply here: `disco.bench.lab` has some."""
+
+    def address(self, rank: int) -> str:
+        """Where a rank listens."""
+
+    def popen(self, rank: int, command: Sequence[str], **popen: Any) -> subprocess.Popen[Any]:
+        """Start a process there; arguments as of `subprocess.Popen`."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,7 @@ class RankProcesses(Launched):
         timeout_s: for every wait on a peer that is alive.
         transport: "tcp", "torch" (gloo), or "auto", which is tcp here.
         silence_s: over tcp, a peer that is waited for and silent for so long is lost.
+        hosts: starts the ranks; None for simply here, over loopback.
 
     Raises:
         InputError: `nodes` is not the plan's, a shard is damaged or of another plan.
@@ -64,10 +77,12 @@ class RankProcesses(Launched):
         timeout_s: float = 30.0,
         transport: str = "auto",
         silence_s: float = SILENCE_S,
+        hosts: Hosts | None = None,
     ) -> None:
         super().__init__(timeout_s)
         self.transport = choose_transport(transport)
         self.silence_s = silence_s
+        self._hosts = hosts
         given = [directory] if isinstance(directory, (str, os.PathLike)) else list(directory)
         self.manifest = load_manifest(given[0])
         self.world_size = self.manifest.plan.world_size
@@ -114,12 +129,16 @@ class RankProcesses(Launched):
             "--world-size": str(self.world_size),
             "--folder": folder,
             "--transport": self.transport,
+            "--host": LOOPBACK if self._hosts is None else self._hosts.address(rank),
             "--silence-s": str(self.silence_s),
             "--threads": str(self.threads),
             "--timeout-s": str(self.timeout_s),
         }
         flat = tuple(word for pair in args.items() for word in pair)
-        return ChildSpec(f"rank {rank}", "disco.runtime.worker", flat, self.threads)
+        spec = ChildSpec(f"rank {rank}", "disco.runtime.worker", flat, self.threads)
+        return (
+            spec if self._hosts is None else replace(spec, popen=partial(self._hosts.popen, rank))
+        )
 
 
 def available_cores() -> int:

@@ -18,7 +18,7 @@ TOKEN_FILE = "token"
 
 # Ranks do not finish loading at once. A launcher notices a dead one long before.
 _MEETING_S = 150.0
-_LOOPBACK = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 
 
 def choose_transport(name: str) -> str:
@@ -42,13 +42,14 @@ def identity_of(shard: Shard) -> Identity:
 
 
 def open_local(
-    name: str, shard: Shard, folder: str, *, timeout_s: float, silence_s: float
+    name: str, shard: Shard, folder: str, host: str, *, timeout_s: float, silence_s: float
 ) -> Transport:
-    """Meet the other ranks of this machine, who use the same private `folder`, over loopback.
+    """Meet the other ranks of this machine, who use the same private `folder`.
 
     Args:
         name: "tcp" or "torch".
         folder: that only this user reads; for tcp it has the token.
+        host: to listen on.
         timeout_s: over torch, for any operation.
         silence_s: over tcp, after which a silent peer is lost.
     """
@@ -57,9 +58,9 @@ def open_local(
     if name == "torch":
         store = file_store(os.path.join(folder, "rendezvous"), world_size)
         agree(store, rank, world_size, shard.plan_digest, _MEETING_S)
-        transport = GlooTransport(rank, world_size, store, timeout_s=timeout_s)
+        transport = GlooTransport(rank, world_size, store, address=host, timeout_s=timeout_s)
     else:
-        listener = listen(_LOOPBACK)
+        listener = listen(host)
         book = AddressBook(folder)
         book.publish(rank, *listener.getsockname()[:2])
         token = read_token(os.path.join(folder, TOKEN_FILE))

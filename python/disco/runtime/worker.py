@@ -15,7 +15,7 @@ from disco.partition.shards import load_shard
 from disco.runtime.messages import Message
 from disco.runtime.passes import Passes
 from disco.runtime.serve import Handlers, serve
-from disco.runtime.transports import open_local
+from disco.runtime.transports import LOOPBACK, open_local
 
 
 def prepare(args: argparse.Namespace, at_end: ExitStack) -> tuple[Message, Handlers]:
@@ -29,7 +29,12 @@ def prepare(args: argparse.Namespace, at_end: ExitStack) -> tuple[Message, Handl
     shard = load_shard(args.directory, args.rank)
     weight_bytes = sum(tensor.nbytes for tensor in shard.weights.values())
     transport = open_local(
-        args.transport, shard, args.folder, timeout_s=args.timeout_s, silence_s=args.silence_s
+        args.transport,
+        shard,
+        args.folder,
+        args.host,
+        timeout_s=args.timeout_s,
+        silence_s=args.silence_s,
     )
     at_end.callback(transport.close)
     executor = Executor(shard.program, shard.weights, transport, deadline_s=args.timeout_s)
@@ -59,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--world-size", type=int, required=True)
     parser.add_argument("--folder", required=True, help="private to the ranks and the launcher")
     parser.add_argument("--transport", default="tcp", choices=("tcp", "torch"))
+    parser.add_argument("--host", default=LOOPBACK, help="to listen on (default: %(default)s)")
     parser.add_argument("--silence-s", type=float, default=2.0, help="of a peer, then it is lost")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--timeout-s", type=float, default=30.0, help="for every wait on a peer")
