@@ -12,7 +12,15 @@ import disco
 from disco.capture import capture
 from disco.executor import Executor, InProcessHub, run_together
 from disco.partition import build_all, decide
-from tests.partition.zoo import NODES, PROMISED, SUPER_RESOLUTION, build, check, check_sparse
+from tests.partition.zoo import (
+    BEYOND,
+    NODES,
+    PROMISED,
+    SUPER_RESOLUTION,
+    build,
+    check,
+    check_sparse,
+)
 
 FAST = [
     ("torchvision", "resnet18", 64),
@@ -76,7 +84,7 @@ def test_super_resolution_at_density_02(nodes: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("nodes", NODES)
-@pytest.mark.parametrize(("source", "name", "size"), PROMISED)
+@pytest.mark.parametrize(("source", "name", "size"), [*PROMISED, *BEYOND])
 def test_more_models_are_exact_at_density_02(source: str, name: str, size: int, nodes: int) -> None:
     check_sparse(source, name, size, nodes)
 

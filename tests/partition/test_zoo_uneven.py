@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from tests.partition.zoo import NODES, PROMISED, SPEEDS, SUPER_RESOLUTION, check_sparse, cluster_of
+from tests.partition.zoo import (
+    BEYOND,
+    NODES,
+    PROMISED,
+    SPEEDS,
+    SUPER_RESOLUTION,
+    check_sparse,
+    cluster_of,
+)
 
 
 def _check(source: str, name: str, size: int, nodes: int) -> None:
@@ -23,3 +31,9 @@ def test_resnet18() -> None:
 @pytest.mark.parametrize(("source", "name", "size"), [*PROMISED, SUPER_RESOLUTION])
 def test_promised_models(source: str, name: str, size: int, nodes: int) -> None:
     _check(source, name, size, nodes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("source", "name", "size"), BEYOND)
+def test_models_beyond(source: str, name: str, size: int) -> None:
+    _check(source, name, size, 3)

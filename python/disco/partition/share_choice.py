@@ -69,7 +69,8 @@ def choose_shares(
         problem: with the weights as they are.
         cluster: its nodes share the layers out.
         density: that the weights will be sparsified to; None if they stay.
-        refine: take small steps from the best power of the speeds.
+        refine: take small steps from the best power of the speeds. Not where outputs are shared
+            out already: what is left would hardly move.
     """
     if not cluster.speeds_known or cluster.world_size == 1:
         return Shares.equal(cluster.world_size)
@@ -85,7 +86,8 @@ def choose_shares(
     latencies = [latency(shares) for shares in tried]
     least = min(latencies)
     best = tried[latencies.index(least)]
-    for step in _STEPS if refine and not alike else ():
+    refine = refine and not alike and not problem.out_ownership
+    for step in _STEPS if refine else ():
         for rank in range(cluster.world_size):
             for trial in _neighbours(best, rank, step):
                 if (found := latency(trial)) < least:
