@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from disco_kernels.spec import Conv2dDescriptor, ConvSpec, GroupedDescriptor
+from disco_kernels.spec import Conv2dDescriptor, ConvSpec, GroupedDescriptor, Part
 
 BACKEND_VARIABLE = "DISCO_KERNELS_BACKEND"
 
@@ -80,6 +80,24 @@ class PreparedConv2d(ABC):
             self.run(sources, packed_weight, bias, residual, out, False, None, outgoing)
 
         return run
+
+    @property
+    def sums_in_parts(self) -> bool:
+        """Whether `bind_part` works: a sum that is broken off and continued has the same bits."""
+        return False
+
+    def bind_part(
+        self,
+        sources: Sequence[Tensor],
+        packed_weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        out: Tensor,
+        part: Part,
+        outgoing: Outgoing | None = None,
+    ) -> Callable[[], None]:
+        """As `bind`, for a part of the sum. Computes nothing yet; other segments are not read."""
+        raise NotImplementedError("sums_in_parts is False")
 
 
 class PreparedGatherPack(ABC):

@@ -105,8 +105,7 @@ def prepare_exchange(op: Op, prepare: Preparation) -> Step:
         arriving: list[dict[int, tuple[Tensor, Handle]]] = [{} for _ in parts]
         for peer in sources:
             message, pieces = buffer(peer, False)
-            handle = transport.post_receive(message, peer, number, request.number)
-            request.handles.append(handle)
+            handle = request.receive(message, peer, number)
             for found, piece in zip(arriving, pieces, strict=True):
                 if piece is not None:
                     found[peer] = (piece, handle)
@@ -125,7 +124,7 @@ def prepare_exchange(op: Op, prepare: Preparation) -> Step:
                 request.handles.append(transport.send(message, peer, number, request.number))
         return received
 
-    return Step(op.name, run, prepare.slot(op.name))
+    return Step(op.name, run, prepare.slot(op.name), kind="pack")
 
 
 def _message(
@@ -145,16 +144,21 @@ def _message(
 
 
 def prepare_payload(op: Op, prepare: Preparation) -> Step:
-    """``operator.getitem`` of an exchange: the first reader of a payload waits for it."""
+    """``operator.getitem`` of an exchange: whoever reads a payload waits for it."""
     source, position = prepare.slot_of(op.args[0], op), op.args[1]
     if not isinstance(position, int):
         raise InputError(f"op {op.name!r}: the position of a payload must be a number")
-    return Step(
-        op.name,
-        lambda values: values[source].payloads[position],
-        prepare.slot(op.name),
-        awaits=(source, position),
-    )
+    out = prepare.slot(op.name)
+    prepare.payloads.add(out)
+
+    def run(values: Values) -> Tensor:
+        request: Request = values[REQUEST_SLOT]
+        received: Received = values[source]
+        request.arriving[out] = received.handles[position]
+        # Its buffer is the request's and stays, so kernels may be bound to it.
+        return request.activations.views.setdefault(out, received.payloads[position])
+
+    return Step(op.name, run, out)
 
 
 def prepare_assemble(op: Op, prepare: Preparation) -> Step:

@@ -16,6 +16,7 @@ from disco.executor.activations import Placed
 from disco.executor.request import BufferPool, Request, ShapeKey
 from disco.executor.steps import REQUEST_SLOT, Preparation, Step, Values, prepare_pure
 from disco.executor.transport import Handle, Transport
+from disco.executor.two_passes import first_pass
 from disco.program import (
     Op,
     Program,
@@ -24,6 +25,7 @@ from disco.program import (
     evaluate_dim,
     flatten_inputs,
     map_leaves,
+    overwritten_residual,
     plan_buffers,
 )
 from disco.program.symbols import first_failing, solve_dim, symbols_of
@@ -102,13 +104,15 @@ class Executor:
         self.packed_bytes = packing.packed_bytes
         self._kernels = prepare.kernels
         self._outputs = map_leaves(program.outputs, lambda leaf: _output(leaf, prepare))
-        self._num_slots = len(prepare.slots) + 1
         _free_at_last_use(program, self._steps, prepare)
         kept = {
-            op.name: _residual(op)
+            op.name: overwritten_residual(op)
             for op, step in zip(program.ops, self._steps, strict=True)
             if step.writes_out
         }
+        self._num_slots = len(prepare.slots) + 1
+        self._steps = _with_first_passes(self._steps, unused_slot=self._num_slots)
+        self._num_slots += 1
         buffers = plan_buffers(program, kept)
         self._buffer_of = {prepare.slot(name): number for name, number in buffers.items()}
         self._buffers = BufferPool(self._buffer_of)
@@ -181,11 +185,11 @@ class Executor:
         values[REQUEST_SLOT] = request
         for slot, x in zip(self._input_slots, inputs, strict=True):
             values[slot] = x
+        request.post_receives()
 
         for step in self._steps:
-            if step.awaits is not None:
-                source, position = step.awaits
-                handle = values[source].handles[position]
+            for slot in step.awaits:
+                handle = request.arriving[slot]
                 if not handle.done:
                     yield handle
             value = values[step.out] = step.run(values)
@@ -284,7 +288,10 @@ def _prepare(op: Op, prepare: Preparation, exchanges: Set[str]) -> Step:
     if op.kind == "operator.getitem" and isinstance(source, Ref) and source.name in exchanges:
         make = exchange.prepare_payload
     try:
-        return make(op, prepare)
+        step = make(op, prepare)
+        read = (prepare.slot(name) for name in op.refs())
+        step.awaits = tuple(slot for slot in read if slot in prepare.payloads)
+        return step
     except InputError:
         raise
     except (KeyError, IndexError, TypeError, ValueError) as error:
@@ -295,10 +302,14 @@ def _prepare(op: Op, prepare: Preparation, exchanges: Set[str]) -> Step:
         ) from error
 
 
-def _residual(op: Op) -> str | None:
-    """The value that a kernel adds to its result; max pooling adds none."""
-    last = op.args[-1]
-    return last.name if op.kind.startswith("disco.") and isinstance(last, Ref) else None
+def _with_first_passes(steps: Sequence[Step], unused_slot: int) -> list[Step]:
+    """In front of layers over payloads, once weights are packed, what they can do without."""
+    made: list[Step] = []
+    for step in steps:
+        if step.local is not None and step.local.in_two_passes:
+            made.append(first_pass(step, step.local, unused_slot))
+        made.append(step)
+    return made
 
 
 def _output(leaf: Any, prepare: Preparation) -> Callable[[Values], Any]:

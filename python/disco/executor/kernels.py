@@ -9,7 +9,9 @@ from torch import Tensor
 
 import disco_kernels as dk
 from disco.errors import InputError
+from disco.executor.request import Request
 from disco.executor.steps import REQUEST_SLOT, Preparation, Run, Step, Values, prepare_pure
+from disco.executor.two_passes import LocalPart, local_part
 from disco.program import Op, Ref
 
 
@@ -197,21 +199,34 @@ def _over_segments(op: Op, prepare: Preparation, kernel: Any, segments: Any, res
     added, target = prepare.optional_slot(residual, op), prepare.slot(op.name)
     fixed = slots if added is None else (*slots, added)
     tokens = isinstance(kernel, dk.PartialLinear)
+    local = local_part(kernel, slots, prepare.payloads)
 
     def run(values: Values) -> Tensor:
-        kept = values[REQUEST_SLOT].activations
+        request: Request = values[REQUEST_SLOT]
+        kept = request.activations
         bound = kept.bound.get(target)
         if bound is not None:
             bound()
             return kept.out[target]
+        passes = kept.passes.get(target)
+        if passes is not None:
+            if target in request.begun:
+                request.begun.remove(target)
+                passes.second()
+            else:
+                passes.whole()
+            return kept.out[target]
         given = [values[slot] for slot in slots]
         residual, out = None if added is None else values[added], kept.out.get(target)
         if out is not None and kept.holds(fixed, tokens=tokens):
-            kept.bound[target] = kernel.bind(given, residual, out)
+            if local is not None and local.in_two_passes:
+                kept.passes[target] = kernel.bind_passes(given, residual, out, local.num_first)
+            else:
+                kept.bound[target] = kernel.bind(given, residual, out)
             return out
         return kernel(given, residual, out)
 
-    return _kernel_step(op, prepare, run, kernel)
+    return _kernel_step(op, prepare, run, kernel, local)
 
 
 def _over_input(op: Op, prepare: Preparation, kernel: Any, x: Any, residual: Any) -> Step:
@@ -235,10 +250,12 @@ def _over_input(op: Op, prepare: Preparation, kernel: Any, x: Any, residual: Any
     return _kernel_step(op, prepare, run, kernel)
 
 
-def _kernel_step(op: Op, prepare: Preparation, run: Run, kernel: Any) -> Step:
+def _kernel_step(
+    op: Op, prepare: Preparation, run: Run, kernel: Any, local: LocalPart | None = None
+) -> Step:
     out = prepare.slot(op.name)
     prepare.kernels[op.name] = kernel
-    return Step(op.name, run, out, progress=True, writes_out=True)
+    return Step(op.name, run, out, progress=True, writes_out=True, local=local)
 
 
 def _segments(op: Op, prepare: Preparation) -> tuple[list[Tensor | None], list[int], list[int]]:

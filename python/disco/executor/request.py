@@ -37,6 +37,8 @@ class Request:
         transport: None in a program without exchanges.
         symbols: sizes that the inputs give to the program's symbols.
         handles: of all its messages, which read or write its buffers until they are done.
+        arriving: by slot of a payload, the receive that fills it.
+        begun: slots of layers whose first pass has run and whose second has not.
         activations: where kernels write their results.
     """
 
@@ -47,8 +49,32 @@ class Request:
         self.transport = transport
         self.symbols = symbols
         self.handles: list[Handle] = []
+        self.arriving: dict[int, Handle] = {}
+        self.begun: set[int] = set()
+        self._posted: dict[tuple[int, int], Handle] = {}
         self.kept = kept
         self.activations = kept.activations
+
+    def post_receives(self) -> None:
+        """Announce all messages whose buffers are known from an earlier request.
+
+        Before anything is computed, so that whatever the other ranks send finds its place.
+        """
+        for (exchange, peer, is_send), buffer in self.kept.messages.items():
+            if not is_send and self.transport is not None:
+                handle = self.transport.post_receive(buffer, peer, exchange, self.number)
+                self._posted[exchange, peer] = handle
+                self.handles.append(handle)
+
+    def receive(self, buffer: Tensor, peer: int, exchange: int) -> Handle:
+        """The receive of one message into a buffer of `buffer`, posted now if it is not yet."""
+        posted = self._posted.pop((exchange, peer), None)
+        if posted is not None:
+            return posted
+        assert self.transport is not None
+        handle = self.transport.post_receive(buffer, peer, exchange, self.number)
+        self.handles.append(handle)
+        return handle
 
     def buffer(
         self, exchange: int, peer: int, is_send: bool, shape: Sequence[int], dtype: torch.dtype
