@@ -89,8 +89,7 @@ def prepare_exchange(op: Op, prepare: Preparation) -> Step:
 
     def run(values: Values) -> Received:
         request: Request = values[REQUEST_SLOT]
-        transport = request.transport
-        if transport is None:
+        if request.transport is None:
             raise InputError("this program exchanges data; give its Executor a transport")
         tensors: list[Tensor] = [values[part.slot] for part in parts]
         leading = [part.leading(x) for part, x in zip(parts, tensors, strict=True)]
@@ -121,7 +120,7 @@ def prepare_exchange(op: Op, prepare: Preparation) -> Step:
                 if filled:
                     part.pack(x, filled)
             for peer, (message, _) in zip(targets, messages, strict=True):
-                request.handles.append(transport.send(message, peer, number, request.number))
+                request.send(message, peer, number)
         return received
 
     return Step(op.name, run, prepare.slot(op.name), kind="pack")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from disco.executor.activations import Activations, Layout
+from disco.executor.timeline import Timeline
 from disco.executor.transport import Handle, Transport
 from disco_kernels.memory import return_freed_memory
 
@@ -40,10 +41,17 @@ class Request:
         arriving: by slot of a payload, the receive that fills it.
         begun: slots of layers whose first pass has run and whose second has not.
         activations: where kernels write their results.
+        timeline: where its time goes, if that was asked for.
+        bytes_sent: payload bytes that it has handed over.
     """
 
     def __init__(
-        self, number: int, transport: Transport | None, symbols: dict[str, int], kept: Kept
+        self,
+        number: int,
+        transport: Transport | None,
+        symbols: dict[str, int],
+        kept: Kept,
+        timeline: Timeline | None = None,
     ) -> None:
         self.number = number
         self.transport = transport
@@ -52,6 +60,8 @@ class Request:
         self.arriving: dict[int, Handle] = {}
         self.begun: set[int] = set()
         self._posted: dict[tuple[int, int], Handle] = {}
+        self.timeline = timeline
+        self.bytes_sent = 0
         self.kept = kept
         self.activations = kept.activations
 
@@ -75,6 +85,12 @@ class Request:
         handle = self.transport.post_receive(buffer, peer, exchange, self.number)
         self.handles.append(handle)
         return handle
+
+    def send(self, buffer: Tensor, peer: int, exchange: int) -> None:
+        """Start sending one message."""
+        assert self.transport is not None
+        self.handles.append(self.transport.send(buffer, peer, exchange, self.number))
+        self.bytes_sent += buffer.nbytes
 
     def buffer(
         self, exchange: int, peer: int, is_send: bool, shape: Sequence[int], dtype: torch.dtype
