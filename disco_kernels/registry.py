@@ -108,6 +108,14 @@ class PreparedGatherPack(ABC):
         """Write the listed channels of ``x`` ``[B, C, H, W]``, channel stride 1, to the messages:
         contiguous, all in one wire dtype, of the size that `disco_kernels.wire` says."""
 
+    def bind(self, x: Tensor, messages: Sequence[Tensor]) -> Callable[[], None]:
+        """`run` for these tensors, to be called again and again; keeps them alive."""
+
+        def run() -> None:
+            self.run(x, messages)
+
+        return run
+
 
 class Backend(ABC):
     """What a backend provides. All tensors are ``[B, C, H, W]`` with a channel stride of 1,

@@ -281,9 +281,22 @@ class _CpuGatherPack(PreparedGatherPack):
             return
         if x.dtype not in _DTYPES:
             x = x.to(torch.float32, memory_format=torch.channels_last)
+        self.pack.run(*self._args(x, messages), torch.get_num_threads())
+
+    def bind(self, x: Tensor, messages: Sequence[Tensor]) -> Callable[[], None]:
+        if not messages or x.dtype not in _DTYPES:
+            return super().bind(x, messages)
+        run, args = self.pack.run, self._args(x, messages)
+
+        def bound(alive: tuple[Any, ...] = (x, messages)) -> None:
+            run(*args, torch.get_num_threads())
+
+        return bound
+
+    def _args(self, x: Tensor, messages: Sequence[Tensor]) -> tuple[Any, ...]:
         batch, channels, height, width = x.shape
         n, _, h, w = x.stride()
-        self.pack.run(
+        return (
             x.data_ptr(),
             channels,
             (batch, height, width),
@@ -291,7 +304,6 @@ class _CpuGatherPack(PreparedGatherPack):
             _DTYPES[x.dtype],
             _WIRE_TYPES[messages[0].dtype],
             [message.data_ptr() for message in messages],
-            torch.get_num_threads(),
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,11 +23,29 @@ _SHAPES_KEPT = 4
 
 
 @dataclass
+class KeptExchange:
+    """What of an exchange is the same in every request that uses the same memory.
+
+    Attributes:
+        receives: peers and the buffers of their messages.
+        payloads: every payload, in its message's buffer, and the place of that in `receives`.
+        packs: slots of what is sent, and what packs it, from the tensor in the slot.
+        sends: peers and the buffers of what they get.
+    """
+
+    receives: list[tuple[int, Tensor]] = field(default_factory=list)
+    payloads: list[tuple[Tensor, int]] = field(default_factory=list)
+    packs: list[tuple[int, Callable[[Tensor], None]]] = field(default_factory=list)
+    sends: list[tuple[int, Tensor]] = field(default_factory=list)
+
+
+@dataclass
 class Kept:
     """The memory of one request, which a later one of the same input shapes uses again."""
 
     activations: Activations
     messages: dict[tuple[int, int, bool], Tensor] = field(default_factory=dict)
+    exchanges: dict[int, KeptExchange] = field(default_factory=dict)
 
 
 class Request:
