@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import disco_kernels as dk
@@ -121,10 +122,9 @@ def prepare_max_pool2d(op: Op, prepare: Preparation) -> Step:
     """Max pooling without leaving channels-last; what the kernel does not do, torch does."""
     names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
     given = {**dict(zip(names, op.args[1:], strict=False)), **op.kwargs}
-    info = prepare.values.get(op.args[0].name) if isinstance(op.args[0], Ref) else None
-    served = info is not None and len(info.shape) == 4 and info.dtype in ("float32", "bfloat16")
-    if given.get("ceil_mode", False) or not served:
-        return prepare_pure(op, prepare)
+    plain = prepare_pure(op, prepare)
+    if given.get("ceil_mode", False) or not _may_be_pooled(op.args[0], prepare):
+        return plain
     kernel_size: Any = given["kernel_size"]
     stride: Any = given.get("stride") or kernel_size
     padding: Any = given.get("padding", 0)
@@ -134,7 +134,8 @@ def prepare_max_pool2d(op: Op, prepare: Preparation) -> Step:
     slot, target = prepare.slot_of(op.args[0], op), prepare.slot(op.name)
 
     def run(values: Values) -> Tensor:
-        return pool(values[slot], values[REQUEST_SLOT].activations.out.get(target))
+        x, out = values[slot], values[REQUEST_SLOT].activations.out.get(target)
+        return pool(x, out) if _is_pooled(x) else _into(plain.run(values), out)
 
     return Step(op.name, run, target, writes_out=True)
 
@@ -148,10 +149,9 @@ def prepare_global_avg_pool2d(op: Op, prepare: Preparation) -> Step:
         whole = keeps and {d % 4 for d in dims if isinstance(d, int)} == {2, 3}
     else:
         whole = wanted in (1, (1,), (1, 1))
-    info = prepare.values.get(x.name) if isinstance(x, Ref) else None
-    served = info is not None and len(info.shape) == 4 and info.dtype in ("float32", "bfloat16")
-    if not (whole and served) or op.kwargs.get("dtype") is not None:
-        return prepare_pure(op, prepare)
+    plain = prepare_pure(op, prepare)
+    if not (whole and _may_be_pooled(x, prepare)) or op.kwargs.get("dtype") is not None:
+        return plain
     pool = dk.GlobalAvgPool2d(prepare.backend)
     slot, target = prepare.slot_of(x, op), prepare.slot(op.name)
 
@@ -161,13 +161,34 @@ def prepare_global_avg_pool2d(op: Op, prepare: Preparation) -> Step:
         if bound is not None:
             bound()
             return kept.out[target]
-        out = kept.out.get(target)
+        x, out = values[slot], kept.out.get(target)
+        if not _is_pooled(x):
+            return _into(plain.run(values), out)
         if out is not None and kept.holds((slot,), tokens=False):
-            kept.bound[target] = pool.bind(values[slot], out)
+            kept.bound[target] = pool.bind(x, out)
             return out
-        return pool(values[slot], out)
+        return pool(x, out)
 
     return Step(op.name, run, target, writes_out=True)
+
+
+_POOLED = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def _may_be_pooled(x: Any, prepare: Preparation) -> bool:
+    """Whether the kernels may turn out to serve a value: a rank's program says of few values what
+    they are."""
+    info = prepare.values.get(x.name) if isinstance(x, Ref) else None
+    return info is None or (len(info.shape) == 4 and info.dtype in _POOLED)
+
+
+def _is_pooled(x: Tensor) -> bool:
+    return x.dim() == 4 and x.dtype in _POOLED.values() and x.shape[2] * x.shape[3] > 0
+
+
+def _into(result: Tensor, out: Tensor | None) -> Tensor:
+    """Where a value has its place, kernels may be bound to it."""
+    return result if out is None else out.copy_(result)
 
 
 def _both(value: Any) -> tuple[int, int]:
