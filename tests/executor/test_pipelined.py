@@ -19,6 +19,7 @@ from disco.executor import (
     Handle,
     InProcessHub,
     InProcessTransport,
+    Transport,
     run_pipelined,
     run_together,
 )
@@ -215,3 +216,34 @@ def test_leaving_early_ends_what_is_in_flight(partitioned: disco.Partitioned) ->
 def test_no_requests(partitioned: disco.Partitioned) -> None:
     transport = InProcessHub(WORLD).transports()[0]
     assert list(run_pipelined(executors_of(partitioned)[0], transport, [], 2)) == []
+
+
+class Polled(InProcessTransport):
+    """With the waiting that every transport has."""
+
+    def wait_any(self, handles: Sequence[Handle], deadline_s: float) -> None:
+        Transport.wait_any(self, handles, deadline_s)
+
+
+def test_waiting_by_asking(partitioned: disco.Partitioned) -> None:
+    executors, requests = executors_of(partitioned), inputs_of(6)
+    expected = [run_together(executors, inputs)[0] for inputs in requests]
+    for found in in_threads(executors, requests, (2, 3, 1), Polled):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    transport = Polled(InProcessHub(WORLD), 0)
+    handles = [transport.post_receive(torch.empty(1), 1, number, 0) for number in range(3)]
+    with pytest.raises(DeadlineError, match=r"rank 0 waited 0\.05 s for any of 3 messages"):
+        transport.wait_any(handles, 0.05)
+
+
+@pytest.mark.parametrize("kind", [InProcessTransport, Polled])
+def test_any_message_ends_the_waiting(kind: type[InProcessTransport]) -> None:
+    hub = InProcessHub(2)
+    receiver, sender = kind(hub, 0), kind(hub, 1)
+    handles = [receiver.post_receive(torch.empty(1), 1, number, 0) for number in range(3)]
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(receiver.wait_any, handles, 20.0)
+        time.sleep(0.02)
+        sender.send(torch.ones(1), 0, 2, 0)
+        waiting.result()
+    assert [handle.done for handle in handles] == [False, False, True]

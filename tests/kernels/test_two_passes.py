@@ -43,7 +43,7 @@ def in_two(kernel: Any, segments: list[Tensor], residual: Tensor | None, num_fir
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**16))
-def test_random_layers(data: st.DataObject, seed: int) -> None:
+def test_random_layers_cpu(data: st.DataObject, seed: int) -> None:
     draw = data.draw
     torch.manual_seed(seed)
     counts = draw(st.lists(st.sampled_from((0, 1, 3, 8, 17, 40)), min_size=2, max_size=4))
@@ -97,7 +97,7 @@ def test_random_layers(data: st.DataObject, seed: int) -> None:
     ],
     ids=str,
 )
-def test_what_is_copied_first(
+def test_what_is_copied_first_cpu(
     counts: tuple[int, ...], index: Any, size: int, edge: int, threads: int
 ) -> None:
     torch.manual_seed(0)
@@ -118,7 +118,7 @@ def test_what_is_copied_first(
 
 
 @pytest.mark.parametrize("leading", [(7,), (2, 197), (1, 3, 5)], ids=str)
-def test_tokens(leading: tuple[int, ...]) -> None:
+def test_tokens_cpu(leading: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     kernel = dk.PartialLinear(
         torch.randn(50, 96 + 19), (96, 19), bias=torch.randn(50), activation="gelu"
@@ -130,7 +130,7 @@ def test_tokens(leading: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("wire", [torch.float32, torch.int8], ids=str)
-def test_the_second_pass_writes_the_messages(wire: torch.dtype) -> None:
+def test_the_second_pass_writes_the_messages_cpu(wire: torch.dtype) -> None:
     torch.manual_seed(0)
     pack = dk.GatherPack([[3, 9, 1], [0]], "cpu", wire_dtype=wire)
     kernel = dk.PartialConv2d(torch.randn(40, 30, 1, 1), (20, 10), dk.ConvSpec(), pack=pack)
