@@ -98,7 +98,7 @@ disco::Conv2dCall make_call(const std::vector<SourceArgs>& sources,
                             int64_t packed_bytes, Address bias, const ViewArgs& residual,
                             const ViewArgs& out, int64_t out_channels, bool accumulate,
                             int32_t num_threads, const std::vector<Address>& messages, int32_t wire,
-                            int64_t message_images) {
+                            int64_t message_images, int64_t first_segment, int64_t end_segment) {
   disco::Conv2dCall call = {};
   for (const auto& [data, channels, n, c, h, w, type, scale, images_per_scale] : sources) {
     call.sources.push_back({pointer<const void>(data), channels, n, c, h, w,
@@ -123,6 +123,8 @@ disco::Conv2dCall make_call(const std::vector<SourceArgs>& sources,
   call.messages = pointers(messages);
   call.wire = static_cast<disco::WireType>(wire);
   call.message_images = message_images;
+  call.first_segment = first_segment;
+  call.end_segment = end_segment;
   return call;
 }
 
@@ -240,7 +242,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("packed_bytes"), py::arg("bias"), py::arg("residual"), py::arg("out"),
            py::arg("out_channels"), py::arg("accumulate"), py::arg("num_threads"),
            py::arg("messages") = std::vector<Address>(), py::arg("wire") = 0,
-           py::arg("message_images") = 0)
+           py::arg("message_images") = 0, py::arg("first_segment") = 0,
+           py::arg("end_segment") = -1)
       .def_readwrite("num_threads", &disco::Conv2dCall::num_threads);
 
   py::class_<disco::BoundConv2d>(m, "BoundConv2d")

@@ -30,6 +30,7 @@ from disco_kernels.prepacking import Alternative, PackedKernel, Packing
 from disco_kernels.quantisation import MOST_PRODUCTS, InputBytes
 from disco_kernels.registry import Outgoing, PreparedConv2d
 from disco_kernels.spec import Channels, Conv2dDescriptor, ConvSpec, Node, Pair, Segment
+from disco_kernels.two_passes import Passes, bind_passes
 from disco_kernels.winograd import alternatives_of, multiplications_saved
 from disco_kernels.wire import num_images
 
@@ -213,6 +214,25 @@ class _PreparedKernel(PackedKernel):
         self._run(sources, residual, out, outgoing=outgoing)
         return self._prepared.bind(sources, self.packed_weight, self.bias, residual, out, outgoing)
 
+    def _bind_passes(
+        self,
+        sources: Sequence[Tensor],
+        residual: Tensor | None,
+        out: Tensor,
+        num_first: int,
+        outgoing: Outgoing | None,
+    ) -> Passes:
+        return bind_passes(
+            self._prepared,
+            sources,
+            self.packed_weight,
+            self.bias,
+            residual,
+            out,
+            num_first,
+            outgoing,
+        )
+
 
 class _PartialKernel(_PreparedKernel):
     def __init__(
@@ -256,6 +276,11 @@ class _PartialKernel(_PreparedKernel):
         super().__init__(
             descriptor, lambda: [weight], weight, bias, backend, image_size, packing, pack
         )
+
+    @property
+    def sums_in_parts(self) -> bool:
+        """Whether `bind_passes` can be used: float32, summed directly, by the C++ kernels."""
+        return self._prepared.sums_in_parts
 
 
 class PartialConv2d(_PartialKernel):
@@ -332,6 +357,24 @@ class PartialConv2d(_PartialKernel):
             check_in_place(f"segment {s}", x, source)
         return self._bind(sources, residual, out, self._outgoing_of(messages, sources[0]))
 
+    def bind_passes(
+        self,
+        segments: Sequence[Tensor],
+        residual: Tensor | None,
+        out: Tensor,
+        num_first: int,
+        messages: Sequence[Tensor] | None = None,
+    ) -> Passes:
+        """As `bind`, in one pass and in two, of which the first reads ``num_first`` segments.
+
+        Raises ValueError also where the kernel does not sum in parts (`sums_in_parts`), and for a
+        residual in the memory of ``out``.
+        """
+        self.bind(segments, residual, out, messages)
+        sources = as_sources(segments, self.packed_weight.dtype)
+        outgoing = self._outgoing_of(messages, sources[0])
+        return self._bind_passes(sources, residual, out, num_first, outgoing)
+
 
 class PartialLinear(_PartialKernel):
     """`PartialConv2d` over tokens: segments ``[..., C_s]``, weight ``[O, K]``."""
@@ -391,6 +434,21 @@ class PartialLinear(_PartialKernel):
         _check_count(segments, self.descriptor)
         outgoing = self._outgoing(messages, segments[0].shape[:-1], segments[0].device)
         return self._bind_tokens(segments, residual, out, outgoing)
+
+    def bind_passes(
+        self,
+        segments: Sequence[Tensor],
+        residual: Tensor | None,
+        out: Tensor,
+        num_first: int,
+        messages: Sequence[Tensor] | None = None,
+    ) -> Passes:
+        """As `PartialConv2d.bind_passes`."""
+        self.bind(segments, residual, out, messages)
+        images = [tokens_as_image(x, f"segment {s}") for s, x in enumerate(segments)]
+        added = None if residual is None else tokens_as_image(residual, "residual")
+        outgoing = self._outgoing(messages, segments[0].shape[:-1], segments[0].device)
+        return self._bind_passes(images, added, tokens_as_image(out, "out"), num_first, outgoing)
 
 
 class _GatherKernel(_PreparedKernel):

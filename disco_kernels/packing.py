@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from disco_kernels import registry
-from disco_kernels.core import channels_last, index_tensor
+from disco_kernels.core import channels_last, check_in_place, index_tensor
 from disco_kernels.registry import PreparedGatherPack
 from disco_kernels.wire import check_wire_dtype, message_shape, num_images
 
@@ -83,6 +83,17 @@ class GatherPack:
         prepared = self._prepared.get((x.dtype, x.device)) or self._prepare(x)
         prepared.run(image, messages)
         return messages
+
+    def bind(self, x: Tensor, out: Sequence[Tensor]) -> Callable[[], None]:
+        """The call with these tensors, made ready to be repeated: nothing is checked again.
+
+        Runs once. Raises ValueError also for an ``x`` that had to be copied (a channel stride other
+        than 1).
+        """
+        messages = self(x, out)
+        image = channels_last(x, "x") if x.dim() == 4 else _tokens_as_images(x, x.shape[:-1])
+        check_in_place("x", x, image)
+        return self._prepared[x.dtype, x.device].bind(image, messages)
 
     @property
     def channels_needed(self) -> int:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from disco_kernels.spec import Conv2dDescriptor, ConvSpec, GroupedDescriptor
+from disco_kernels.spec import Conv2dDescriptor, ConvSpec, GroupedDescriptor, Part
 
 BACKEND_VARIABLE = "DISCO_KERNELS_BACKEND"
 
@@ -81,6 +81,24 @@ class PreparedConv2d(ABC):
 
         return run
 
+    @property
+    def sums_in_parts(self) -> bool:
+        """Whether `bind_part` works: a sum that is broken off and continued has the same bits."""
+        return False
+
+    def bind_part(
+        self,
+        sources: Sequence[Tensor],
+        packed_weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        out: Tensor,
+        part: Part,
+        outgoing: Outgoing | None = None,
+    ) -> Callable[[], None]:
+        """As `bind`, for a part of the sum. Computes nothing yet; other segments are not read."""
+        raise NotImplementedError("sums_in_parts is False")
+
 
 class PreparedGatherPack(ABC):
     """Lists of channels made ready by one backend; can be shared by threads."""
@@ -89,6 +107,14 @@ class PreparedGatherPack(ABC):
     def run(self, x: Tensor, messages: Sequence[Tensor]) -> None:
         """Write the listed channels of ``x`` ``[B, C, H, W]``, channel stride 1, to the messages:
         contiguous, all in one wire dtype, of the size that `disco_kernels.wire` says."""
+
+    def bind(self, x: Tensor, messages: Sequence[Tensor]) -> Callable[[], None]:
+        """`run` for these tensors, to be called again and again; keeps them alive."""
+
+        def run() -> None:
+            self.run(x, messages)
+
+        return run
 
 
 class Backend(ABC):

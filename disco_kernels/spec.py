@@ -187,6 +187,18 @@ class Conv2dDescriptor:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Segments ``first``, ``first + 1``, ... of a sum, up to but without ``end``; None is the last.
+
+    Parts in their order give the bits of one call over all segments: each but the first begins with
+    what ``out`` holds. The first one adds the bias; residual and activation are the last one's.
+    """
+
+    first: int
+    end: int | None
+
+
+@dataclass(frozen=True)
 class GroupedDescriptor:
     """A grouped convolution: group g reads the g-th run of input channels and writes the g-th run
     of output channels. Depthwise is the case of one channel in a run."""

@@ -68,6 +68,21 @@ std::unique_ptr<FusedMessages> messages_of(const FusedPack* pack, const ConvPlan
   return std::make_unique<FusedMessages>(*pack, plan);
 }
 
+// The call with nothing to widen in sources that its part of the sum does not read.
+Conv2dCall without_unread(const std::vector<Node>& nodes, Conv2dCall call) {
+  std::vector<bool> is_read(call.sources.size(), false);
+  for (const Node& node : nodes) {
+    for (size_t s = 0; s < node.segments.size(); ++s) {
+      const size_t source = static_cast<size_t>(node.segments[s].source);
+      if (call.reads(static_cast<int64_t>(s)) && source < is_read.size()) is_read[source] = true;
+    }
+  }
+  for (size_t s = 0; s < is_read.size(); ++s) {
+    if (!is_read[s]) call.sources[s].type = WireType::kFloat32;
+  }
+  return call;
+}
+
 void run_and_pack(ConvPlan& plan, const FusedPack* pack) {
   const std::unique_ptr<FusedMessages> messages = messages_of(pack, plan);
   plan.messages = messages.get();
@@ -109,17 +124,18 @@ Conv2d::Conv2d(const Conv2dGeometry& geometry, std::vector<Node> nodes, Activati
 }
 
 void Conv2d::run(const Conv2dCall& call) const {
-  for (const SourceView& source : call.sources) {
+  const Conv2dCall read = call.in_parts() ? without_unread(nodes_, call) : call;
+  for (const SourceView& source : read.sources) {
     if (source.type == WireType::kFloat32) continue;
     if (geometry_.dtype != kFloat32) {
       refuse("segments in a wire type are widened to float32, and the convolution is in bfloat16");
     }
-    WidenedCall widened(call);
+    WidenedCall widened(read);
     widened.widen();
     run_wide(widened.call());
     return;
   }
-  run_wide(call);
+  run_wide(read);
 }
 
 void Conv2d::run_wide(Conv2dCall call) const {

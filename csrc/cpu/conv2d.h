@@ -98,13 +98,26 @@ struct Conv2dCall {
   int64_t residual_stride_n, residual_stride_h, residual_stride_w;
   OutputView out;
   int64_t out_channels;  // of the output tensor
-  bool accumulate;       // add onto what `out` holds; the bias is then not added again
+  // Add onto what `out` holds; the bias is then not added again. Direct float32 sums begin with it,
+  // others are added to it.
+  bool accumulate;
   int32_t num_threads;
   // As many as the Conv2d has lists of channels, or none: then nothing is packed. The pixels of
   // the output are those of `message_images` images, which int8 scales one by one.
   std::vector<void*> messages;
   WireType wire = WireType::kFloat32;
   int64_t message_images = 0;
+  // Segments [first_segment, end_segment) only, for a convolution of one node that sums directly in
+  // float32. The others' sources are not read. With an end before the last segment `out` gets
+  // unfinished sums: no activation, and no residual or messages may be given. A call that
+  // accumulates from there on ends with the bits of one call over all segments.
+  int64_t first_segment = 0;
+  int64_t end_segment = -1;  // -1: all
+
+  bool in_parts() const { return first_segment != 0 || end_segment >= 0; }
+  bool reads(int64_t segment) const {
+    return segment >= first_segment && (end_segment < 0 || segment < end_segment);
+  }
 };
 
 // One node's weights.

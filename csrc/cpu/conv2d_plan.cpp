@@ -23,6 +23,29 @@ int64_t guided(int64_t left, int64_t threads, int64_t fewest, int64_t most) {
   return std::min(left, std::max(fewest, std::min(most, left / (2 * threads))));
 }
 
+// Throws for parts of a sum that cannot be; returns whether the call leaves it unfinished.
+bool check_parts(const Conv2dGeometry& geometry, const std::vector<Node>& nodes,
+                 const Conv2dCall& call) {
+  if (!call.in_parts()) return false;
+  if (geometry.algorithm != Algorithm::kDirect || geometry.dtype != kFloat32 || nodes.size() != 1) {
+    refuse("only direct sums of one node in float32 are made in parts");
+  }
+  const int64_t count = static_cast<int64_t>(nodes[0].segments.size());
+  const int64_t end = call.end_segment < 0 ? count : call.end_segment;
+  if (call.first_segment < 0 || call.first_segment > end || end > count) {
+    refuse("segments " + std::to_string(call.first_segment) + " to " + std::to_string(end) +
+           " are no part of " + std::to_string(count));
+  }
+  if (call.accumulate != (call.first_segment > 0)) {
+    refuse("a part accumulates if and only if it is not the first one");
+  }
+  if (end == count) return false;
+  if (call.residual != nullptr || !call.messages.empty()) {
+    refuse("a residual and messages are for the last part of a sum");
+  }
+  return true;
+}
+
 }  // namespace
 
 void check_window(const Conv2dGeometry& geometry) {
@@ -60,7 +83,8 @@ ConvPlan::ConvPlan(const Conv2dGeometry& geometry, const std::vector<Node>& node
       activation(activation),
       call(call),
       element_bytes(geometry.element_bytes()),
-      input_bytes(geometry.algorithm == Algorithm::kQuads ? 1 : element_bytes) {
+      input_bytes(geometry.algorithm == Algorithm::kQuads ? 1 : element_bytes),
+      unfinished(check_parts(geometry, nodes, call)) {
   if (geometry.algorithm == Algorithm::kQuads && isa.quads == nullptr) {
     refuse(std::string("8-bit integers are not multiplied on ") + isa.name);
   }
@@ -191,7 +215,7 @@ void ConvPlan::plan_panels(NodePlan& plan) const {
     tile.first_channel = plan.first_out + first;
     tile.num_channels = std::min(panel_width(), outputs - first);
     tile.accumulate = call.accumulate;
-    tile.activation = activation;
+    tile.activation = unfinished ? kActivationNone : activation;
     const int64_t vectors = (tile.num_channels + isa.vector_length - 1) / isa.vector_length;
     const bool quads = geometry.algorithm == Algorithm::kQuads;
     if (quads) tile.scale = plan.scale.data() + first;
@@ -202,7 +226,8 @@ void ConvPlan::plan_panels(NodePlan& plan) const {
 
 void ConvPlan::plan_segments(const Node& node, NodePlan& plan) const {
   int64_t row = 0;
-  for (const Segment& segment : node.segments) {
+  for (size_t s = 0; s < node.segments.size(); ++s) {
+    const Segment& segment = node.segments[s];
     const int64_t count = static_cast<int64_t>(segment.channels.size());
     if (segment.source < 0 || segment.source >= static_cast<int64_t>(call.sources.size())) {
       refuse("segment " + std::to_string(plan.offsets.size()) + " reads source " +
@@ -240,7 +265,8 @@ void ConvPlan::plan_segments(const Node& node, NodePlan& plan) const {
         }
       }
     }
-    plan.tap_rows.push_back(rows);
+    // Without rows a segment is left out.
+    plan.tap_rows.push_back(call.reads(static_cast<int64_t>(s)) ? rows : 0);
     plan.first_row.push_back(row);
     row += rows * geometry.taps();
   }

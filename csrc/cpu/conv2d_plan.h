@@ -86,6 +86,7 @@ struct ConvPlan {
   const Conv2dCall& call;
   const int64_t element_bytes;
   const int64_t input_bytes;  // of an element that the micro-kernels read
+  const bool unfinished;      // the call ends before the last segment
   std::vector<Map<const char>> sources;
   Map<char> out;
   Map<const char> residual;  // data is nullptr if there is none

@@ -54,7 +54,7 @@ struct Tile {
   // further for every row of the panel.
   const char* prefetch;
   int64_t prefetch_step;
-  bool accumulate;  // start from *out instead of from the bias
+  bool accumulate;  // start from *out instead of from the bias, which is zero then
   Activation activation;
 };
 

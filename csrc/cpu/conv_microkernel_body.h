@@ -30,6 +30,9 @@ namespace {
 struct Float32 {
   using Element = float;
   using Operand = Vector;
+  // Whether sums that are accumulated begin with what the output holds: the same order of summation
+  // as without a break, so the same bits. Otherwise it is added to the sums.
+  static constexpr bool kContinuesSums = true;
   static Vector first(Vector bias) { return bias; }
   static Vector total(Vector sum, const Tile&, int) { return sum; }
   static Operand spread(const char* x) { return broadcast(reinterpret_cast<const float*>(x)); }
@@ -44,6 +47,7 @@ struct Float32 {
 struct BFloat16 {
   using Element = uint16_t;
   using Operand = Pairs;
+  static constexpr bool kContinuesSums = false;
   static Vector first(Vector bias) { return bias; }
   static Vector total(Vector sum, const Tile&, int) { return sum; }
   static Operand spread(const char* x) {
@@ -69,9 +73,9 @@ struct BFloat16Sums : Float32 {
   }
 };
 
-// acc[p][v] += rows[p], never reading past `num_channels` of a row.
-template <typename Type, int MR, int NV, typename Row>
-inline void add_rows(Vector (&acc)[MR][NV], Row* const* rows, int64_t first_channel,
+// acc[p][v] = rows[p] or, with kAdds, += rows[p]; never reading past `num_channels` of a row.
+template <typename Type, bool kAdds, int MR, int NV, typename Row>
+inline void take_rows(Vector (&acc)[MR][NV], Row* const* rows, int64_t first_channel,
                      int64_t num_channels) {
   using Element = typename Type::Element;
 #pragma GCC unroll 16
@@ -81,13 +85,14 @@ inline void add_rows(Vector (&acc)[MR][NV], Row* const* rows, int64_t first_chan
     if (left >= kVectorLength) {
 #pragma GCC unroll 16
       for (int p = 0; p < MR; ++p) {
-        acc[p][v] = add(acc[p][v], Type::read(reinterpret_cast<const Element*>(rows[p]) + first));
+        const Vector row = Type::read(reinterpret_cast<const Element*>(rows[p]) + first);
+        acc[p][v] = kAdds ? add(acc[p][v], row) : row;
       }
     } else if (left > 0) {
 #pragma GCC unroll 16
       for (int p = 0; p < MR; ++p) {
-        const Element* row = reinterpret_cast<const Element*>(rows[p]) + first;
-        acc[p][v] = add(acc[p][v], Type::read_n(row, left));
+        const Vector row = Type::read_n(reinterpret_cast<const Element*>(rows[p]) + first, left);
+        acc[p][v] = kAdds ? add(acc[p][v], row) : row;
       }
     }
   }
@@ -133,6 +138,9 @@ __attribute__((always_inline)) inline void convolve_tile(const Tile& tile) {
 #pragma GCC unroll 16
     for (int p = 0; p < MR; ++p) acc[p][v] = first;
   }
+  if (Type::kContinuesSums && tile.accumulate) {
+    take_rows<Type, false, MR, NV>(acc, tile.out, tile.first_channel, tile.num_channels);
+  }
 
   // The rows that the epilogue adds and writes are fetched while the sum is computed: the loop is
   // longer than the reorder buffer, so their loads would start only after it. One a step: all at
@@ -172,11 +180,11 @@ __attribute__((always_inline)) inline void convolve_tile(const Tile& tile) {
     for (int p = 0; p < MR; ++p) acc[p][v] = Type::total(acc[p][v], tile, v);
   }
 
-  if (tile.accumulate) {
-    add_rows<Type, MR, NV>(acc, tile.out, tile.first_channel, tile.num_channels);
+  if (!Type::kContinuesSums && tile.accumulate) {
+    take_rows<Type, true, MR, NV>(acc, tile.out, tile.first_channel, tile.num_channels);
   }
   if (tile.residual != nullptr) {
-    add_rows<Type, MR, NV>(acc, tile.residual, tile.first_channel, tile.num_channels);
+    take_rows<Type, true, MR, NV>(acc, tile.residual, tile.first_channel, tile.num_channels);
   }
   if (tile.activation > kActivationRelu6) {
     // These need more registers than a tile leaves, and code that should not be there once a size.

@@ -14,6 +14,7 @@ namespace {
 template <typename Row>
 struct QuadsTo : Row {
   using Operand = Quads;
+  static constexpr bool kContinuesSums = false;
   static Vector first(Vector) { return no_sum(); }
   static Operand spread(const char* x) { return broadcast_quad(x); }
   static Operand weights(const char* w) { return load_quads(w); }

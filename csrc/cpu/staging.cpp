@@ -119,7 +119,7 @@ void StagedCall::pad_sources() {
     const int64_t channels = multiplies_pairs(geometry_) ? even(source.channels) : source.channels;
     const int64_t row = call_.in_w * channels;
     const int64_t begin = reserve(call_.batch * call_.in_h * row * geometry_.element_bytes());
-    padded_.push_back({source, s, in_h, in_w, padding_h, padding_w, begin});
+    padded_.push_back({source, s, in_h, in_w, padding_h, padding_w, begin, read_from(s)});
     if (channels > source.channels) {
       // The channel of zeros makes a pair of a segment's last channel.
       for (Node& node : nodes_) {
@@ -134,10 +134,23 @@ void StagedCall::pad_sources() {
   }
 }
 
+bool StagedCall::read_from(size_t source) const {
+  for (const Node& node : nodes_) {
+    for (size_t s = 0; s < node.segments.size(); ++s) {
+      if (node.segments[s].source == static_cast<int64_t>(source) &&
+          call_.reads(static_cast<int64_t>(s))) {
+        return true;
+      }
+    }
+  }
+  return false;
+}
+
 void StagedCall::gather_segments() {
   for (size_t i = 0; i < nodes_.size(); ++i) {
-    for (Segment& segment : nodes_[i].segments) {
-      if (!gathers(geometry_, call_, segment)) continue;
+    for (size_t s = 0; s < nodes_[i].segments.size(); ++s) {
+      Segment& segment = nodes_[i].segments[s];
+      if (!gathers(geometry_, call_, segment) || !call_.reads(static_cast<int64_t>(s))) continue;
       const int64_t listed = static_cast<int64_t>(segment.channels.size());
       const int64_t together = channels_of_row(product_of(geometry_));
       const int64_t count = (listed + together - 1) / together * together;
@@ -164,6 +177,7 @@ bool StagedCall::memory_moved() const { return arena(ArenaSlot::kStaging, bytes_
 
 void StagedCall::copy(bool gather, bool by_rows) const {
   for (const Padded& padded : padded_) {
+    if (!padded.is_read) continue;
     if (geometry_.dtype == kFloat32) {
       copy_padded<float>(padded);
     } else {

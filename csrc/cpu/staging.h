@@ -38,6 +38,7 @@ class StagedCall {
     size_t source;
     int64_t in_h, in_w, padding_h, padding_w;
     int64_t begin;  // in the memory, bytes
+    bool is_read;   // by the segments of the call
   };
   // Listed channels of one source, one after the other: in pairs with zeros up to an even number,
   // as bytes with anything up to a multiple of four, for the weights there are zero.
@@ -51,6 +52,7 @@ class StagedCall {
   int64_t words() const { return geometry_.element_bytes() / 2; }  // of a channel
   int64_t gathered_bytes() const;
   void pad_sources();
+  bool read_from(size_t source) const;
   void gather_segments();
   int64_t reserve(int64_t bytes);
   template <typename Element>

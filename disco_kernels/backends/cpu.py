@@ -24,6 +24,7 @@ from disco_kernels.spec import (
     Conv2dDescriptor,
     ConvSpec,
     GroupedDescriptor,
+    Part,
 )
 from disco_kernels.wire import WIRE_DTYPES
 
@@ -34,6 +35,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _NO_BYTES = (1.0, 0)  # scale and zero point
 _NO_RESIDUAL = (0, 0, 0, 0)
 _NO_MESSAGES: tuple[list[int], int, int] = ([], 0, 0)
+_ALL_SEGMENTS = Part(0, None)
 _AS_THE_WEIGHTS = (0, 0, 1)  # wire type, no scales, images to a row of them
 # As WireType in csrc/cpu/message_kernels.h.
 _WIRE_TYPES = {dtype: number for number, dtype in enumerate(WIRE_DTYPES)}
@@ -108,6 +110,11 @@ class _CpuConv2d(PreparedConv2d):
         spec, given = descriptor.spec, descriptor.spec.input_bytes
         self.extension = extension
         self.out_channels = descriptor.out_channels
+        # A bfloat16 output would round what is added up so far; Winograd and 8-bit integers sum up
+        # in another domain.
+        self.in_parts = (
+            dtype == torch.float32 and spec.algorithm == "off" and len(descriptor.nodes) == 1
+        )
         self.conv2d = extension.Conv2d(
             (*spec.kernel_size, *spec.stride, *spec.padding, *spec.dilation),
             [
@@ -148,8 +155,24 @@ class _CpuConv2d(PreparedConv2d):
         out: Tensor,
         outgoing: Outgoing | None = None,
     ) -> Callable[[], None]:
-        bias = _in_float32(bias)
-        call = self._call(sources, packed_weight, bias, residual, out, False, None, outgoing)
+        return self.bind_part(sources, packed_weight, bias, residual, out, _ALL_SEGMENTS, outgoing)
+
+    @property
+    def sums_in_parts(self) -> bool:
+        return self.in_parts
+
+    def bind_part(
+        self,
+        sources: Sequence[Tensor],
+        packed_weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        out: Tensor,
+        part: Part,
+        outgoing: Outgoing | None = None,
+    ) -> Callable[[], None]:
+        bias, later = _in_float32(bias), part.first > 0
+        call = self._call(sources, packed_weight, bias, residual, out, later, None, outgoing, part)
         run = self.extension.BoundConv2d(self.conv2d, call).run
         alive = (tuple(sources), packed_weight, bias, residual, out, outgoing)
 
@@ -168,6 +191,7 @@ class _CpuConv2d(PreparedConv2d):
         accumulate: bool,
         scales: Sequence[Tensor | None] | None,
         outgoing: Outgoing | None,
+        part: Part = _ALL_SEGMENTS,
     ) -> Any:
         views = []
         for s, x in enumerate(sources):
@@ -191,6 +215,8 @@ class _CpuConv2d(PreparedConv2d):
             accumulate,
             torch.get_num_threads(),
             *(_NO_MESSAGES if outgoing is None else _message_args(outgoing)),
+            part.first,
+            -1 if part.end is None else part.end,
         )
 
 
@@ -201,6 +227,7 @@ class _CpuDepthwise(_CpuConv2d):
         spec = descriptor.spec
         self.extension = extension
         self.out_channels = descriptor.out_channels
+        self.in_parts = False
         self.conv2d = extension.DepthwiseConv2d(
             (*spec.kernel_size, *spec.stride, *spec.padding, *spec.dilation),
             (descriptor.groups, descriptor.in_per_group, descriptor.out_per_group),
@@ -254,9 +281,22 @@ class _CpuGatherPack(PreparedGatherPack):
             return
         if x.dtype not in _DTYPES:
             x = x.to(torch.float32, memory_format=torch.channels_last)
+        self.pack.run(*self._args(x, messages), torch.get_num_threads())
+
+    def bind(self, x: Tensor, messages: Sequence[Tensor]) -> Callable[[], None]:
+        if not messages or x.dtype not in _DTYPES:
+            return super().bind(x, messages)
+        run, args = self.pack.run, self._args(x, messages)
+
+        def bound(alive: tuple[Any, ...] = (x, messages)) -> None:
+            run(*args, torch.get_num_threads())
+
+        return bound
+
+    def _args(self, x: Tensor, messages: Sequence[Tensor]) -> tuple[Any, ...]:
         batch, channels, height, width = x.shape
         n, _, h, w = x.stride()
-        self.pack.run(
+        return (
             x.data_ptr(),
             channels,
             (batch, height, width),
@@ -264,7 +304,6 @@ class _CpuGatherPack(PreparedGatherPack):
             _DTYPES[x.dtype],
             _WIRE_TYPES[messages[0].dtype],
             [message.data_ptr() for message in messages],
-            torch.get_num_threads(),
         )
 
 

@@ -106,7 +106,8 @@ def test_message_buffers_are_reused_and_outputs_are_not(partitioned: disco.Parti
         transports = [Watching(hub, rank) for rank in range(3)]
         results.append(run_together(executors, (x,), transports)[0])
     half = len(seen) // 2
-    assert half >= 6 and seen[:half] == seen[half:]
+    # The first request posts receives as its exchanges come, later ones all at the beginning.
+    assert half >= 6 and sorted(seen[:half]) == sorted(seen[half:])
     assert not torch.equal(results[0], results[1])
     kept = results[0].clone()
     run_together(executors, (second,))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import disco
+from disco.executor import Executor, run_together
 from disco_kernels.backends.cpu import extension_status
 
 pytestmark = pytest.mark.skipif(
@@ -77,6 +78,31 @@ def check(model: nn.Module, limit: float = 1e-5) -> None:
 def test_what_lies_between_a_map_and_a_linear(name: str) -> None:
     torch.manual_seed(0)
     check(Head(*BETWEEN[name]))
+
+
+@torch.no_grad()
+def test_ranks_pool_with_the_kernels() -> None:
+    """And torch pools what the kernels do not: a rank's program does not tell them apart."""
+    torch.manual_seed(0)
+    body = (nn.Conv2d(3, 40, 3), nn.MaxPool2d(3, 2, 1), nn.Conv2d(40, 24, 1))
+    model = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 7)).eval()
+    for dtype in (torch.float32, torch.float64):
+        model, x = model.to(dtype), torch.randn(2, 3, 20, 21, dtype=dtype)
+        backend = None if dtype == torch.float32 else "reference"
+        partitioned = disco.partition(model, (x,), 2)
+        executors = [Executor(r.program, r.weights, backend=backend) for r in partitioned.ranks]
+        for _ in range(4):
+            x = torch.randn(2, 3, 20, 21, dtype=dtype)
+            for result in run_together(executors, (x,)):
+                limit = 300 * torch.finfo(dtype).eps * float(model(x).abs().max())
+                assert float((result - model(x)).abs().max()) <= limit
+        for executor in executors:
+            (known,) = executor._buffers._known.values()
+            (kept,) = known.free
+            slots = {step.name: step.out for step in executor._steps}
+            assert slots["max_pool2d"] in kept.activations.out
+            bound = slots["adaptive_avg_pool2d"] in kept.activations.bound
+            assert bound == (dtype == torch.float32)
 
 
 def test_squeeze_excite() -> None:

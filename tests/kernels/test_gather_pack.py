@@ -175,3 +175,19 @@ def test_bad_input(backend: str) -> None:
         assert len(message) > 3, number
     with pytest.raises(dk.BackendUnavailable, match="no such backend"):
         dk.GatherPack([[0]], backend="nonsense")(x)
+
+
+@pytest.mark.parametrize("wire", [None, torch.bfloat16, torch.int8], ids=str)
+def test_bound_packs_take_what_is_there_by_then_cpu(wire: torch.dtype | None) -> None:
+    pack = dk.GatherPack([[3, 1], [0], []], wire_dtype=wire)
+    maps = torch.randn(2, 5, 4, 3).to(memory_format=torch.channels_last)
+    for x in (maps, torch.randn(2, 7, 5)):
+        leading = (2, 4, 3) if x.dim() == 4 else (2, 7)
+        messages = pack.empty_messages(leading, x.dtype)
+        again = pack.bind(x, messages)
+        x.mul_(-2.5)
+        again()
+        for found, expected in zip(messages, pack(x), strict=True):
+            assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match="cannot be bound"):
+        pack.bind(torch.randn(2, 5, 4, 3), pack.empty_messages((2, 4, 3), torch.float32))

@@ -35,6 +35,7 @@ KERNEL_TESTS = (
     "test_wire.py",
     "test_depthwise.py",
     "test_fused_pack.py",
+    "test_two_passes.py",
     "test_global_avg_pool2d.py",
 )
 

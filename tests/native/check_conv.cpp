@@ -69,9 +69,28 @@ std::vector<char> packed_groups(const disco::DepthwiseConv2d& conv2d, const Conv
   return packed.values();
 }
 
-// What the output's buffer holds after one call.
+// Whether the sums can be broken off and continued.
+bool sums_in_parts(const ConvCase& conv) {
+  return conv.groups.count == 0 && conv.geometry.algorithm == disco::Algorithm::kDirect &&
+         conv.geometry.dtype == disco::kFloat32 && conv.nodes.size() == 1 && !conv.accumulate &&
+         conv.nodes[0].segments.size() > 1;
+}
+
+// The same by a call for the first segments and one for the others.
+void run_in_parts(const disco::Conv2d& conv2d, const disco::Conv2dCall& call, int64_t num_first) {
+  disco::Conv2dCall first = call, second = call;
+  first.end_segment = num_first;
+  first.residual = nullptr;
+  conv2d.run(first);
+  second.first_segment = num_first;
+  second.accumulate = true;
+  conv2d.run(second);
+}
+
+// What the output's buffer holds after one call or, with some segments first, after two.
 template <typename Element>
-std::vector<float> run(const ConvCase& conv, const ConvData& data, Edge edge, int32_t num_threads) {
+std::vector<float> run(const ConvCase& conv, const ConvData& data, Edge edge, int32_t num_threads,
+                       int64_t num_first) {
   std::vector<Guarded<Element>> sources;
   disco::Conv2dCall call = {};
   for (const Tensor& x : data.sources) {
@@ -107,15 +126,31 @@ std::vector<float> run(const ConvCase& conv, const ConvData& data, Edge edge, in
 
   if (grouped) {
     grouped->run(call);
+    return decode(out.values());
+  }
+  const disco::Conv2d conv2d(conv.geometry, conv.nodes, conv.activation);
+  if (num_first > 0) {
+    run_in_parts(conv2d, call, num_first);
   } else {
-    disco::Conv2d(conv.geometry, conv.nodes, conv.activation).run(call);
+    conv2d.run(call);
   }
   return decode(out.values());
 }
 
-std::vector<float> run(const ConvCase& conv, const ConvData& data, Edge edge, int32_t num_threads) {
-  return conv.geometry.dtype == disco::kFloat32 ? run<float>(conv, data, edge, num_threads)
-                                                : run<uint16_t>(conv, data, edge, num_threads);
+std::vector<float> run(const ConvCase& conv, const ConvData& data, Edge edge, int32_t num_threads,
+                       int64_t num_first = 0) {
+  return conv.geometry.dtype == disco::kFloat32
+             ? run<float>(conv, data, edge, num_threads, num_first)
+             : run<uint16_t>(conv, data, edge, num_threads, num_first);
+}
+
+void check_same_bits(const std::vector<float>& one, const std::vector<float>& other,
+                     const char* what) {
+  for (size_t i = 0; i < one.size(); ++i) {
+    if (!same_bits(one[i], other[i])) {
+      throw CheckFailed(std::string(what) + " at element " + std::to_string(i));
+    }
+  }
 }
 
 std::string place(const Tensor& x, int64_t n, int64_t h, int64_t w, int64_t c) {
@@ -131,10 +166,14 @@ void check_conv(const ConvCase& conv, Tally& tally) {
   const std::vector<float> one = run(conv, data, end_first ? Edge::kEnd : Edge::kBegin, 1);
   const std::vector<float> two = run(conv, data, end_first ? Edge::kBegin : Edge::kEnd, 2);
   tally.calls += 2;
-  for (size_t i = 0; i < one.size(); ++i) {
-    if (!same_bits(one[i], two[i])) {
-      throw CheckFailed("two threads give other bits than one at element " + std::to_string(i));
-    }
+  check_same_bits(one, two, "two threads give other bits than one");
+  if (sums_in_parts(conv)) {
+    const int64_t others = static_cast<int64_t>(conv.nodes[0].segments.size()) - 1;
+    const int64_t num_first = 1 + conv.seed % others;
+    const std::vector<float> parts = run(conv, data, Edge::kEnd, 1 + conv.seed % 2, num_first);
+    check_same_bits(one, parts, "two calls for some segments each give other bits than one");
+    tally.calls += 2;
+    ++tally.in_parts;
   }
 
   std::vector<bool> owned(one.size(), false);

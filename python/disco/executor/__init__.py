@@ -2,6 +2,8 @@
 
 from disco.executor.executor import DEADLINE_S, Executor
 from disco.executor.in_process import InProcessHub, InProcessTransport
+from disco.executor.pipelined import run_pipelined
+from disco.executor.timeline import Span, Timeline
 from disco.executor.together import run_together
 from disco.executor.transport import Handle, Transport
 
@@ -11,6 +13,9 @@ __all__ = [
     "Handle",
     "InProcessHub",
     "InProcessTransport",
+    "Span",
+    "Timeline",
     "Transport",
+    "run_pipelined",
     "run_together",
 ]

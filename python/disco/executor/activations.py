@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from disco_kernels.memory import large_pages
+from disco_kernels.two_passes import Passes
 
 _LINE_BYTES = 64
 
@@ -35,6 +36,7 @@ class Activations:
         out: by slot, where a kernel writes; what is not there it allocates.
         views: by slot, views of what is in `out`: the same in every request.
         bound: by slot, kernels whose operands are all in these, ready to be repeated.
+        passes: by slot, likewise kernels that can also be run in two passes.
     """
 
     def __init__(self, layout: Layout | None, buffer_of: Mapping[int, int]) -> None:
@@ -42,6 +44,7 @@ class Activations:
         self.out: dict[int, Tensor] = {}
         self.views: dict[int, Tensor] = {}
         self.bound: dict[int, Callable[[], None]] = {}
+        self.passes: dict[int, Passes] = {}
         if layout is None:
             return
         sizes: dict[int, int] = {}

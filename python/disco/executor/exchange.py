@@ -6,7 +6,7 @@ memory of ``[B, n, H, W]``, so a kernel reads it where it arrived.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import Tensor
 
 import disco_kernels as dk
 from disco.errors import InputError
-from disco.executor.request import Request
+from disco.executor.activations import Activations
+from disco.executor.request import KeptExchange, Request
 from disco.executor.steps import REQUEST_SLOT, Preparation, Step, Values
 from disco.executor.transport import Handle
 from disco.program import Dtype, Op, WeightRef, evaluate_dim
@@ -53,6 +54,18 @@ class _Part:
         """The other dimensions than the channels'."""
         return (*x.shape[: self.dim], *x.shape[self.dim + 1 :])
 
+    def packing(
+        self, x: Tensor, messages: list[Tensor], activations: Activations
+    ) -> Callable[[Tensor], None]:
+        """What packs the value, which now is ``x``, in later requests."""
+        last = x if x.dim() == 4 else x.movedim(self.dim, -1)
+        in_place = last.stride(1) == 1 if x.dim() == 4 else last.is_contiguous()
+        plain = x.dtype.is_floating_point and (x.dim() != 4 or self.dim == 1) and in_place
+        if not plain or activations.fixed(self.slot) is not x:
+            return lambda value: self.pack(value, messages)
+        bound = self._pack.bind(last, messages)
+        return lambda _: bound()
+
     def pack(self, x: Tensor, messages: list[Tensor]) -> None:
         """The kernel reads 4 dimensions as ``[B, C, H, W]``, any other number as ``[..., C]``.
 
@@ -89,9 +102,25 @@ def prepare_exchange(op: Op, prepare: Preparation) -> Step:
 
     def run(values: Values) -> Received:
         request: Request = values[REQUEST_SLOT]
-        transport = request.transport
-        if transport is None:
+        if request.transport is None:
             raise InputError("this program exchanges data; give its Executor a transport")
+        kept = request.kept.exchanges.get(number)
+        if kept is None:
+            kept = first(values, request)
+            if request.activations.out:
+                request.kept.exchanges[number] = kept
+        received = Received()
+        handles = [request.receive(buffer, peer, number) for peer, buffer in kept.receives]
+        for payload, place in kept.payloads:
+            received.payloads.append(payload)
+            received.handles.append(handles[place])
+        for slot, pack in kept.packs:
+            pack(values[slot])
+        for peer, message in kept.sends:
+            request.send(message, peer, number)
+        return received
+
+    def first(values: Values, request: Request) -> KeptExchange:
         tensors: list[Tensor] = [values[part.slot] for part in parts]
         leading = [part.leading(x) for part, x in zip(parts, tensors, strict=True)]
         dtype = tensors[0].dtype
@@ -101,31 +130,22 @@ def prepare_exchange(op: Op, prepare: Preparation) -> Step:
             shapes = [None if n is None else (*s, n) for s, n in zip(leading, counts, strict=True)]
             return _message(request, (number, peer, is_send), shapes, dtype)
 
-        received = Received()
-        arriving: list[dict[int, tuple[Tensor, Handle]]] = [{} for _ in parts]
-        for peer in sources:
-            message, pieces = buffer(peer, False)
-            handle = transport.post_receive(message, peer, number, request.number)
-            request.handles.append(handle)
-            for found, piece in zip(arriving, pieces, strict=True):
+        kept = KeptExchange()
+        incoming = [buffer(peer, False) for peer in sources]
+        outgoing = [buffer(peer, True) for peer in targets]
+        kept.receives = [(peer, m) for peer, (m, _) in zip(sources, incoming, strict=True)]
+        kept.sends = [(peer, m) for peer, (m, _) in zip(targets, outgoing, strict=True)]
+        for position, (part, x) in enumerate(zip(parts, tensors, strict=True)):
+            for place, (_, pieces) in enumerate(incoming):
+                piece = pieces[position]
                 if piece is not None:
-                    found[peer] = (piece, handle)
-        for part, found in zip(parts, arriving, strict=True):
-            for piece, handle in found.values():
-                received.payloads.append(piece.movedim(-1, part.dim))
-                received.handles.append(handle)
-        if targets:
-            messages = [buffer(peer, True) for peer in targets]
-            for position, (part, x) in enumerate(zip(parts, tensors, strict=True)):
-                pieces = [pieces[position] for _, pieces in messages]
-                filled = [piece for piece in pieces if piece is not None]
-                if filled:
-                    part.pack(x, filled)
-            for peer, (message, _) in zip(targets, messages, strict=True):
-                request.handles.append(transport.send(message, peer, number, request.number))
-        return received
+                    kept.payloads.append((piece.movedim(-1, part.dim), place))
+            filled = [p for _, pieces in outgoing if (p := pieces[position]) is not None]
+            if filled:
+                kept.packs.append((part.slot, part.packing(x, filled, request.activations)))
+        return kept
 
-    return Step(op.name, run, prepare.slot(op.name))
+    return Step(op.name, run, prepare.slot(op.name), kind="pack")
 
 
 def _message(
@@ -145,16 +165,21 @@ def _message(
 
 
 def prepare_payload(op: Op, prepare: Preparation) -> Step:
-    """``operator.getitem`` of an exchange: the first reader of a payload waits for it."""
+    """``operator.getitem`` of an exchange: whoever reads a payload waits for it."""
     source, position = prepare.slot_of(op.args[0], op), op.args[1]
     if not isinstance(position, int):
         raise InputError(f"op {op.name!r}: the position of a payload must be a number")
-    return Step(
-        op.name,
-        lambda values: values[source].payloads[position],
-        prepare.slot(op.name),
-        awaits=(source, position),
-    )
+    out = prepare.slot(op.name)
+    prepare.payloads.add(out)
+
+    def run(values: Values) -> Tensor:
+        request: Request = values[REQUEST_SLOT]
+        received: Received = values[source]
+        request.arriving[out] = received.handles[position]
+        # Its buffer is the request's and stays, so kernels may be bound to it.
+        return request.activations.views.setdefault(out, received.payloads[position])
+
+    return Step(op.name, run, out)
 
 
 def prepare_assemble(op: Op, prepare: Preparation) -> Step:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence, Set
 from typing import Any
 
@@ -15,7 +16,9 @@ from disco.executor import exchange, kernels
 from disco.executor.activations import Placed
 from disco.executor.request import BufferPool, Request, ShapeKey
 from disco.executor.steps import REQUEST_SLOT, Preparation, Step, Values, prepare_pure
+from disco.executor.timeline import Timeline, timed
 from disco.executor.transport import Handle, Transport
+from disco.executor.two_passes import first_pass
 from disco.program import (
     Op,
     Program,
@@ -24,6 +27,7 @@ from disco.program import (
     evaluate_dim,
     flatten_inputs,
     map_leaves,
+    overwritten_residual,
     plan_buffers,
 )
 from disco.program.symbols import first_failing, solve_dim, symbols_of
@@ -63,6 +67,8 @@ class Executor:
 
     Attributes:
         packed_bytes: of the packed weights.
+        profile: set it to True to have calls leave their `Timeline` in `last_timeline`.
+        last_timeline: of the last call that was profiled and returned.
 
     Raises:
         InputError: the program cannot be prepared, or its packed weights do not fit.
@@ -102,16 +108,21 @@ class Executor:
         self.packed_bytes = packing.packed_bytes
         self._kernels = prepare.kernels
         self._outputs = map_leaves(program.outputs, lambda leaf: _output(leaf, prepare))
-        self._num_slots = len(prepare.slots) + 1
         _free_at_last_use(program, self._steps, prepare)
         kept = {
-            op.name: _residual(op)
+            op.name: overwritten_residual(op)
             for op, step in zip(program.ops, self._steps, strict=True)
             if step.writes_out
         }
+        self._num_slots = len(prepare.slots) + 1
+        self._steps = _with_first_passes(self._steps, unused_slot=self._num_slots)
+        self._num_slots += 1
         buffers = plan_buffers(program, kept)
         self._buffer_of = {prepare.slot(name): number for name, number in buffers.items()}
         self._buffers = BufferPool(self._buffer_of)
+        self._timed_steps = timed(self._steps)
+        self.profile = False
+        self.last_timeline: Timeline | None = None
         self._requests = itertools.count()
         self._turn = threading.Lock()
 
@@ -139,7 +150,12 @@ class Executor:
         if self.transport is None:
             return self._run(inputs, None, 0)
         with self._turn:
-            return self._run(inputs, self.transport, next(self._requests))
+            return self._run(inputs, self.transport, self.next_request())
+
+    def next_request(self) -> int:
+        """A number that no request over this executor's transport had; ranks that run the same
+        requests in the same order get the same."""
+        return next(self._requests)
 
     def flat_inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors in a call's arguments, in the order of the program's inputs.
@@ -154,26 +170,44 @@ class Executor:
         self._check(self.flat_inputs(args, kwargs))
 
     def _run(self, inputs: Sequence[Tensor], transport: Transport | None, request: int) -> Any:
-        running = self.start(inputs, transport, request)
+        timeline = Timeline() if self.profile else None
+        running = self.start(inputs, transport, request, timeline)
         with torch.no_grad():
             while True:
                 try:
                     handle = next(running)
                 except StopIteration as finished:
+                    if timeline is not None:
+                        self.last_timeline = timeline
                     return finished.value
                 assert transport is not None
                 transport.wait(handle, self.deadline_s)
 
     def start(
-        self, inputs: Sequence[Tensor], transport: Transport | None, number: int
+        self,
+        inputs: Sequence[Tensor],
+        transport: Transport | None,
+        number: int,
+        timeline: Timeline | None = None,
     ) -> Generator[Handle, None, Any]:
         """One request as a generator: yields a handle when it must wait, returns the outputs.
 
-        The caller runs it with gradients off, and resumes it once the handle is done.
+        The caller runs it with gradients off, and resumes it once the handle is done. Several
+        requests may be under way: each has memory of its own. One that is closed before its end
+        keeps its memory from later ones, since a transport may still write there.
+
+        Args:
+            inputs: as from `flat_inputs`.
+            transport: to the other ranks.
+            number: the same on all ranks, of no other request under way (`next_request`).
+            timeline: to write into, or None.
+
+        Raises:
+            InputError: inputs that do not fit the program.
         """
         symbols = self._check(inputs)
         shapes = tuple(tuple(x.shape) for x in inputs)
-        request = Request(number, transport, symbols, self._buffers.take(shapes))
+        request = Request(number, transport, symbols, self._buffers.take(shapes), timeline)
         return self._through_steps(inputs, request, shapes)
 
     def _through_steps(
@@ -185,13 +219,17 @@ class Executor:
         values[REQUEST_SLOT] = request
         for slot, x in zip(self._input_slots, inputs, strict=True):
             values[slot] = x
+        request.post_receives()
 
-        for step in self._steps:
-            if step.awaits is not None:
-                source, position = step.awaits
-                handle = values[source].handles[position]
+        timeline = request.timeline
+        for step in self._steps if timeline is None else self._timed_steps:
+            for slot in step.awaits:
+                handle = request.arriving[slot]
                 if not handle.done:
+                    begin = time.perf_counter_ns()
                     yield handle
+                    if timeline is not None:
+                        timeline.waited(step.name, begin, values[slot].nbytes)
             value = values[step.out] = step.run(values)
             if first and step.out in self._buffer_of:
                 layout[step.out] = (value.shape, value.stride(), value.dtype, value.device)
@@ -203,7 +241,10 @@ class Executor:
         outputs = map_leaves(self._outputs, lambda fetch: fetch(values))
         for handle in request.handles:
             if not handle.done:
+                begin = time.perf_counter_ns()
                 yield handle
+                if timeline is not None:
+                    timeline.waited("end", begin, 0)
         self._buffers.give_back(shapes, request.kept, layout)
         return outputs
 
@@ -288,7 +329,10 @@ def _prepare(op: Op, prepare: Preparation, exchanges: Set[str]) -> Step:
     if op.kind == "operator.getitem" and isinstance(source, Ref) and source.name in exchanges:
         make = exchange.prepare_payload
     try:
-        return make(op, prepare)
+        step = make(op, prepare)
+        read = (prepare.slot(name) for name in op.refs())
+        step.awaits = tuple(slot for slot in read if slot in prepare.payloads)
+        return step
     except InputError:
         raise
     except (KeyError, IndexError, TypeError, ValueError) as error:
@@ -299,10 +343,14 @@ def _prepare(op: Op, prepare: Preparation, exchanges: Set[str]) -> Step:
         ) from error
 
 
-def _residual(op: Op) -> str | None:
-    """The value that a kernel adds to its result; max pooling adds none."""
-    last = op.args[-1]
-    return last.name if op.kind.startswith("disco.") and isinstance(last, Ref) else None
+def _with_first_passes(steps: Sequence[Step], unused_slot: int) -> list[Step]:
+    """In front of layers over payloads, once weights are packed, what they can do without."""
+    made: list[Step] = []
+    for step in steps:
+        if step.local is not None and step.local.in_two_passes:
+            made.append(first_pass(step, step.local, unused_slot))
+        made.append(step)
+    return made
 
 
 def _output(leaf: Any, prepare: Preparation) -> Callable[[Values], Any]:

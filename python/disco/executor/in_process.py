@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -99,8 +100,14 @@ class InProcessTransport(Transport):
         """Nothing to do: messages move when both sides are there."""
 
     def wait(self, handle: Handle, deadline_s: float) -> None:
+        self.wait_any((handle,), deadline_s)
+
+    def wait_any(self, handles: Sequence[Handle], deadline_s: float) -> None:
+        def some_done() -> bool:
+            return any(handle.done for handle in handles)
+
         with self._hub.changed:
-            if not self._hub.changed.wait_for(lambda: handle.done, timeout=deadline_s):
+            if not self._hub.changed.wait_for(some_done, timeout=deadline_s):
                 raise DeadlineError(
                     f"rank {self.rank} waited {deadline_s:g} s for a message of another rank in "
                     f"this process; run all ranks together"

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import disco_kernels as dk
 from disco.errors import InputError
+from disco.executor.request import Request
 from disco.executor.steps import REQUEST_SLOT, Preparation, Run, Step, Values, prepare_pure
+from disco.executor.two_passes import LocalPart, local_part
 from disco.program import Op, Ref
 
 
@@ -119,10 +122,9 @@ def prepare_max_pool2d(op: Op, prepare: Preparation) -> Step:
     """Max pooling without leaving channels-last; what the kernel does not do, torch does."""
     names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
     given = {**dict(zip(names, op.args[1:], strict=False)), **op.kwargs}
-    info = prepare.values.get(op.args[0].name) if isinstance(op.args[0], Ref) else None
-    served = info is not None and len(info.shape) == 4 and info.dtype in ("float32", "bfloat16")
-    if given.get("ceil_mode", False) or not served:
-        return prepare_pure(op, prepare)
+    plain = prepare_pure(op, prepare)
+    if given.get("ceil_mode", False) or not _may_be_pooled(op.args[0], prepare):
+        return plain
     kernel_size: Any = given["kernel_size"]
     stride: Any = given.get("stride") or kernel_size
     padding: Any = given.get("padding", 0)
@@ -132,7 +134,8 @@ def prepare_max_pool2d(op: Op, prepare: Preparation) -> Step:
     slot, target = prepare.slot_of(op.args[0], op), prepare.slot(op.name)
 
     def run(values: Values) -> Tensor:
-        return pool(values[slot], values[REQUEST_SLOT].activations.out.get(target))
+        x, out = values[slot], values[REQUEST_SLOT].activations.out.get(target)
+        return pool(x, out) if _is_pooled(x) else _into(plain.run(values), out)
 
     return Step(op.name, run, target, writes_out=True)
 
@@ -146,10 +149,9 @@ def prepare_global_avg_pool2d(op: Op, prepare: Preparation) -> Step:
         whole = keeps and {d % 4 for d in dims if isinstance(d, int)} == {2, 3}
     else:
         whole = wanted in (1, (1,), (1, 1))
-    info = prepare.values.get(x.name) if isinstance(x, Ref) else None
-    served = info is not None and len(info.shape) == 4 and info.dtype in ("float32", "bfloat16")
-    if not (whole and served) or op.kwargs.get("dtype") is not None:
-        return prepare_pure(op, prepare)
+    plain = prepare_pure(op, prepare)
+    if not (whole and _may_be_pooled(x, prepare)) or op.kwargs.get("dtype") is not None:
+        return plain
     pool = dk.GlobalAvgPool2d(prepare.backend)
     slot, target = prepare.slot_of(x, op), prepare.slot(op.name)
 
@@ -159,13 +161,34 @@ def prepare_global_avg_pool2d(op: Op, prepare: Preparation) -> Step:
         if bound is not None:
             bound()
             return kept.out[target]
-        out = kept.out.get(target)
+        x, out = values[slot], kept.out.get(target)
+        if not _is_pooled(x):
+            return _into(plain.run(values), out)
         if out is not None and kept.holds((slot,), tokens=False):
-            kept.bound[target] = pool.bind(values[slot], out)
+            kept.bound[target] = pool.bind(x, out)
             return out
-        return pool(values[slot], out)
+        return pool(x, out)
 
     return Step(op.name, run, target, writes_out=True)
+
+
+_POOLED = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def _may_be_pooled(x: Any, prepare: Preparation) -> bool:
+    """Whether the kernels may turn out to serve a value: a rank's program says of few values what
+    they are."""
+    info = prepare.values.get(x.name) if isinstance(x, Ref) else None
+    return info is None or (len(info.shape) == 4 and info.dtype in _POOLED)
+
+
+def _is_pooled(x: Tensor) -> bool:
+    return x.dim() == 4 and x.dtype in _POOLED.values() and x.shape[2] * x.shape[3] > 0
+
+
+def _into(result: Tensor, out: Tensor | None) -> Tensor:
+    """Where a value has its place, kernels may be bound to it."""
+    return result if out is None else out.copy_(result)
 
 
 def _both(value: Any) -> tuple[int, int]:
@@ -197,21 +220,34 @@ def _over_segments(op: Op, prepare: Preparation, kernel: Any, segments: Any, res
     added, target = prepare.optional_slot(residual, op), prepare.slot(op.name)
     fixed = slots if added is None else (*slots, added)
     tokens = isinstance(kernel, dk.PartialLinear)
+    local = local_part(kernel, slots, prepare.payloads)
 
     def run(values: Values) -> Tensor:
-        kept = values[REQUEST_SLOT].activations
+        request: Request = values[REQUEST_SLOT]
+        kept = request.activations
         bound = kept.bound.get(target)
         if bound is not None:
             bound()
             return kept.out[target]
+        passes = kept.passes.get(target)
+        if passes is not None:
+            if target in request.begun:
+                request.begun.remove(target)
+                passes.second()
+            else:
+                passes.whole()
+            return kept.out[target]
         given = [values[slot] for slot in slots]
         residual, out = None if added is None else values[added], kept.out.get(target)
         if out is not None and kept.holds(fixed, tokens=tokens):
-            kept.bound[target] = kernel.bind(given, residual, out)
+            if local is not None and local.in_two_passes:
+                kept.passes[target] = kernel.bind_passes(given, residual, out, local.num_first)
+            else:
+                kept.bound[target] = kernel.bind(given, residual, out)
             return out
         return kernel(given, residual, out)
 
-    return _kernel_step(op, prepare, run, kernel)
+    return _kernel_step(op, prepare, run, kernel, local)
 
 
 def _over_input(op: Op, prepare: Preparation, kernel: Any, x: Any, residual: Any) -> Step:
@@ -235,10 +271,12 @@ def _over_input(op: Op, prepare: Preparation, kernel: Any, x: Any, residual: Any
     return _kernel_step(op, prepare, run, kernel)
 
 
-def _kernel_step(op: Op, prepare: Preparation, run: Run, kernel: Any) -> Step:
+def _kernel_step(
+    op: Op, prepare: Preparation, run: Run, kernel: Any, local: LocalPart | None = None
+) -> Step:
     out = prepare.slot(op.name)
     prepare.kernels[op.name] = kernel
-    return Step(op.name, run, out, progress=True, writes_out=True)
+    return Step(op.name, run, out, progress=True, writes_out=True, local=local)
 
 
 def _segments(op: Op, prepare: Preparation) -> tuple[list[Tensor | None], list[int], list[int]]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from disco.executor.activations import Activations, Layout
+from disco.executor.timeline import Timeline
 from disco.executor.transport import Handle, Transport
 from disco_kernels.memory import return_freed_memory
 
@@ -22,11 +23,29 @@ _SHAPES_KEPT = 4
 
 
 @dataclass
+class KeptExchange:
+    """What of an exchange is the same in every request that uses the same memory.
+
+    Attributes:
+        receives: peers and the buffers of their messages.
+        payloads: every payload, in its message's buffer, and the place of that in `receives`.
+        packs: slots of what is sent, and what packs it, from the tensor in the slot.
+        sends: peers and the buffers of what they get.
+    """
+
+    receives: list[tuple[int, Tensor]] = field(default_factory=list)
+    payloads: list[tuple[Tensor, int]] = field(default_factory=list)
+    packs: list[tuple[int, Callable[[Tensor], None]]] = field(default_factory=list)
+    sends: list[tuple[int, Tensor]] = field(default_factory=list)
+
+
+@dataclass
 class Kept:
     """The memory of one request, which a later one of the same input shapes uses again."""
 
     activations: Activations
     messages: dict[tuple[int, int, bool], Tensor] = field(default_factory=dict)
+    exchanges: dict[int, KeptExchange] = field(default_factory=dict)
 
 
 class Request:
@@ -37,18 +56,59 @@ class Request:
         transport: None in a program without exchanges.
         symbols: sizes that the inputs give to the program's symbols.
         handles: of all its messages, which read or write its buffers until they are done.
+        arriving: by slot of a payload, the receive that fills it.
+        begun: slots of layers whose first pass has run and whose second has not.
         activations: where kernels write their results.
+        timeline: where its time goes, if that was asked for.
+        bytes_sent: payload bytes that it has handed over.
     """
 
     def __init__(
-        self, number: int, transport: Transport | None, symbols: dict[str, int], kept: Kept
+        self,
+        number: int,
+        transport: Transport | None,
+        symbols: dict[str, int],
+        kept: Kept,
+        timeline: Timeline | None = None,
     ) -> None:
         self.number = number
         self.transport = transport
         self.symbols = symbols
         self.handles: list[Handle] = []
+        self.arriving: dict[int, Handle] = {}
+        self.begun: set[int] = set()
+        self._posted: dict[tuple[int, int], Handle] = {}
+        self.timeline = timeline
+        self.bytes_sent = 0
         self.kept = kept
         self.activations = kept.activations
+
+    def post_receives(self) -> None:
+        """Announce all messages whose buffers are known from an earlier request.
+
+        Before anything is computed, so that whatever the other ranks send finds its place.
+        """
+        for (exchange, peer, is_send), buffer in self.kept.messages.items():
+            if not is_send and self.transport is not None:
+                handle = self.transport.post_receive(buffer, peer, exchange, self.number)
+                self._posted[exchange, peer] = handle
+                self.handles.append(handle)
+
+    def receive(self, buffer: Tensor, peer: int, exchange: int) -> Handle:
+        """The receive of one message into a buffer of `buffer`, posted now if it is not yet."""
+        posted = self._posted.pop((exchange, peer), None)
+        if posted is not None:
+            return posted
+        assert self.transport is not None
+        handle = self.transport.post_receive(buffer, peer, exchange, self.number)
+        self.handles.append(handle)
+        return handle
+
+    def send(self, buffer: Tensor, peer: int, exchange: int) -> None:
+        """Start sending one message."""
+        assert self.transport is not None
+        self.handles.append(self.transport.send(buffer, peer, exchange, self.number))
+        self.bytes_sent += buffer.nbytes
 
     def buffer(
         self, exchange: int, peer: int, is_send: bool, shape: Sequence[int], dtype: torch.dtype

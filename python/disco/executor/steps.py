@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -13,6 +13,9 @@ from disco.program import Dtype, Op, Ref, ValueInfo, WeightRef, leaves, pure_fun
 from disco.program.interpret import dtype_of
 from disco_kernels import InputBytes
 from disco_kernels.prepacking import PackedKernel, Packing
+
+if TYPE_CHECKING:
+    from disco.executor.two_passes import LocalPart
 
 # The values of one request, by slot. Slot 0 holds the Request itself.
 Values = list[Any]
@@ -25,19 +28,23 @@ class Step:
     """`run` computes the value of slot `out`; then the slots in `free` are not needed any more.
 
     Attributes:
-        awaits: set for a received payload: the slot of its exchange and the payload's position.
+        awaits: slots of the payloads that it reads, which have to have arrived.
         writes_out: True for kernels that write to the request's ``out`` of their slot; their op's
             last argument is the residual.
+        local: of a layer over payloads, what does not have to wait for them.
+        kind: what its time counts as.
         progress: True for ops that take long enough to move messages along after them.
     """
 
     name: str
     run: Run
     out: int
-    awaits: tuple[int, int] | None = None
+    awaits: tuple[int, ...] = ()
     progress: bool = False
     free: tuple[int, ...] = ()
     writes_out: bool = False
+    local: LocalPart | None = None
+    kind: str = "compute"
 
 
 @dataclass
@@ -53,6 +60,7 @@ class Preparation:
         packing: packs the weights of all kernels, once all of them are known.
         kernels: of convolutions and linears, by the value that they compute.
         slots: value -> slot.
+        payloads: slots of what is received.
         sizes: the values that sizes of tensors and arithmetic on them have given so far.
         copies: of the weights that are kept as they are.
     """
@@ -65,6 +73,7 @@ class Preparation:
     packing: Packing = field(default_factory=Packing)
     kernels: dict[str, PackedKernel] = field(default_factory=dict)
     slots: dict[str, int] = field(default_factory=dict)
+    payloads: set[int] = field(default_factory=set)
     sizes: set[str] = field(default_factory=set)
     copies: dict[str, Tensor] = field(default_factory=dict)
 

@@ -7,9 +7,17 @@ four, so a message needs no header beyond them and receives can be posted before
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from torch import Tensor
+
+from disco.errors import DeadlineError
+
+# Between two looks at messages that nothing else is left to do for: short against a millisecond of
+# a layer, long against the look.
+_POLL_S = 50e-6
 
 
 class Handle(ABC):
@@ -61,6 +69,24 @@ class Transport(ABC):
     @abstractmethod
     def wait(self, handle: Handle, deadline_s: float) -> None:
         """Block until `handle` is done; DeadlineError after `deadline_s` seconds (inf: never)."""
+
+    def wait_any(self, handles: Sequence[Handle], deadline_s: float) -> None:
+        """Block until one of `handles`, the most urgent one first, is done.
+
+        This one asks them in turns. A transport whose handles cannot be asked waits for the first.
+
+        Raises:
+            DeadlineError: after `deadline_s` seconds.
+        """
+        until = time.monotonic() + deadline_s
+        while not any(handle.done for handle in handles):
+            self.progress()
+            if time.monotonic() > until:
+                raise DeadlineError(
+                    f"rank {self.rank} waited {deadline_s:g} s for any of {len(handles)} messages; "
+                    f"see that the other ranks run, or allow more with deadline_s"
+                )
+            time.sleep(_POLL_S)
 
     @abstractmethod
     def close(self) -> None:

@@ -23,7 +23,15 @@ from disco.partition.placement import Sharded
 from disco.partition.prediction import NodeMemory
 from disco.partition.rank_builder import Exchange, RankProgram
 from disco.partition.rules import RuleContext
-from disco.program import Op, Program, Ref, WeightRef, leaves, plan_buffers
+from disco.program import (
+    Op,
+    Program,
+    Ref,
+    WeightRef,
+    leaves,
+    overwritten_residual,
+    plan_buffers,
+)
 
 _MATRIX_KINDS = frozenset(
     {"disco.conv2d", "disco.linear", "disco.partial_conv2d", "disco.partial_linear"}
@@ -62,7 +70,7 @@ def predict_memory(
     """Of one rank."""
     num_bytes = _value_bytes(part, rank, context, exchanges)
     program = part.program
-    kept = {op.name: _residual(op) for op in program.ops if op.kind in _MATRIX_KINDS}
+    kept = {op.name: overwritten_residual(op) for op in program.ops if op.kind in _MATRIX_KINDS}
     buffers: dict[int, int] = {}
     numbers = plan_buffers(program, kept)
     for name, number in numbers.items():
@@ -189,11 +197,6 @@ def _most_alive(
         peak = max(peak, alive)
         alive -= dying.get(position, 0)
     return peak
-
-
-def _residual(op: Op) -> str | None:
-    last = op.args[-1]
-    return last.name if isinstance(last, Ref) else None
 
 
 def _with(sizes: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:

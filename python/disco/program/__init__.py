@@ -1,6 +1,6 @@
 """The program IR: what captured models, plans and shards are written in. See `disco.program.ir`."""
 
-from disco.program.buffers import plan_buffers
+from disco.program.buffers import overwritten_residual, plan_buffers
 from disco.program.interpret import interpret
 from disco.program.ir import (
     PROGRAM_VERSION,
@@ -43,6 +43,7 @@ __all__ = [
     "leaves",
     "lower_precision",
     "map_leaves",
+    "overwritten_residual",
     "plan_buffers",
     "program_from_json",
     "program_to_json",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -135,6 +136,10 @@ class GlooTransport(Transport):
             self.bytes_received += handle.buffer.nbytes
         else:
             self._sends.discard(handle)
+
+    def wait_any(self, handles: Sequence[Handle], deadline_s: float) -> None:
+        """Block until the first one is done: gloo cannot be asked, nor wait for several."""
+        self.wait(handles[0], deadline_s)
 
     def close(self) -> None:
         """Close all connections. May be called more than once."""
