@@ -19,6 +19,7 @@ from disco_kernels.core import (
     channel_run,
     channels_last,
     check_in_place,
+    check_scales_in_place,
     execute,
     image_as_tokens,
     index_tensor,
@@ -188,17 +189,22 @@ class _PreparedKernel(PackedKernel):
         residual: Tensor | None,
         out: Tensor,
         outgoing: Outgoing | None = None,
+        scale: Sequence[Tensor | None] | None = None,
+        narrow: bool = False,
     ) -> Callable[[], None]:
         images = [tokens_as_image(x, f"segment {s}") for s, x in enumerate(segments)]
         for s, (x, image) in enumerate(zip(segments, images, strict=True)):
             check_in_place(f"segment {s}", x, image)
+        check_scales_in_place(scale)
         added = None if residual is None else tokens_as_image(residual, "residual")
         if residual is not None and added is not None:
             check_in_place("residual", residual, added)
         leading = segments[0].shape[:-1]
-        self._run_tokens(images, residual, out, leading, outgoing=outgoing)
+        self._run_tokens(images, residual, out, leading, narrow, scale, outgoing)
         target = tokens_as_image(out, "out")
-        return self._prepared.bind(images, self.packed_weight, self.bias, added, target, outgoing)
+        return self._prepared.bind(
+            images, self.packed_weight, self.bias, added, target, outgoing, scale
+        )
 
     def _bind(
         self,
@@ -206,12 +212,17 @@ class _PreparedKernel(PackedKernel):
         residual: Tensor | None,
         out: Tensor,
         outgoing: Outgoing | None = None,
+        scale: Sequence[Tensor | None] | None = None,
+        narrow: bool = False,
     ) -> Callable[[], None]:
+        check_scales_in_place(scale)
         if residual is not None:
             check_in_place("residual", residual, channels_last(residual, "residual"))
         # Computes once as any call does, checks included.
-        self._run(sources, residual, out, outgoing=outgoing)
-        return self._prepared.bind(sources, self.packed_weight, self.bias, residual, out, outgoing)
+        self._run(sources, residual, out, narrow, scale, outgoing)
+        return self._prepared.bind(
+            sources, self.packed_weight, self.bias, residual, out, outgoing, scale
+        )
 
 
 class _PartialKernel(_PreparedKernel):
@@ -319,18 +330,20 @@ class PartialConv2d(_PartialKernel):
         residual: Tensor | None,
         out: Tensor,
         messages: Sequence[Tensor] | None = None,
+        scale: Sequence[Tensor | None] | None = None,
     ) -> Callable[[], None]:
         """The call with these tensors, made ready to be repeated: nothing is checked again.
 
         Runs once. What it returns computes ``out`` from what the tensors hold by then, keeps them
         alive, and is for one thread at a time. Raises ValueError for segments or a residual that
-        had to be copied (a channel stride other than 1), and for segments in another dtype.
+        had to be copied (a channel stride other than 1), and for scales that are not contiguous.
         """
         _check_count(segments, self.descriptor)
         sources = as_sources(segments, self.packed_weight.dtype)
         for s, (x, source) in enumerate(zip(segments, sources, strict=True)):
             check_in_place(f"segment {s}", x, source)
-        return self._bind(sources, residual, out, self._outgoing_of(messages, sources[0]))
+        outgoing = self._outgoing_of(messages, sources[0])
+        return self._bind(sources, residual, out, outgoing, scale, narrow=True)
 
 
 class PartialLinear(_PartialKernel):
@@ -386,11 +399,12 @@ class PartialLinear(_PartialKernel):
         residual: Tensor | None,
         out: Tensor,
         messages: Sequence[Tensor] | None = None,
+        scale: Sequence[Tensor | None] | None = None,
     ) -> Callable[[], None]:
         """As `PartialConv2d.bind`; ``out`` is contiguous."""
         _check_count(segments, self.descriptor)
         outgoing = self._outgoing(messages, segments[0].shape[:-1], segments[0].device)
-        return self._bind_tokens(segments, residual, out, outgoing)
+        return self._bind_tokens(segments, residual, out, outgoing, scale, narrow=True)
 
 
 class _GatherKernel(_PreparedKernel):

@@ -147,11 +147,12 @@ class _CpuConv2d(PreparedConv2d):
         residual: Tensor | None,
         out: Tensor,
         outgoing: Outgoing | None = None,
+        scales: Sequence[Tensor | None] | None = None,
     ) -> Callable[[], None]:
         bias = _in_float32(bias)
-        call = self._call(sources, packed_weight, bias, residual, out, False, None, outgoing)
+        call = self._call(sources, packed_weight, bias, residual, out, False, scales, outgoing)
         run = self.extension.BoundConv2d(self.conv2d, call).run
-        alive = (tuple(sources), packed_weight, bias, residual, out, outgoing)
+        alive = (tuple(sources), packed_weight, bias, residual, out, outgoing, scales)
 
         def bound(alive: tuple[Any, ...] = alive) -> None:
             run(torch.get_num_threads())
@@ -216,11 +217,12 @@ class _CpuDepthwise(_CpuConv2d):
         residual: Tensor | None,
         out: Tensor,
         outgoing: Outgoing | None = None,
+        scales: Sequence[Tensor | None] | None = None,
     ) -> Callable[[], None]:
         bias = _in_float32(bias)
-        call = self._call(sources, packed_weight, bias, residual, out, False, None, outgoing)
+        call = self._call(sources, packed_weight, bias, residual, out, False, scales, outgoing)
         run = self.conv2d.run
-        alive = (self, tuple(sources), packed_weight, bias, residual, out, outgoing)
+        alive = (self, tuple(sources), packed_weight, bias, residual, out, outgoing, scales)
 
         def bound(alive: tuple[Any, ...] = alive) -> None:
             call.num_threads = torch.get_num_threads()

@@ -44,6 +44,8 @@ _PREPARE: dict[str, Callable[[Op, Preparation], Step]] = {
     "disco.linear": kernels.prepare_linear,
     "disco.partial_conv2d": kernels.prepare_partial_conv2d,
     "disco.partial_linear": kernels.prepare_partial_linear,
+    "disco.payload_scale": exchange.prepare_payload_scale,
+    "disco.widen": exchange.prepare_widen,
 }
 
 
@@ -296,9 +298,10 @@ def _prepare(op: Op, prepare: Preparation, exchanges: Set[str]) -> Step:
 
 
 def _residual(op: Op) -> str | None:
-    """The value that a kernel adds to its result; max pooling adds none."""
+    """The value that a kernel adds to its result; pooling and widening add none."""
     last = op.args[-1]
-    return last.name if op.kind.startswith("disco.") and isinstance(last, Ref) else None
+    adds = op.kind.startswith("disco.") and op.kind != "disco.widen"
+    return last.name if adds and isinstance(last, Ref) else None
 
 
 def _output(leaf: Any, prepare: Preparation) -> Callable[[Values], Any]:

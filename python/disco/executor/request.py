@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from disco.executor.activations import Activations, Layout
 from disco.executor.transport import Handle, Transport
@@ -26,7 +24,7 @@ class Kept:
     """The memory of one request, which a later one of the same input shapes uses again."""
 
     activations: Activations
-    messages: dict[tuple[int, int, bool], Tensor] = field(default_factory=dict)
+    exchanges: dict[int, Any] = field(default_factory=dict)  # number -> its messages
 
 
 class Request:
@@ -49,16 +47,6 @@ class Request:
         self.handles: list[Handle] = []
         self.kept = kept
         self.activations = kept.activations
-
-    def buffer(
-        self, exchange: int, peer: int, is_send: bool, shape: Sequence[int], dtype: torch.dtype
-    ) -> Tensor:
-        """The contiguous buffer of one message, kept for later requests of the same shapes."""
-        key = (exchange, peer, is_send)
-        found = self.kept.messages.get(key)
-        if found is None or found.shape != tuple(shape) or found.dtype != dtype:
-            found = self.kept.messages[key] = torch.empty(tuple(shape), dtype=dtype)
-        return found
 
 
 @dataclass
@@ -103,7 +91,7 @@ class BufferPool:
             if not kept.activations.out:
                 # It has run in fresh tensors; others may have done so at the same time.
                 known.layout = layout
-                kept = Kept(Activations(layout, self._buffer_of), kept.messages)
+                kept = Kept(Activations(layout, self._buffer_of), kept.exchanges)
             elif known.layout is None:
                 known.layout = kept.activations.layout  # forgotten while this one was under way
             known.free.append(kept)
