@@ -221,7 +221,10 @@ def _scale_slots(op: Op, prepare: Preparation) -> list[int | None] | None:
     scale = op.kwargs.get("scale")
     if scale is None:
         return None
-    if not isinstance(scale, tuple) or len(scale) != len(op.kwargs["channels"]):  # type: ignore
+    segments = op.args[0]
+    if not (isinstance(scale, tuple) and isinstance(segments, tuple)) or len(scale) != len(
+        segments
+    ):
         raise InputError(f"op {op.name!r} ({op.kind}) needs a scale, or None, for every segment")
     return [prepare.optional_slot(item, op) for item in scale]
 

@@ -1,7 +1,8 @@
 """The plan: what each rank computes, holds and sends. Immutable, printable, JSON, deterministic.
 
-Bytes are those of one image's payloads as they travel, without any header; FLOPs are 2 x multiply-accumulates of
-convolutions and linears of one image; weight bytes are those of the tensors that a rank is given.
+Bytes are those of one image's payloads as they travel, without any header; FLOPs are 2 x
+multiply-accumulates of convolutions and linears of one image; weight bytes are those of the tensors
+that a rank is given.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def widen(x: Tensor, *, scale: Tensor | None, dim: int, dtype: torch.dtype) -> T
 
 
 def scale_of_images(scale: Tensor, num_dims: int, dim: int) -> Tensor:
-    """Scales ``[images, n]`` as a view that broadcasts over a payload with its channels in `dim`."""
+    """Scales ``[images, n]`` so that they broadcast over a payload with its channels in `dim`."""
     images = 1 if dim == 0 else 0
     view = scale.T if images > dim else scale
     shape = [1] * num_dims

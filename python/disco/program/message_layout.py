@@ -1,4 +1,4 @@
-"""What a message between ranks holds, in bytes: the plan counts by it, the executor allocates by it.
+"""What a message between ranks holds: the plan counts bytes by it, the executor allocates by it.
 
 A message is the payloads of one exchange, one behind the other, each at a multiple of what its
 elements need. A payload is in the dtype of its value or in a wire dtype. In the wire dtype int8 it
