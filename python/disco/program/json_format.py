@@ -53,8 +53,8 @@ def program_from_json(text: str) -> Program:
         raise InputError(f"not a program: {type(error).__name__} {error}") from None
     if version not in range(1, PROGRAM_VERSION + 1) or isinstance(version, bool):
         raise InputError(
-            f"program of version {version!r}; this release reads 1 to {PROGRAM_VERSION}: partition "
-            f" the model again, or install the release that wrote it"
+            f"program of version {version!r}; this release reads 1 to {PROGRAM_VERSION}: "
+            f"partition the model again, or install the release that wrote it"
         )
     try:
         program = Program(
