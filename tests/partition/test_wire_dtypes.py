@@ -32,7 +32,7 @@ world_sizes = st.integers(2, 4)
 every_wire = pytest.mark.parametrize("wire", WIRES)
 
 
-# Small programs in float64, by the reference kernels -----------------------------------------------
+# Small programs in float64, by the reference kernels ------------------------------------------
 
 
 @property_test
