@@ -48,6 +48,8 @@ _PREPARE: dict[str, Callable[[Op, Preparation], Step]] = {
     "disco.linear": kernels.prepare_linear,
     "disco.partial_conv2d": kernels.prepare_partial_conv2d,
     "disco.partial_linear": kernels.prepare_partial_linear,
+    "disco.payload_scale": exchange.prepare_payload_scale,
+    "disco.widen": exchange.prepare_widen,
 }
 
 

@@ -6,6 +6,7 @@ from disco.partition.plan import ExchangePlan, LayerPlan, Plan
 from disco.partition.planner import Decisions, build_all, decide
 from disco.partition.rank_builder import RankProgram
 from disco.partition.share_choice import Problem
+from disco.partition.wire_programs import with_wire_dtype
 
 __all__ = [
     "Cluster",
@@ -21,4 +22,5 @@ __all__ = [
     "decide",
     "plan_for",
     "shares_for",
+    "with_wire_dtype",
 ]

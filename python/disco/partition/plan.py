@@ -1,7 +1,8 @@
 """The plan: what each rank computes, holds and sends. Immutable, printable, JSON, deterministic.
 
-Bytes are those of one image's payloads without any header; FLOPs are 2 x multiply-accumulates of
-convolutions and linears of one image; weight bytes are those of the tensors that a rank is given.
+Bytes are those of one image's payloads as they travel, without any header; FLOPs are 2 x
+multiply-accumulates of convolutions and linears of one image; weight bytes are those of the tensors
+that a rank is given.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from disco.errors import InputError
 from disco.partition.cluster import Node
 from disco.partition.nearly_zero import NearlyZero
 from disco.partition.prediction import FewerNodes, Latency, NodeMemory
+from disco.program.message_layout import alignment, item_bytes, offsets, payload_bytes
 
 # Minor versions add fields with defaults; a reader takes every minor of its own major, up to its
 # own minor. A field says since when it is there, and a plan that was read is written as it came, so
 # that its digest stays.
-PLAN_VERSION = (1, 2)
+PLAN_VERSION = (1, 3)
 
 Channels = tuple[tuple[int, ...], ...]
 
@@ -41,13 +43,27 @@ class GatherRuns:
 
 
 @dataclass(frozen=True)
+class DenseInputs:
+    """What a layer that sends partial sums would read, had every rank sent all of its inputs.
+
+    Attributes:
+        elements_per_channel, scales_per_channel: of one image, as of an `ExchangePlan`.
+        counts: per rank its channels.
+    """
+
+    elements_per_channel: int
+    scales_per_channel: int
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class ExchangePlan:
     """One exchanged tensor.
 
     Attributes:
         number: its place in the order of exchanges, the same on all ranks.
         value, dim, dtype: what is exchanged, and which of its dimensions holds the channels.
-        bytes_per_channel: of one image.
+        bytes_per_channel: of one image, as it travels; in int8 with its scales.
         ownership: per rank its channels.
         sent: ``sent[i][j]``: channels that rank j sends rank i.
         consumers: layers that read received channels.
@@ -59,6 +75,12 @@ class ExchangePlan:
         statistics_bytes: ``[receiver][sender]``, of one image; empty for none.
         gather: what senders read; zeros for values that travel whole and for partial sums.
         gather_before: the same, had channels not been put into an order for it.
+        wire_dtype: that the channels travel in (statistics: always `dtype`); empty for `dtype`.
+        narrows: whether they may travel in another dtype than `dtype`: not so the model's output,
+            statistics, and what is not of floats.
+        elements_per_channel: of one image.
+        scales_per_channel: of one image in int8; 0 for what has no images to scale one by one.
+        dense_inputs: of the layer that the partial sums are of, unless they are exchanged, too.
     """
 
     number: int
@@ -76,26 +98,58 @@ class ExchangePlan:
     statistics_bytes: Channels = field(default=(), metadata={"since": (1, 2)})
     gather: GatherRuns = field(default=GatherRuns(), metadata={"since": (1, 2)})
     gather_before: GatherRuns = field(default=GatherRuns(), metadata={"since": (1, 2)})
+    wire_dtype: str = field(default="", metadata={"since": (1, 3)})
+    narrows: bool = field(default=False, metadata={"since": (1, 3)})
+    elements_per_channel: int = field(default=0, metadata={"since": (1, 3)})
+    scales_per_channel: int = field(default=0, metadata={"since": (1, 3)})
+    dense_inputs: DenseInputs | None = field(default=None, metadata={"since": (1, 3)})
 
-    def bytes_between(self, receiver: int, sender: int) -> int:
-        """Payload bytes of one image from `sender` to `receiver`."""
-        channels = len(self.sent[receiver][sender]) * self.bytes_per_channel
-        return channels + (self.statistics_bytes[receiver][sender] if self.statistics else 0)
+    @property
+    def wire(self) -> str:
+        """The dtype that the channels travel in."""
+        return self.wire_dtype or self.dtype
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether they travel in another dtype than their own."""
+        return self.wire != self.dtype
+
+    def bytes_between(self, receiver: int, sender: int, batch: int = 1) -> int:
+        """Bytes of the message from `sender` to `receiver`, for so many images."""
+        statistics = self.statistics_bytes[receiver][sender] if self.statistics else 0
+        return self._message_bytes(len(self.sent[receiver][sender]), statistics, batch)
+
+    def bytes_for(self, batch: int) -> int:
+        """Over all pairs of ranks, for so many images: int8 is padded once a message."""
+        ranks = range(len(self.ownership))
+        return sum(self.bytes_between(i, j, batch) for i in ranks for j in ranks)
 
     @property
     def bytes_per_image(self) -> int:
-        """Over all pairs of ranks."""
-        ranks = range(len(self.ownership))
-        return sum(self.bytes_between(i, j) for i in ranks for j in ranks)
+        """Over all pairs of ranks, for a batch of 1."""
+        return self.bytes_for(1)
+
+    def _message_bytes(self, channels: int, statistics: int, batch: int) -> int:
+        if not self.is_narrow:
+            return batch * (channels * self.bytes_per_channel + statistics)
+        scales = self.scales_per_channel if self.wire == "int8" else 0
+        values = batch * channels * self.elements_per_channel
+        payload = payload_bytes(self.wire, values, batch * channels * scales)
+        steps = (alignment(self.wire, bool(scales)), item_bytes(self.dtype))
+        return offsets((payload, batch * statistics), steps)[1]
 
     @property
     def bytes_dense(self) -> int:
         """The same, had every rank got all channels of the others."""
         if self.dense_bytes is not None:
             return self.dense_bytes
-        owned = sum(len(channels) for channels in self.ownership)
-        dense = owned * (len(self.ownership) - 1) * self.bytes_per_channel
-        return dense + sum(sum(row) for row in self.statistics_bytes)
+        statistics = self.statistics_bytes or ((0,) * len(self.ownership),) * len(self.ownership)
+        return sum(
+            self._message_bytes(len(owned), row[sender], 1)
+            for receiver, row in enumerate(statistics)
+            for sender, owned in enumerate(self.ownership)
+            if receiver != sender
+        )
 
 
 @dataclass(frozen=True)
@@ -144,6 +198,7 @@ class Plan:
         memory: per rank what it takes, for requests of one image.
         latency: predicted, if the nodes' speeds are known.
         fewer_nodes: then also that of the same model on the 1, 2, .. fastest nodes.
+        wire_dtype: asked for; a tensor travels in it where that is fewer bytes. Empty for none.
     """
 
     world_size: int
@@ -159,14 +214,24 @@ class Plan:
     latency: Latency | None = field(default=None, metadata={"since": (1, 2)})
     fewer_nodes: tuple[FewerNodes, ...] = field(default=(), metadata={"since": (1, 2)})
     nearly_zero: tuple[NearlyZero, ...] = field(default=(), metadata={"since": (1, 2)})
+    wire_dtype: str = field(default="", metadata={"since": (1, 3)})
 
     @property
     def bytes_matrix(self) -> Channels:
-        """``[sender][receiver]``: payload bytes per image."""
+        """``[sender][receiver]``: payload bytes of one image."""
+        return self.bytes_matrix_for(1)
+
+    def bytes_matrix_for(self, batch: int) -> Channels:
+        """``[sender][receiver]``: payload bytes of a request of so many images."""
         ranks = range(self.world_size)
         return tuple(
-            tuple(sum(e.bytes_between(i, j) for e in self.exchanges) for i in ranks) for j in ranks
+            tuple(sum(e.bytes_between(i, j, batch) for e in self.exchanges) for i in ranks)
+            for j in ranks
         )
+
+    def bytes_for(self, batch: int) -> int:
+        """Payload bytes of a request of so many images, over all pairs: what transports count."""
+        return sum(exchange.bytes_for(batch) for exchange in self.exchanges)
 
     @property
     def bytes_per_image(self) -> int:
@@ -280,10 +345,12 @@ def _plain(value: Any, version: tuple[int, int]) -> Any:
 
 
 def _exchange(content: Mapping[str, Any]) -> ExchangePlan:
-    runs = {
+    parts: dict[str, Any] = {
         key: GatherRuns(**content[key]) for key in ("gather", "gather_before") if key in content
     }
-    return ExchangePlan(**{**content, **runs})
+    if content.get("dense_inputs") is not None:
+        parts["dense_inputs"] = DenseInputs(**content["dense_inputs"])
+    return ExchangePlan(**{**content, **parts})
 
 
 def _sum_of(runs: Sequence[GatherRuns]) -> GatherRuns:
