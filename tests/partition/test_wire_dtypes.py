@@ -467,6 +467,23 @@ def test_a_damaged_program_is_refused() -> None:
     with pytest.raises(InputError, match="wire dtype must be one of .*'int4'"):
         Executor(program, rank.weights)
 
+    def of_no_exchange(op: Op) -> Op:
+        if op.kind != "disco.payload_scale":
+            return op
+        return replace(op, args=(Ref(rank.program.inputs[0]), 0))
+
+    program = replace(rank.program, ops=tuple(map(of_no_exchange, rank.program.ops)))
+    with pytest.raises(InputError, match="takes the result of an exchange"):
+        Executor(program, rank.weights)
+
+    def without_attributes(op: Op) -> Op:
+        return replace(op, kwargs={}) if op.kind == "disco.widen" else op
+
+    program = replace(rank.program, ops=tuple(map(without_attributes, rank.program.ops)))
+    assert any(op.kind == "disco.widen" for op in program.ops)
+    with pytest.raises(InputError, match="cannot be prepared"):
+        Executor(program, rank.weights)
+
 
 def test_the_plan_in_json() -> None:
     model, x = _mixed()

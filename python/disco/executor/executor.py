@@ -285,6 +285,10 @@ def _prepare(op: Op, prepare: Preparation, exchanges: Set[str]) -> Step:
     make = _PREPARE.get(op.kind, prepare_pure)
     if op.kind == "operator.getitem" and isinstance(source, Ref) and source.name in exchanges:
         make = exchange.prepare_payload
+    if op.kind == "disco.payload_scale" and not (
+        isinstance(source, Ref) and source.name in exchanges
+    ):
+        raise InputError(f"op {op.name!r} ({op.kind}) takes the result of an exchange")
     try:
         return make(op, prepare)
     except InputError:

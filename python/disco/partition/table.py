@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from disco.partition.nearly_zero import describe
 
 if TYPE_CHECKING:
-    from disco.partition.plan import ExchangePlan, LayerPlan, Plan
+    from disco.partition.exchange_plan import ExchangePlan
+    from disco.partition.plan import LayerPlan, Plan
 
 _HEADER = (
     *("layer", "op", "in", "out", "selected", "exchange"),

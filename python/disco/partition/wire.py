@@ -13,7 +13,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from disco.errors import InputError
-from disco.partition.plan import PLAN_VERSION, DenseInputs, ExchangePlan, Plan
+from disco.partition.exchange_plan import DenseInputs, ExchangePlan
+from disco.partition.plan import PLAN_VERSION, Plan
 from disco.program.message_layout import (
     SCALE_BYTES,
     WIRE_DTYPES,
