@@ -37,7 +37,7 @@ def test_the_smallest_that_will_do_is_written(
     planned = tmp_path / "planned"
     asked = disco("partition", *MODEL, "--density", "0.2", "--wire-dtype", "int8", "--out", planned)
     assert asked.code == 0, asked.err
-    assert "in int8 travel" in disco("inspect", planned).out
+    assert "wire dtype int8: " in disco("inspect", planned).out
 
     strict = disco("verify", out, "--input", photo)
     assert strict.code == 2 and "--max-error 0.01" in strict.err

@@ -18,6 +18,7 @@ from disco.errors import InputError
 from disco.executor import Executor, InProcessHub, run_together
 from disco.partition import Plan, with_wire_dtype
 from disco.partition.shards import load_manifest
+from disco.partition.wire import wire_of
 from disco.program import Op, Program, Ref
 from disco.program.message_layout import item_bytes, payload_bytes
 from disco_kernels import Ownership, message_numel
@@ -249,13 +250,42 @@ def _mixed() -> tuple[nn.Module, Tensor]:
 
 
 def test_only_what_becomes_smaller_is_narrow() -> None:
-    """Gates have one number a channel and image, a vector has no images to scale one by one."""
+    """Gates have one number a channel and image, a vector has no images to scale one by one: both
+    travel in bfloat16, which is no less exact."""
     model, x = _mixed()
     plan = disco.partition(model, (x,), 2, wire_dtype=torch.int8, partial_sums=False).plan
     wires = {e.elements_per_channel: e.wire for e in plan.exchanges if e.consumers}
-    assert wires == {64: "int8", 1: "float32"}
+    assert wires == {64: "int8", 1: "bfloat16"}
     text = str(plan)
-    assert "in int8 travel" in text and "d=1.00 int8" in text
+    assert "wire dtype int8: 3 in bfloat16, 1 in int8, 1 as they are; " in text
+    assert "d=1.00 int8" in text and "d=1.00 bfloat16" in text
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wanted", "elements", "scales", "wire"),
+    [
+        ("float32", None, 9, 1, "float32"),
+        ("float32", "float32", 9, 1, "float32"),
+        ("float32", "float16", 1, 0, "float16"),
+        ("float32", "int8", 1, 1, "bfloat16"),
+        ("float32", "int8", 4, 1, "bfloat16"),
+        ("float32", "int8", 5, 1, "int8"),
+        ("float32", "int8", 9, 0, "bfloat16"),
+        ("float32", "int8", 9, 9, "bfloat16"),
+        ("float64", "float32", 9, 1, "float32"),
+        ("bfloat16", "float32", 9, 1, "bfloat16"),
+        ("bfloat16", "float16", 9, 1, "bfloat16"),
+        ("bfloat16", "int8", 4, 1, "bfloat16"),
+        ("bfloat16", "int8", 5, 1, "int8"),
+        ("float16", "int8", 9, 0, "float16"),
+        ("bool", "int8", 9, 1, "bool"),
+        ("int64", "int8", 9, 1, "int64"),
+    ],
+)
+def test_the_fewest_bytes(
+    dtype: str, wanted: str | None, elements: int, scales: int, wire: str
+) -> None:
+    assert wire_of(dtype, wanted, elements, scales) == wire
 
 
 def test_padding_is_once_a_message() -> None:
@@ -307,7 +337,7 @@ def test_a_model_in_bfloat16(wire: torch.dtype) -> None:
     name = str(wire).removeprefix("torch.")
     plan = check_payloads(partitioned.plan, partitioned.ranks, name, [x[:1], x], None)
     assert any(e.is_narrow for e in plan.exchanges) == (wire == torch.int8)
-    assert {e.wire for e in plan.exchanges} <= {"bfloat16", "int8", "float32"}
+    assert {e.wire for e in plan.exchanges} <= {"bfloat16", "int8"}
 
 
 def test_masks_and_indices_travel_as_they_are() -> None:
@@ -435,6 +465,23 @@ def test_a_damaged_program_is_refused() -> None:
 
     program = replace(rank.program, ops=tuple(map(changed, rank.program.ops)))
     with pytest.raises(InputError, match="wire dtype must be one of .*'int4'"):
+        Executor(program, rank.weights)
+
+    def of_no_exchange(op: Op) -> Op:
+        if op.kind != "disco.payload_scale":
+            return op
+        return replace(op, args=(Ref(rank.program.inputs[0]), 0))
+
+    program = replace(rank.program, ops=tuple(map(of_no_exchange, rank.program.ops)))
+    with pytest.raises(InputError, match="takes the result of an exchange"):
+        Executor(program, rank.weights)
+
+    def without_attributes(op: Op) -> Op:
+        return replace(op, kwargs={}) if op.kind == "disco.widen" else op
+
+    program = replace(rank.program, ops=tuple(map(without_attributes, rank.program.ops)))
+    assert any(op.kind == "disco.widen" for op in program.ops)
+    with pytest.raises(InputError, match="cannot be prepared"):
         Executor(program, rank.weights)
 
 

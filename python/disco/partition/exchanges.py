@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
+from disco.partition.exchange_plan import DenseInputs, ExchangePlan
 from disco.partition.placement import Sharded, all_selected, union_of
-from disco.partition.plan import DenseInputs, ExchangePlan
 from disco.partition.rank_builder import Exchange, Replayed
 from disco.partition.rules import Lowering, RuleContext
 from disco.partition.rules.partial_sums import PARTIAL_SUMS

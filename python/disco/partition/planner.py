@@ -15,6 +15,7 @@ from torch import Tensor
 
 from disco.partition.channel_order import ordered_layers
 from disco.partition.exchange_form import with_cheapest_forms
+from disco.partition.exchange_plan import ExchangePlan
 from disco.partition.exchanges import (
     OUTPUT,
     Sources,
@@ -28,7 +29,7 @@ from disco.partition.nearly_zero import NearlyZero, find_nearly_zero
 from disco.partition.norms import split_norms
 from disco.partition.ownership_choice import OwnershipChoice
 from disco.partition.placement import Replicated, Sharded
-from disco.partition.plan import ExchangePlan, LayerPlan, Plan
+from disco.partition.plan import LayerPlan, Plan
 from disco.partition.rank_builder import Exchange, RankBuilder, RankProgram
 from disco.partition.reductions import split_reductions
 from disco.partition.rules import Lowering, RuleContext, lower

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from disco.partition.nearly_zero import describe
 
 if TYPE_CHECKING:
-    from disco.partition.plan import ExchangePlan, LayerPlan, Plan
+    from disco.partition.exchange_plan import ExchangePlan
+    from disco.partition.plan import LayerPlan, Plan
 
 _HEADER = (
     *("layer", "op", "in", "out", "selected", "exchange"),
@@ -102,12 +103,14 @@ def _narrow(plan: Plan) -> list[str]:
 
     if not plan.wire_dtype:
         return []
-    narrow = sum(exchange.is_narrow for exchange in plan.exchanges)
+    wires = [exchange.wire for exchange in plan.exchanges if exchange.is_narrow]
+    counts = [f"{wires.count(wire)} in {wire}" for wire in dict.fromkeys(sorted(wires))]
+    counts.append(f"{len(plan.exchanges) - len(wires)} as they are")
     own = plan_with_wire(plan, None)
     sparse, dense = plan.bytes_per_image, own.bytes_dense_exchange
     return [
-        f"in {plan.wire_dtype} travel {narrow} of {len(plan.exchanges)} tensors; in the values' "
-        f"own dtypes: {own.bytes_per_image / 1e6:.3f} MB, dense exchange {dense / 1e6:.3f} MB"
+        f"wire dtype {plan.wire_dtype}: {', '.join(counts)}; in the values' own dtypes "
+        f"{own.bytes_per_image / 1e6:.3f} MB, dense exchange {dense / 1e6:.3f} MB"
         + (f" ({dense / sparse:.2f}x)" if sparse else "")
     ]
 

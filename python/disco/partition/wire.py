@@ -1,9 +1,11 @@
 """In which dtype exchanged tensors travel, and what that makes of a plan.
 
 A tensor travels in the wire dtype that was asked for where that is fewer bytes than its own dtype,
-and in its own dtype otherwise: one number a channel and image (a gate of squeeze-and-excitation)
-has nothing to share an int8 scale with. The model's output, statistics of norms and reductions, and
-what is not of floats never travel in another dtype.
+and in its own dtype otherwise. Where int8 was asked for and does not pay, because a channel has few
+values to share a scale (one, in a gate of squeeze-and-excitation) or no images to be scaled one by
+one, it is bfloat16: off by at most 1/256 of a value, where int8 is by 1/254 of the largest. The
+model's output, statistics of norms and reductions, and what is not of floats never travel in
+another dtype.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from disco.errors import InputError
-from disco.partition.plan import PLAN_VERSION, DenseInputs, ExchangePlan, Plan
+from disco.partition.exchange_plan import DenseInputs, ExchangePlan
+from disco.partition.plan import PLAN_VERSION, Plan
 from disco.program.message_layout import (
     SCALE_BYTES,
     WIRE_DTYPES,
@@ -41,14 +44,17 @@ def wire_of(dtype: str, wanted: str | None, elements: int, scales: int) -> str:
         wanted: the wire dtype asked for, or None.
         elements, scales: of one channel and one image; no scales: not in int8.
     """
-    if wanted is None or not is_floating(dtype) or (wanted == "int8" and not scales):
+    if wanted is None or not is_floating(dtype):
         return dtype
-    own = elements * item_bytes(dtype)
-    return wanted if channel_bytes(wanted, elements, scales) < own else dtype
+    # Of equals the first, which is the most exact.
+    allowed = [dtype, wanted] if wanted != "int8" else [dtype, "bfloat16"]
+    if wanted == "int8" and scales:
+        allowed.append(wanted)
+    return min(allowed, key=lambda wire: channel_bytes(wire, elements, scales))
 
 
 def channel_bytes(wire: str, elements: int, scales: int) -> int:
-    """Bytes of one channel and one image, without padding."""
+    """Bytes of one channel and one image, without padding; no scales: int8 has none."""
     return elements * item_bytes(wire) + (SCALE_BYTES * scales if wire == "int8" else 0)
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 from disco.errors import InputError
 from disco.partition.cost import predict_latency
-from disco.partition.plan import ExchangePlan, Plan
+from disco.partition.exchange_plan import ExchangePlan
+from disco.partition.plan import Plan
 from disco.partition.prediction import NodeMemory
 from disco.partition.rank_builder import RankProgram
 from disco.partition.wire import plan_with_wire
