@@ -234,6 +234,16 @@ def _shape(x: Tensor) -> str:
     return str(list(x.shape))
 
 
+def check_scales_in_place(scales: Sequence[Tensor | None] | None) -> None:
+    """Raise ValueError for scales that a call would copy: what is bound has to be itself."""
+    for s, scale in enumerate(scales or ()):
+        if scale is not None and (not scale.is_contiguous() or scale.is_neg()):
+            raise ValueError(
+                f"scale {s} {_shape(scale)} with strides {scale.stride()} cannot be bound: the "
+                "kernel reads a copy of it; give it contiguous"
+            )
+
+
 def check_in_place(name: str, given: Tensor, read: Tensor) -> None:
     """Raise ValueError if the kernel would read a copy: what is bound has to be itself."""
     if given.data_ptr() != read.data_ptr():

@@ -19,6 +19,7 @@ from disco_kernels.core import (
     channel_run,
     channels_last,
     check_in_place,
+    check_scales_in_place,
     execute,
     image_as_tokens,
     index_tensor,
@@ -189,17 +190,22 @@ class _PreparedKernel(PackedKernel):
         residual: Tensor | None,
         out: Tensor,
         outgoing: Outgoing | None = None,
+        scale: Sequence[Tensor | None] | None = None,
+        narrow: bool = False,
     ) -> Callable[[], None]:
         images = [tokens_as_image(x, f"segment {s}") for s, x in enumerate(segments)]
         for s, (x, image) in enumerate(zip(segments, images, strict=True)):
             check_in_place(f"segment {s}", x, image)
+        check_scales_in_place(scale)
         added = None if residual is None else tokens_as_image(residual, "residual")
         if residual is not None and added is not None:
             check_in_place("residual", residual, added)
         leading = segments[0].shape[:-1]
-        self._run_tokens(images, residual, out, leading, outgoing=outgoing)
+        self._run_tokens(images, residual, out, leading, narrow, scale, outgoing)
         target = tokens_as_image(out, "out")
-        return self._prepared.bind(images, self.packed_weight, self.bias, added, target, outgoing)
+        return self._prepared.bind(
+            images, self.packed_weight, self.bias, added, target, outgoing, scale
+        )
 
     def _bind(
         self,
@@ -207,12 +213,17 @@ class _PreparedKernel(PackedKernel):
         residual: Tensor | None,
         out: Tensor,
         outgoing: Outgoing | None = None,
+        scale: Sequence[Tensor | None] | None = None,
+        narrow: bool = False,
     ) -> Callable[[], None]:
+        check_scales_in_place(scale)
         if residual is not None:
             check_in_place("residual", residual, channels_last(residual, "residual"))
         # Computes once as any call does, checks included.
-        self._run(sources, residual, out, outgoing=outgoing)
-        return self._prepared.bind(sources, self.packed_weight, self.bias, residual, out, outgoing)
+        self._run(sources, residual, out, narrow, scale, outgoing)
+        return self._prepared.bind(
+            sources, self.packed_weight, self.bias, residual, out, outgoing, scale
+        )
 
     def _bind_passes(
         self,
@@ -221,6 +232,7 @@ class _PreparedKernel(PackedKernel):
         out: Tensor,
         num_first: int,
         outgoing: Outgoing | None,
+        scale: Sequence[Tensor | None] | None,
     ) -> Passes:
         return bind_passes(
             self._prepared,
@@ -231,6 +243,7 @@ class _PreparedKernel(PackedKernel):
             out,
             num_first,
             outgoing,
+            scale,
         )
 
 
@@ -344,18 +357,20 @@ class PartialConv2d(_PartialKernel):
         residual: Tensor | None,
         out: Tensor,
         messages: Sequence[Tensor] | None = None,
+        scale: Sequence[Tensor | None] | None = None,
     ) -> Callable[[], None]:
         """The call with these tensors, made ready to be repeated: nothing is checked again.
 
         Runs once. What it returns computes ``out`` from what the tensors hold by then, keeps them
         alive, and is for one thread at a time. Raises ValueError for segments or a residual that
-        had to be copied (a channel stride other than 1), and for segments in another dtype.
+        had to be copied (a channel stride other than 1), and for scales that are not contiguous.
         """
         _check_count(segments, self.descriptor)
         sources = as_sources(segments, self.packed_weight.dtype)
         for s, (x, source) in enumerate(zip(segments, sources, strict=True)):
             check_in_place(f"segment {s}", x, source)
-        return self._bind(sources, residual, out, self._outgoing_of(messages, sources[0]))
+        outgoing = self._outgoing_of(messages, sources[0])
+        return self._bind(sources, residual, out, outgoing, scale, narrow=True)
 
     def bind_passes(
         self,
@@ -364,16 +379,17 @@ class PartialConv2d(_PartialKernel):
         out: Tensor,
         num_first: int,
         messages: Sequence[Tensor] | None = None,
+        scale: Sequence[Tensor | None] | None = None,
     ) -> Passes:
         """As `bind`, in one pass and in two, of which the first reads ``num_first`` segments.
 
         Raises ValueError also where the kernel does not sum in parts (`sums_in_parts`), and for a
         residual in the memory of ``out``.
         """
-        self.bind(segments, residual, out, messages)
+        self.bind(segments, residual, out, messages, scale)
         sources = as_sources(segments, self.packed_weight.dtype)
         outgoing = self._outgoing_of(messages, sources[0])
-        return self._bind_passes(sources, residual, out, num_first, outgoing)
+        return self._bind_passes(sources, residual, out, num_first, outgoing, scale)
 
 
 class PartialLinear(_PartialKernel):
@@ -429,11 +445,12 @@ class PartialLinear(_PartialKernel):
         residual: Tensor | None,
         out: Tensor,
         messages: Sequence[Tensor] | None = None,
+        scale: Sequence[Tensor | None] | None = None,
     ) -> Callable[[], None]:
         """As `PartialConv2d.bind`; ``out`` is contiguous."""
         _check_count(segments, self.descriptor)
         outgoing = self._outgoing(messages, segments[0].shape[:-1], segments[0].device)
-        return self._bind_tokens(segments, residual, out, outgoing)
+        return self._bind_tokens(segments, residual, out, outgoing, scale, narrow=True)
 
     def bind_passes(
         self,
@@ -442,13 +459,16 @@ class PartialLinear(_PartialKernel):
         out: Tensor,
         num_first: int,
         messages: Sequence[Tensor] | None = None,
+        scale: Sequence[Tensor | None] | None = None,
     ) -> Passes:
         """As `PartialConv2d.bind_passes`."""
-        self.bind(segments, residual, out, messages)
+        self.bind(segments, residual, out, messages, scale)
         images = [tokens_as_image(x, f"segment {s}") for s, x in enumerate(segments)]
         added = None if residual is None else tokens_as_image(residual, "residual")
         outgoing = self._outgoing(messages, segments[0].shape[:-1], segments[0].device)
-        return self._bind_passes(images, added, tokens_as_image(out, "out"), num_first, outgoing)
+        return self._bind_passes(
+            images, added, tokens_as_image(out, "out"), num_first, outgoing, scale
+        )
 
 
 class _GatherKernel(_PreparedKernel):

@@ -69,15 +69,15 @@ class PreparedConv2d(ABC):
         residual: Tensor | None,
         out: Tensor,
         outgoing: Outgoing | None = None,
+        scales: Sequence[Tensor | None] | None = None,
     ) -> Callable[[], None]:
         """`run` for these tensors, to be called again and again, by one thread at a time.
 
-        It reads and writes their memory as it is at each call, and keeps it alive. The sources are
-        of the weights' dtype.
+        It reads and writes their memory as it is at each call, and keeps it alive.
         """
 
         def run() -> None:
-            self.run(sources, packed_weight, bias, residual, out, False, None, outgoing)
+            self.run(sources, packed_weight, bias, residual, out, False, scales, outgoing)
 
         return run
 
@@ -95,6 +95,7 @@ class PreparedConv2d(ABC):
         out: Tensor,
         part: Part,
         outgoing: Outgoing | None = None,
+        scales: Sequence[Tensor | None] | None = None,
     ) -> Callable[[], None]:
         """As `bind`, for a part of the sum. Computes nothing yet; other segments are not read."""
         raise NotImplementedError("sums_in_parts is False")

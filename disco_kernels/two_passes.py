@@ -39,6 +39,7 @@ def bind_passes(
     out: Tensor,
     num_first: int,
     outgoing: Outgoing | None = None,
+    scales: Sequence[Tensor | None] | None = None,
 ) -> Passes:
     """Bind a call and both of its halves; ``num_first`` segments are the first one's.
 
@@ -61,12 +62,11 @@ def bind_passes(
             "the residual lies in the memory of out, where the first pass leaves its sums: give "
             "out memory of its own, or use one pass"
         )
+    first, rest = Part(0, num_first), Part(num_first, None)
     return Passes(
-        prepared.bind(sources, packed_weight, bias, residual, out, outgoing),
-        prepared.bind_part(sources, packed_weight, bias, None, out, Part(0, num_first)),
-        prepared.bind_part(
-            sources, packed_weight, bias, residual, out, Part(num_first, None), outgoing
-        ),
+        prepared.bind(sources, packed_weight, bias, residual, out, outgoing, scales),
+        prepared.bind_part(sources, packed_weight, bias, None, out, first, None, scales),
+        prepared.bind_part(sources, packed_weight, bias, residual, out, rest, outgoing, scales),
     )
 
 

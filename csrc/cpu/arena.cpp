@@ -13,7 +13,7 @@ struct Block {
   ~Block() { std::free(memory); }
 };
 
-thread_local Block blocks[3];
+thread_local Block blocks[4];
 
 }  // namespace
 

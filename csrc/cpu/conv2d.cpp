@@ -123,19 +123,26 @@ Conv2d::Conv2d(const Conv2dGeometry& geometry, std::vector<Node> nodes, Activati
     pack_ = std::make_shared<const FusedPack>(nodes_, geometry.dtype, messages);
 }
 
-void Conv2d::run(const Conv2dCall& call) const {
-  const Conv2dCall read = call.in_parts() ? without_unread(nodes_, call) : call;
-  for (const SourceView& source : read.sources) {
+bool Conv2d::in_wire_type(const Conv2dCall& call) const {
+  for (const SourceView& source : call.sources) {
     if (source.type == WireType::kFloat32) continue;
     if (geometry_.dtype != kFloat32) {
       refuse("segments in a wire type are widened to float32, and the convolution is in bfloat16");
     }
-    WidenedCall widened(read);
-    widened.widen();
-    run_wide(widened.call());
+    return true;
+  }
+  return false;
+}
+
+void Conv2d::run(const Conv2dCall& call) const {
+  const Conv2dCall read = call.in_parts() ? without_unread(nodes_, call) : call;
+  if (!in_wire_type(read)) {
+    run_wide(read);
     return;
   }
-  run_wide(read);
+  WidenedCall widened(read);
+  widened.widen();
+  run_wide(widened.call());
 }
 
 void Conv2d::run_wide(Conv2dCall call) const {
@@ -153,11 +160,7 @@ void Conv2d::run_wide(Conv2dCall call) const {
 }
 
 BoundConv2d::BoundConv2d(const Conv2d& conv2d, Conv2dCall call)
-    : conv2d_(conv2d), call_(std::move(call)) {
-  for (const SourceView& source : call_.sources) {
-    if (source.type != WireType::kFloat32) refuse("segments in a wire type cannot be bound");
-  }
-  OneRow::apply(conv2d.geometry_, call_);
+    : conv2d_(conv2d), given_(std::move(call)), call_(given_) {
   plan();
 }
 
@@ -165,6 +168,14 @@ BoundConv2d::~BoundConv2d() = default;
 
 void BoundConv2d::plan() {
   plan_.reset();
+  const int32_t num_threads = call_.num_threads;
+  call_ = given_.in_parts() ? without_unread(conv2d_.nodes_, given_) : given_;
+  call_.num_threads = num_threads;
+  if (conv2d_.in_wire_type(call_)) {
+    widened_ = std::make_unique<WidenedCall>(call_);
+    call_ = widened_->call();
+  }
+  OneRow::apply(conv2d_.geometry_, call_);
   if (StagedCall::needed(conv2d_.geometry_, conv2d_.nodes_, call_)) {
     staged_ = std::make_unique<StagedCall>(conv2d_.geometry_, conv2d_.nodes_, call_);
     plan_ = std::make_unique<ConvPlan>(staged_->geometry(), staged_->nodes(), conv2d_.activation_,
@@ -179,11 +190,13 @@ void BoundConv2d::plan() {
 }
 
 void BoundConv2d::run(int32_t num_threads) {
-  const bool moved = staged_ != nullptr && staged_->memory_moved();
+  const bool moved = (staged_ != nullptr && staged_->memory_moved()) ||
+                     (widened_ != nullptr && widened_->memory_moved());
   if (moved || num_threads != call_.num_threads) {
     call_.num_threads = num_threads;
     plan();
   }
+  if (widened_ != nullptr) widened_->widen();
   if (staged_ != nullptr) staged_->copy(!plan_->gathers_by_item, !plan_->by_panels);
   run_plan(*plan_);
   if (messages_ != nullptr) messages_->finish(num_threads);

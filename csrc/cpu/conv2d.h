@@ -171,6 +171,8 @@ class Conv2d {
 
  private:
   friend class BoundConv2d;
+  // Whether sources have to be widened. Throws std::invalid_argument where they cannot be.
+  bool in_wire_type(const Conv2dCall& call) const;
   void run_wide(Conv2dCall call) const;
 
   Conv2dGeometry geometry_;
@@ -182,12 +184,13 @@ class Conv2d {
 struct ConvPlan;
 class FusedMessages;
 class StagedCall;
+class WidenedCall;
 
 // A convolution bound to its sources, weights and output: what depends on their addresses and sizes
 // alone is done once. They must outlive it, as must the Conv2d. Not for two threads at a time.
 class BoundConv2d {
  public:
-  // Throws as Conv2d::run does, and for sources in a wire type.
+  // Throws as Conv2d::run does.
   BoundConv2d(const Conv2d& conv2d, Conv2dCall call);
   ~BoundConv2d();
 
@@ -197,8 +200,10 @@ class BoundConv2d {
   void plan();
 
   const Conv2d& conv2d_;
-  Conv2dCall call_;
-  std::unique_ptr<StagedCall> staged_;  // if sources have to be copied
+  const Conv2dCall given_;
+  Conv2dCall call_;                       // as it is computed, over what is widened
+  std::unique_ptr<WidenedCall> widened_;  // if sources are in a wire type
+  std::unique_ptr<StagedCall> staged_;    // if sources have to be copied
   std::unique_ptr<FusedMessages> messages_;
   std::unique_ptr<ConvPlan> plan_;
 };

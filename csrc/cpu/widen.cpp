@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <string>
 
+#include "arena.h"
 #include "conv2d_plan.h"
 #include "message_rows.h"
 #include "pixel_runs.h"
@@ -55,8 +56,9 @@ void widen_source(const MessageKernels& kernels, const SourceView& source, const
 }  // namespace
 
 WidenedCall::WidenedCall(const Conv2dCall& from) : given_(from), call_(from) {
-  for (SourceView& source : call_.sources) {
-    copies_.emplace_back();
+  std::vector<int64_t> begin(call_.sources.size(), -1);
+  for (size_t s = 0; s < call_.sources.size(); ++s) {
+    SourceView& source = call_.sources[s];
     if (source.type == WireType::kFloat32) continue;
     if (source.channels > 1 && source.stride_c != 1) {
       refuse("a segment in a wire type must have a channel stride of 1, given " +
@@ -68,15 +70,24 @@ WidenedCall::WidenedCall(const Conv2dCall& from) : given_(from), call_(from) {
         (source.scale == nullptr || source.images_per_scale < 1)) {
       refuse("an int8 segment needs scales");
     }
-    copies_.back().reset(new float[static_cast<size_t>(size)]);
-    source = {copies_.back().get(), source.channels, call_.in_h * row, 1, row, source.channels};
+    begin[s] = bytes_;
+    const int64_t bytes = size * static_cast<int64_t>(sizeof(float));
+    bytes_ += (bytes + kCacheLineBytes - 1) / kCacheLineBytes * kCacheLineBytes;
+    source = {nullptr, source.channels, call_.in_h * row, 1, row, source.channels};
+  }
+  memory_ = static_cast<char*>(arena(ArenaSlot::kWidened, bytes_));
+  for (size_t s = 0; s < begin.size(); ++s) {
+    copies_.push_back(begin[s] < 0 ? nullptr : reinterpret_cast<float*>(memory_ + begin[s]));
+    if (copies_[s] != nullptr) call_.sources[s].data = copies_[s];
   }
 }
+
+bool WidenedCall::memory_moved() const { return arena(ArenaSlot::kWidened, bytes_) != memory_; }
 
 void WidenedCall::widen() {
   for (size_t s = 0; s < copies_.size(); ++s) {
     if (copies_[s] != nullptr) {
-      widen_source(active_message_kernels(), given_.sources[s], given_, copies_[s].get());
+      widen_source(active_message_kernels(), given_.sources[s], given_, copies_[s]);
     }
   }
 }

@@ -154,8 +154,11 @@ class _CpuConv2d(PreparedConv2d):
         residual: Tensor | None,
         out: Tensor,
         outgoing: Outgoing | None = None,
+        scales: Sequence[Tensor | None] | None = None,
     ) -> Callable[[], None]:
-        return self.bind_part(sources, packed_weight, bias, residual, out, _ALL_SEGMENTS, outgoing)
+        return self.bind_part(
+            sources, packed_weight, bias, residual, out, _ALL_SEGMENTS, outgoing, scales
+        )
 
     @property
     def sums_in_parts(self) -> bool:
@@ -170,11 +173,14 @@ class _CpuConv2d(PreparedConv2d):
         out: Tensor,
         part: Part,
         outgoing: Outgoing | None = None,
+        scales: Sequence[Tensor | None] | None = None,
     ) -> Callable[[], None]:
         bias, later = _in_float32(bias), part.first > 0
-        call = self._call(sources, packed_weight, bias, residual, out, later, None, outgoing, part)
+        call = self._call(
+            sources, packed_weight, bias, residual, out, later, scales, outgoing, part
+        )
         run = self.extension.BoundConv2d(self.conv2d, call).run
-        alive = (tuple(sources), packed_weight, bias, residual, out, outgoing)
+        alive = (tuple(sources), packed_weight, bias, residual, out, outgoing, scales)
 
         def bound(alive: tuple[Any, ...] = alive) -> None:
             run(torch.get_num_threads())
@@ -243,11 +249,12 @@ class _CpuDepthwise(_CpuConv2d):
         residual: Tensor | None,
         out: Tensor,
         outgoing: Outgoing | None = None,
+        scales: Sequence[Tensor | None] | None = None,
     ) -> Callable[[], None]:
         bias = _in_float32(bias)
-        call = self._call(sources, packed_weight, bias, residual, out, False, None, outgoing)
+        call = self._call(sources, packed_weight, bias, residual, out, False, scales, outgoing)
         run = self.conv2d.run
-        alive = (self, tuple(sources), packed_weight, bias, residual, out, outgoing)
+        alive = (self, tuple(sources), packed_weight, bias, residual, out, outgoing, scales)
 
         def bound(alive: tuple[Any, ...] = alive) -> None:
             call.num_threads = torch.get_num_threads()

@@ -8,7 +8,15 @@ Importing the package is light: model zoos and optional backends are loaded on u
 
 # Not lazily: `disco.partition` is a function here and a room too. Imported now, the room's name is
 # bound before the function's and never again, whatever is imported later and in which order.
-from disco.api import Compiled, Partitioned, compile, load, partition, sparsify_
+from disco.api import (
+    Compiled,
+    Partitioned,
+    compile,
+    load,
+    partition,
+    sparsify_,
+    with_wire_dtype,
+)
 from disco.errors import DeadlineError, InputError, TransportError
 from disco.partition.cluster import Cluster, Link, Node
 from disco.submodules import partition_submodules_, submodule_inputs
@@ -28,4 +36,5 @@ __all__ = [
     "partition_submodules_",
     "sparsify_",
     "submodule_inputs",
+    "with_wire_dtype",
 ]

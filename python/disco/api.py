@@ -24,8 +24,10 @@ from disco.partition import (
     plan_for,
     shares_for,
 )
+from disco.partition import with_wire_dtype as rewrite_wire_dtype
 from disco.partition.one_machine import GATHERED_KINDS, one_machine_program
 from disco.partition.shards import load_manifest, load_shard, save_artifact
+from disco.partition.wire import check_wire_dtype
 from disco.program import flatten_inputs, input_ranges, lower_precision
 from disco.sparsify import check_density, sparsify_weights_
 from disco.sparsify.groups import Reader, groups_of
@@ -133,6 +135,7 @@ def partition(
     dense_exchange: bool = False,
     partial_sums: bool = True,
     permute: bool = True,
+    wire_dtype: torch.dtype | None = None,
 ) -> Partitioned:
     """Cut `model` into `nodes` parts that together compute what it computes (arXiv 2302.11180).
 
@@ -158,16 +161,21 @@ def partition(
             than its inputs; False for inputs only.
         permute: let nodes hold a layer's outputs in an order in which those that they send are
             runs; False for that of the model. An order given in `ownership` is kept.
+        wire_dtype: what payloads travel in where that is fewer bytes than their own dtype:
+            torch.float32, float16, bfloat16 or int8 (scales in the message, one an image and
+            channel); None for their own. The model's output and the statistics of norms always
+            travel in their own. Other than float32 the result is not exact (docs/wire-dtypes.md).
 
     Raises:
-        InputError: the model cannot be captured, weights that contradict the pattern (naming layer,
-            block and largest value), an ownership that does not fit, a node without the memory for
-            its part (with need and limit) or left without any work.
+        InputError: the model cannot be captured, another wire dtype, weights that contradict the
+            pattern (naming layer, block and largest value), an ownership that does not fit, a node
+            without the memory for its part (with need and limit) or left without any work.
     """
     cluster = Cluster.of(nodes)
     if not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf:
         raise InputError(f"tolerance must be a number, 0 or more; given {tolerance!r}")
     _check_kinds(ownership, pattern)
+    wire = _wire_name(wire_dtype)
     captured = capture(
         model, example_inputs, example_kwargs=example_kwargs, dynamic_size=dynamic_size
     )
@@ -180,6 +188,7 @@ def partition(
         partial_sums=partial_sums,
         permute=permute,
         kept_order=tuple(ownership or ()),
+        wire_dtype=wire,
     )
     return Partitioned(*plan_for(problem, cluster, idle_allowed=bool(ownership)))
 
@@ -282,6 +291,34 @@ def load(directory: PathLike) -> Partitioned:
     plan = load_manifest(directory).plan
     shards = [load_shard(directory, rank) for rank in range(plan.world_size)]
     return Partitioned(plan, [RankProgram(shard.program, shard.weights) for shard in shards])
+
+
+def with_wire_dtype(partitioned: Partitioned, wire_dtype: torch.dtype | None) -> Partitioned:
+    """The same partition with payloads in another wire dtype. Neither model nor weights change.
+
+    Args:
+        partitioned: from `partition` or `load`; it is not changed, and shares its weights with the
+            result.
+        wire_dtype: as for `partition`, which may in addition choose other layers to exchange
+            partial sums: it plans for the bytes of the wire dtype.
+
+    Raises:
+        InputError: another wire dtype, or a plan of version 1.2 or older.
+    """
+    return Partitioned(
+        *rewrite_wire_dtype(partitioned.plan, partitioned.ranks, _wire_name(wire_dtype))
+    )
+
+
+def _wire_name(wire_dtype: torch.dtype | None) -> str | None:
+    if wire_dtype is not None and not isinstance(wire_dtype, torch.dtype):
+        raise InputError(
+            "wire_dtype must be torch.float32, torch.float16, torch.bfloat16, torch.int8 or None, "
+            f"given {wire_dtype!r}"
+        )
+    name = None if wire_dtype is None else str(wire_dtype).removeprefix("torch.")
+    check_wire_dtype(name)
+    return name
 
 
 def sparsify_(

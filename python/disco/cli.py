@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from disco import commands, running
 from disco.bench.throughput import BF16_ENGINES, DENSE_ENGINES, DTYPES
 from disco.errors import InputError, TransportError
+from disco.program.message_layout import WIRE_DTYPES
 from disco.runtime.children import WorkerError
 from disco.runtime.joined import MEETING_S
 from disco.runtime.mpi import abort_job
@@ -107,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(subparsers)
     _add_partition(subparsers)
     _add_inspect(subparsers)
+    _add_calibrate(subparsers)
     _add_run(subparsers)
     _add_worker(subparsers)
     _add_doctor(subparsers)
@@ -163,6 +165,12 @@ def _add_partition(subparsers: Any) -> None:
         action="store_true",
         help="let height and width of images differ from --image-size, where the model can",
     )
+    partition.add_argument(
+        "--wire-dtype",
+        choices=WIRE_DTYPES,
+        help="what nodes send each other travels in this where it is fewer bytes (default: as the "
+        "model computes; `disco calibrate` measures what the others cost)",
+    )
     partition.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     partition.add_argument("--overwrite", action="store_true", help="replace an old partition")
     partition.set_defaults(handler=commands.partition)
@@ -183,6 +191,35 @@ def _add_inspect(subparsers: Any) -> None:
     )
     _add_json(inspect)
     inspect.set_defaults(handler=commands.inspect)
+
+
+def _add_calibrate(subparsers: Any) -> None:
+    calibrate = subparsers.add_parser(
+        "calibrate",
+        help="find the smallest wire dtype that is exact enough on your own images",
+        description="Run all nodes of a partition in this process with payloads in every wire "
+        "dtype, compare with payloads as they are, and name the smallest one that will do. --out "
+        "writes the same shards with it; the model is not needed. Exit code 1 if none will do.",
+        epilog="example:\n  disco calibrate out/ --input photos/ --max-error 0.01 --out narrow/",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    calibrate.add_argument("directory", type=Path, help="made by `disco partition`")
+    calibrate.add_argument("--input", type=Path, required=True, help="an image, or a folder")
+    calibrate.add_argument(
+        "--max-error",
+        type=float,
+        default=0.01,
+        help="allowed difference, as a part of the largest output (default: %(default)s)",
+    )
+    calibrate.add_argument(
+        "--image-size",
+        type=int,
+        help="of a partition made with --dynamic-size (default: the one it was made with)",
+    )
+    calibrate.add_argument("--out", type=Path, metavar="DIR", help="write the chosen one there")
+    calibrate.add_argument("--overwrite", action="store_true", help="replace an old partition")
+    _add_json(calibrate)
+    calibrate.set_defaults(handler=commands.calibrate)
 
 
 def _add_run(subparsers: Any) -> None:
@@ -308,6 +345,12 @@ def _add_verify(subparsers: Any) -> None:
     _add_cluster_options(verify)
     verify.add_argument(
         "--weights", type=Path, metavar="FILE", help="the file that the model was made from"
+    )
+    verify.add_argument(
+        "--max-error",
+        type=float,
+        help="allowed difference, as a part of the largest output (default: rounding; needed where "
+        "payloads travel in a narrow dtype)",
     )
     _add_json(verify)
     verify.set_defaults(handler=commands.verify)

@@ -6,8 +6,12 @@ import argparse
 import json
 from pathlib import Path
 
+import torch
+
 import disco_kernels as dk
 from disco import api
+from disco.bench.calibrate import calibrate as calibrate_wire
+from disco.bench.calibrate import check_max_error
 from disco.bench.demo import DemoOptions, run_demo
 from disco.bench.throughput import ThroughputOptions, run_throughput
 from disco.bench.verify import verify as verify_images
@@ -106,6 +110,7 @@ def partition(args: argparse.Namespace) -> None:
         cluster or recipe.nodes,
         pattern=pattern,
         dynamic_size=args.dynamic_size,
+        wire_dtype=None if args.wire_dtype is None else getattr(torch, args.wire_dtype),
     )
     partitioned.save(args.out, model_description=recipe.describe(model), overwrite=args.overwrite)
     say(str(partitioned.plan))
@@ -126,10 +131,49 @@ def inspect(args: argparse.Namespace) -> None:
     write_json(args.json, json.loads(manifest.plan.to_json()))
 
 
+def calibrate(args: argparse.Namespace) -> bool:
+    """`disco calibrate`; False if no wire dtype is within the allowed error."""
+    check_json(args.json)
+    check_max_error(args.max_error)
+    if args.out is not None:
+        if args.out.resolve() == args.directory.resolve():
+            raise InputError(f"--out {args.out} is what is calibrated: give another folder")
+        check_target(args.out, args.overwrite)
+    manifest = load_manifest(args.directory)
+    recipe = Recipe.from_description(manifest.model, args.directory)
+    preprocessing = recipe.preprocessing
+    if args.image_size is not None:
+        preprocessing = Preprocessing.for_size(args.image_size)
+    inputs = [load_image(image, preprocessing) for image in find_images(args.input)]
+    partitioned = api.load(args.directory)
+    with torch.inference_mode():
+        result = calibrate_wire(partitioned, inputs, args.max_error, say)
+    say(f"\n{result}")
+    if recipe.weights_sha256 is None:
+        say("(the weights are random, so this tells nothing about trained ones)")
+    write_json(args.json, result.to_json())
+    if result.chosen is None:
+        return False
+    if args.out is not None:
+        chosen = api.with_wire_dtype(partitioned, getattr(torch, result.chosen))
+        chosen.save(args.out, model_description=manifest.model, overwrite=args.overwrite)
+        say(f"{args.out}: the same shards with payloads in {result.chosen}")
+    return True
+
+
 def verify(args: argparse.Namespace) -> bool:
     """`disco verify`; False if an output differs or bytes are not as planned."""
     check_json(args.json)
+    if args.max_error is not None:
+        check_max_error(args.max_error)
     processes = _processes(args)
+    plan = processes.manifest.plan
+    if args.max_error is None and any(e.is_narrow for e in plan.exchanges):
+        raise InputError(
+            f"payloads travel in {plan.wire_dtype} in {args.directory}, so outputs differ from the "
+            "whole model's by more than rounding: say how much is allowed, as a part of the "
+            "largest output, for example --max-error 0.01 (`disco calibrate` measures it)"
+        )
     description = processes.manifest.model
     recipe = Recipe.from_description(description, args.directory)
     images = find_images(args.input)
@@ -137,9 +181,10 @@ def verify(args: argparse.Namespace) -> bool:
         load_image(image, recipe.preprocessing)
     model = rebuild(description, args.directory, args.weights)
     with processes:
-        checks = verify_images(processes, model, images, recipe.preprocessing, say)
+        checks = verify_images(processes, model, images, recipe.preprocessing, say, args.max_error)
     failed = [check for check in checks if not check.passed]
-    say(f"{len(checks) - len(failed)} of {len(checks)} images equal up to rounding")
+    allowed = "rounding" if args.max_error is None else f"{args.max_error:g} of the scale"
+    say(f"{len(checks) - len(failed)} of {len(checks)} images equal up to {allowed}")
     write_json(
         args.json,
         [

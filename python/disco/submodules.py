@@ -82,6 +82,7 @@ def partition_submodules_(
     tolerance: float = 0.0,
     dense_exchange: bool = False,
     dynamic_size: bool = False,
+    wire_dtype: torch.dtype | None = None,
 ) -> dict[str, Partitioned]:
     """Replace submodules by their partitions, in place: afterwards ``model(...)`` gives the same.
 
@@ -93,7 +94,7 @@ def partition_submodules_(
         model: put it into evaluation mode before it is used, as the parts are.
         names: of the submodules, none inside another.
         example_inputs, example_kwargs: of the whole model, in whatever form it takes.
-        nodes, tolerance, dense_exchange, dynamic_size: as for `partition`.
+        nodes, tolerance, dense_exchange, dynamic_size, wire_dtype: as for `partition`.
         patterns: submodule -> recorded pattern of its layers.
 
     Returns:
@@ -113,6 +114,7 @@ def partition_submodules_(
             tolerance=tolerance,
             dense_exchange=dense_exchange,
             dynamic_size=dynamic_size,
+            wire_dtype=wire_dtype,
         ).eval()
         for name, module in _find(model, names).items()
     }

@@ -25,8 +25,8 @@ class DelayedHub(InProcessHub):
 
     def meet(self, address: _Address, side: _Pending, is_send: bool) -> None:
         if not is_send:
-            if side.buffer.is_floating_point():
-                side.buffer.fill_(float("nan"))  # who reads it too early will show it
+            # Who reads it too early will show it.
+            side.buffer.fill_(float("nan") if side.buffer.is_floating_point() else 99)
             super().meet(address, side, is_send)
         elif self.random.random() < self.at_once:
             super().meet(address, side, is_send)

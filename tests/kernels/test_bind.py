@@ -147,3 +147,66 @@ def test_the_bias_of_any_memory_cpu() -> None:
         out = image("w", 1, 6, 3, 3)
         kernel.bind([x], None, out)()
         oracle.check(out, oracle.conv2d(x, weight, dk.ConvSpec(), bias))
+
+
+WIRES = (torch.float16, torch.bfloat16, torch.int8)
+
+
+def narrow_partial(
+    wire: torch.dtype, spec: dk.ConvSpec, edge: int
+) -> tuple[dk.PartialConv2d, list[Tensor], list[Tensor | None], Tensor]:
+    """A kernel over float32 channels and a payload, these, the scales, and where to write."""
+    own = image("w", 2, 8, edge, 7)
+    payload = torch.randn(2, edge, 7, 5).mul_(40).to(wire).permute(0, 3, 1, 2)
+    scale = torch.rand(2, 5) if wire == torch.int8 else None
+    weight = torch.randn(18, 13, *spec.kernel_size)
+    kernel = dk.PartialConv2d(weight, [8, 5], spec, bias=torch.randn(18), backend="cpu")
+    out = torch.full_like(image("w", 2, 18, *spec.output_size(edge, 7)), float("nan"))
+    return kernel, [own, payload], [None, scale], out
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize(
+    "spec", [SPEC, replace(SPEC, winograd="f2"), dk.ConvSpec()], ids=["3x3", "f2", "1x1"]
+)
+def test_payloads_in_a_wire_dtype_cpu(wire: torch.dtype, spec: dk.ConvSpec) -> None:
+    """New payloads and scales in the same memory; copies move when a larger call comes between."""
+    kernel, segments, scale, out = narrow_partial(wire, spec, 9)
+    bound = kernel.bind(segments, None, out, scale=scale)
+    assert same(out, kernel(segments, scale=scale)), "binding runs once"
+    larger, more, its_scale, target = narrow_partial(wire, spec, 60)
+    again = larger.bind(more, None, target, scale=its_scale)
+    for count in (1, 2, 1):
+        segments[0].copy_(torch.randn(segments[0].shape))
+        segments[1].copy_(torch.randn(segments[1].shape).mul_(40).to(wire))
+        if scale[1] is not None:
+            scale[1].copy_(torch.rand(scale[1].shape))
+        for run, kind, xs, s, y in (
+            (bound, kernel, segments, scale, out),
+            (again, larger, more, its_scale, target),
+        ):
+            y.fill_(float("nan"))
+            with threads(count):
+                run()
+                assert same(y, kind(xs, scale=s)), count
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_tokens_in_a_wire_dtype_cpu(wire: torch.dtype) -> None:
+    own, payload = torch.randn(2, 6, 8), torch.randn(2, 6, 5).mul_(40).to(wire)
+    scale = [None, torch.rand(2, 5)] if wire == torch.int8 else None
+    kernel = dk.PartialLinear(torch.randn(7, 13), [8, 5], backend="cpu")
+    out = torch.full((2, 6, 7), float("nan"))
+    bound = kernel.bind([own, payload], None, out, scale=scale)
+    payload.copy_(torch.randn(2, 6, 5).mul_(40).to(wire))
+    bound()
+    assert same(out, kernel([own, payload], scale=scale))
+
+
+def test_scales_that_would_be_copied_cannot_be_bound_cpu() -> None:
+    kernel, segments, scale, out = narrow_partial(torch.int8, SPEC, 9)
+    assert scale[1] is not None
+    with pytest.raises(ValueError, match="scale 1 .* cannot be bound"):
+        kernel.bind(segments, None, out, scale=[None, torch.rand(2, 10)[:, ::2]])
+    with pytest.raises(ValueError, match="int8 needs one"):
+        kernel.bind(segments, None, out)

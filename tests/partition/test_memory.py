@@ -72,7 +72,8 @@ def test_of_a_whole_model(name: str, nodes: int) -> None:
     ):
         (known,) = executor._buffers._known.values()
         (kept,) = known.free
-        assert memory.message_bytes == sum(m.nbytes for m in kept.messages.values())
+        buffers = [b for e in kept.exchanges.values() for b in (*e.incoming, *e.outgoing)]
+        assert memory.message_bytes == sum(message.nbytes for _, message in buffers)
         maps = {view.untyped_storage().data_ptr(): view for view in kept.activations.out.values()}
         held = sum(view.untyped_storage().nbytes() for view in maps.values())
         assert held <= memory.activation_bytes + (4 << 20), "an allocation is whole pages of 2 MB"

@@ -12,6 +12,7 @@ import disco
 from disco.capture import capture
 from disco.executor import Executor, InProcessHub, run_together
 from disco.partition import build_all, decide
+from tests.partition.wire_harness import WIRES, check_payloads
 from tests.partition.zoo import (
     BEYOND,
     NODES,
@@ -90,6 +91,32 @@ def test_more_models_are_exact_at_density_02(source: str, name: str, size: int, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("source", "name", "size", "nodes"),
+    [
+        ("torchvision", "mobilenet_v3_large", 64, 3),
+        ("timm", "deit_tiny_patch16_224", 224, 2),
+        ("torchvision", "swin_t", 64, 3),
+        ("torchvision", "vit_b_16", 224, 2),
+        (*SUPER_RESOLUTION, 4),
+        ("torchvision", "densenet121", 64, 2),
+        ("timm", "resnetv2_50x1_bit", 64, 2),
+        ("timm", "mixer_s32_224", 224, 2),
+    ],
+)
+@torch.no_grad()
+def test_payloads_in_int8(source: str, name: str, size: int, nodes: int) -> None:
+    """As with payloads that are rounded after they were received, bit for bit."""
+    model = build(source, name)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(b, 3, size, size, generator=generator) for b in (1, 2)]
+    disco.sparsify_(model, nodes, 0.2, (inputs[0],))
+    partitioned = disco.partition(model, (inputs[0],), nodes)
+    plan = check_payloads(partitioned.plan, partitioned.ranks, "int8", inputs, None)
+    assert plan.bytes_per_image < partitioned.plan.bytes_per_image / 1.9
+
+
+@pytest.mark.slow
 @torch.no_grad()
 def test_resnet50_at_full_size() -> None:
     """The numbers that the project promises for two nodes at density 0.2."""
@@ -104,5 +131,11 @@ def test_resnet50_at_full_size() -> None:
     assert max(plan.weight_bytes_per_rank) <= 0.31 * plan.weight_bytes_dense
     assert sum(plan.flops_per_rank) / plan.flops_dense == pytest.approx(0.61, abs=0.005)
     assert not plan.replicated
+    narrow = {w: disco.with_wire_dtype(partitioned, getattr(torch, w)).plan for w in WIRES}
+    found = {wire: plan.bytes_per_image for wire, plan in narrow.items()}
+    halves = plan.bytes_per_image // 2 + 2 * 1000  # the output's gather stays: 1000 float32
+    assert found["float32"] == plan.bytes_per_image == 6_935_800
+    assert found["float16"] == found["bfloat16"] == halves == 3_469_900
+    assert found["int8"] == 1_753_712 and dense.bytes_per_image / found["int8"] >= 19.0
     exact = copy.deepcopy(model).double()(x.double())
     check([partitioned(x)], exact, "resnet50")

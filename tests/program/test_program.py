@@ -109,7 +109,7 @@ def test_validation_refuses(program: Program, message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(version=99), "version 99; this release reads version 1"),
+        (lambda c: c.update(version=99), "version 99; this release reads 1 to 2"),
         (lambda c: c.pop("ops"), "damaged program"),
         (lambda c: c.update(inputs=[3]), "damaged program"),
         (lambda c: c["ops"][0].__setitem__(2, [{"code": "x"}]), "unknown argument"),

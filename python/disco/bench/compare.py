@@ -65,18 +65,19 @@ class Comparison:
     tolerance: float
     scale: float
     structure_matches: bool = True
+    allowed_by: str = "rounding"
 
     @property
     def equal(self) -> bool:
-        """True if the result is the reference's up to rounding; False for NaN."""
+        """True if the result is the reference's up to the tolerance; False for NaN."""
         return self.structure_matches and self.max_abs_error <= self.tolerance
 
     def __str__(self) -> str:
         if not self.structure_matches:
             return "the outputs have other shapes"
         return (
-            f"max |difference| {self.max_abs_error:.2e}, rounding allows {self.tolerance:.2e} "
-            f"at outputs up to {self.scale:.3g}"
+            f"max |difference| {self.max_abs_error:.2e}, {self.allowed_by} allows "
+            f"{self.tolerance:.2e} at outputs up to {self.scale:.3g}"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -30,7 +30,9 @@ class ImageCheck:
 
     def __str__(self) -> str:
         worst = max(self.comparisons, key=lambda c: (not c.equal, c.max_abs_error))
-        verdict = "equal up to rounding" if all(c.equal for c in self.comparisons) else "DIFFERENT"
+        verdict = "DIFFERENT"
+        if all(c.equal for c in self.comparisons):
+            verdict = f"equal up to {self.comparisons[0].allowed_by}"
         text = f"{self.image}: {verdict}, {worst}"
         if self.bytes_planned != self.bytes_counted:
             text += f"; {self.bytes_planned} bytes planned but {self.bytes_counted} counted"
@@ -43,8 +45,12 @@ def verify(
     images: Sequence[Path],
     preprocessing: Preprocessing,
     say: Callable[[str], None],
+    max_error: float | None = None,
 ) -> list[ImageCheck]:
-    """Run each image through the processes and through the whole model in this process."""
+    """Run each image through the processes and through the whole model in this process.
+
+    Outputs have to be equal up to rounding or, with `max_error`, up to this part of the largest.
+    """
     checks = []
     for image in images:
         x = load_image(image, preprocessing)
@@ -52,10 +58,20 @@ def verify(
         run = processes.run(x)
         check = ImageCheck(
             image=image,
-            comparisons=tuple(compare(output, reference) for output in run.outputs),
+            comparisons=tuple(
+                _allowing(compare(output, reference), max_error) for output in run.outputs
+            ),
             bytes_planned=processes.manifest.plan.bytes_per_image,
             bytes_counted=sum(run.bytes_sent),
         )
         say(str(check))
         checks.append(check)
     return checks
+
+
+def _allowing(comparison: Comparison, max_error: float | None) -> Comparison:
+    if max_error is None:
+        return comparison
+    return replace(
+        comparison, tolerance=max_error * comparison.scale, allowed_by=f"{max_error:g} of the scale"
+    )

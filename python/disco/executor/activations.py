@@ -34,7 +34,7 @@ class Activations:
     Attributes:
         layout: as given, None for a first request.
         out: by slot, where a kernel writes; what is not there it allocates.
-        views: by slot, views of what is in `out`: the same in every request.
+        views: by slot, views of what is in `out`, and received payloads: the same in every request.
         bound: by slot, kernels whose operands are all in these, ready to be repeated.
         passes: by slot, likewise kernels that can also be run in two passes.
     """
@@ -71,6 +71,11 @@ class Activations:
         in_place = Tensor.is_contiguous if tokens else _is_map
         fixed = (self.fixed(slot) for slot in slots)
         return all(value is not None and in_place(value) for value in fixed)
+
+    def keep_view(self, slot: int, view: Tensor) -> None:
+        """A value that will be at this place in every request of these input shapes."""
+        if self.out:
+            self.views[slot] = view
 
     def fixed(self, slot: int) -> Tensor | None:
         """A value that is at the same place in every request."""

@@ -1,7 +1,7 @@
 """A rank's side of the exchange: receives are posted, then the selected channels packed and sent.
 
 On the wire a message has its channels last: ``[B, H, W, n]`` for a map, which is channels-last
-memory of ``[B, n, H, W]``, so a kernel reads it where it arrived.
+memory of ``[B, n, H, W]``, so a kernel reads it where it arrived, in whatever dtype it travels.
 """
 
 from __future__ import annotations
@@ -20,48 +20,72 @@ from disco.executor.request import KeptExchange, Request
 from disco.executor.steps import REQUEST_SLOT, Preparation, Step, Values
 from disco.executor.transport import Handle
 from disco.program import Dtype, Op, WeightRef, evaluate_dim
+from disco.program.fused import scale_of_images
 from disco.program.interpret import dtype_of
+from disco.program.message_layout import WIRE_DTYPES, alignment, offsets
 
 
 class Received:
     """The payloads of one exchange, under way: buffers as tensors of the values' dimensions.
 
-    `handles` are those of the payloads' messages, position by position.
+    `scales` are those of int8 payloads, else None, and `handles` those of the payloads' messages,
+    position by position.
     """
 
-    __slots__ = ("handles", "payloads")
+    __slots__ = ("handles", "payloads", "scales")
 
-    def __init__(self) -> None:
-        self.payloads: list[Tensor] = []
+    def __init__(self, payloads: Sequence[Tensor], scales: Sequence[Tensor | None]) -> None:
+        self.payloads = payloads
+        self.scales = scales
         self.handles: list[Handle] = []
 
 
 class _Part:
     """One of the values that travel together, as this rank sends and receives it."""
 
-    def __init__(self, op: Op, prepare: Preparation, value: Any, dim: Any, send: Any, receive: Any):
+    def __init__(
+        self, op: Op, prepare: Preparation, value: Any, dim: Any, send: Any, receive: Any, wire: Any
+    ):
         if not isinstance(dim, int):
             raise InputError(f"op {op.name!r}: dim must be a number, given {dim!r}")
+        if wire is not None and wire not in WIRE_DTYPES:
+            raise InputError(
+                f"op {op.name!r}: the wire dtype must be one of {', '.join(WIRE_DTYPES)}, given "
+                f"{wire!r}: install the release that wrote the program"
+            )
         self.slot = prepare.slot_of(value, op)
         self.dim = dim
+        self.wire: torch.dtype | None = None if wire is None else getattr(torch, wire)
+        self.scaled = self.wire == torch.int8
         self.receive = dict(_pairs(op, "receive", receive, int))
         index = [(p, prepare.kept_weight(r, op)) for p, r in _pairs(op, "send", send, WeightRef)]
         self.send = {peer: positions.numel() for peer, positions in index}
         self._positions = [positions for _, positions in index]
-        self._pack = dk.GatherPack(self._positions)
+        self._pack = dk.GatherPack(self._positions, wire_dtype=self.wire)
 
     def leading(self, x: Tensor) -> tuple[int, ...]:
         """The other dimensions than the channels'."""
         return (*x.shape[: self.dim], *x.shape[self.dim + 1 :])
 
+    def dtype(self, x: Tensor) -> torch.dtype:
+        """That a value travels in."""
+        return self.wire or x.dtype
+
+    def num_bytes(self, x: Tensor, channels: int) -> int:
+        """Of a payload of so many channels."""
+        dtype, leading = self.dtype(x), self.leading(x)
+        if self.scaled:
+            return dk.message_numel(dtype, leading, channels)
+        return prod(leading) * channels * dtype.itemsize
+
     def packing(
         self, x: Tensor, messages: list[Tensor], activations: Activations
     ) -> Callable[[Tensor], None]:
         """What packs the value, which now is ``x``, in later requests."""
-        last = x if x.dim() == 4 else x.movedim(self.dim, -1)
+        last = x.movedim(self.dim, 1 if x.dim() == 4 else -1)
         in_place = last.stride(1) == 1 if x.dim() == 4 else last.is_contiguous()
-        plain = x.dtype.is_floating_point and (x.dim() != 4 or self.dim == 1) and in_place
-        if not plain or activations.fixed(self.slot) is not x:
+        served = x.dtype.is_floating_point and in_place
+        if not served or activations.fixed(self.slot) is not x:
             return lambda value: self.pack(value, messages)
         bound = self._pack.bind(last, messages)
         return lambda _: bound()
@@ -75,30 +99,27 @@ class _Part:
             last = x.movedim(self.dim, -1)
             for positions, message in zip(self._positions, messages, strict=True):
                 message.copy_(last[..., positions])
-        elif x.dim() == 4 and self.dim != 1:
-            moved = [message.unsqueeze(0) for message in messages]
-            self._pack(x.movedim(self.dim, -1).unsqueeze(0), moved)
         else:
-            self._pack(x if x.dim() == 4 else x.movedim(self.dim, -1), messages)
+            self._pack(x.movedim(self.dim, 1 if x.dim() == 4 else -1), messages)
 
 
 def prepare_exchange(op: Op, prepare: Preparation) -> Step:
     """Post receives, pack, send. The value is a `Received`; waiting is for those who read it.
 
-    Of several values (``dim``, ``send`` and ``receive`` then have an entry for each) a message
-    holds one payload after the other.
+    Of several values (``dim``, ``send``, ``receive`` and ``wire`` then have an entry for each) a
+    message holds one payload after the other. ``wire`` is the dtype that a value travels in; it is
+    missing or None for the value's own.
     """
     number = op.kwargs["exchange"]
     if not isinstance(number, int):
         raise InputError(f"op {op.name!r}: exchange must be a number, given {number!r}")
-    keys = ("dim", "send", "receive")
-    columns: list[Any] = [op.kwargs[k] if len(op.args) > 1 else (op.kwargs[k],) for k in keys]
-    parts = [
-        _Part(op, prepare, x, dim, send, receive)
-        for x, dim, send, receive in zip(op.args, *columns, strict=True)
+    several = len(op.args) > 1
+    columns: list[Any] = [
+        op.kwargs[k] if several else (op.kwargs[k],) for k in ("dim", "send", "receive")
     ]
-    sources = sorted({peer for part in parts for peer in part.receive})
-    targets = sorted({peer for part in parts for peer in part.send})
+    wire = op.kwargs.get("wire", (None,) * len(op.args) if several else None)
+    columns.append(wire if several else (wire,))
+    parts = [_Part(op, prepare, x, *rest) for x, *rest in zip(op.args, *columns, strict=True)]
 
     def run(values: Values) -> Received:
         request: Request = values[REQUEST_SLOT]
@@ -106,69 +127,96 @@ def prepare_exchange(op: Op, prepare: Preparation) -> Step:
             raise InputError("this program exchanges data; give its Executor a transport")
         kept = request.kept.exchanges.get(number)
         if kept is None:
-            kept = first(values, request)
+            tensors: list[Tensor] = [values[part.slot] for part in parts]
+            kept = request.kept.exchanges[number] = _make_buffers(parts, tensors)
+        received = Received(kept.payloads, kept.scales)
+        under_way = {peer: request.receive(m, peer, number) for peer, m in kept.incoming}
+        received.handles = [under_way[peer] for peer in kept.peers]
+        packs = kept.packs
+        if packs is None:
+            packs = packs_of(values, kept, request.activations)
             if request.activations.out:
-                request.kept.exchanges[number] = kept
-        received = Received()
-        handles = [request.receive(buffer, peer, number) for peer, buffer in kept.receives]
-        for payload, place in kept.payloads:
-            received.payloads.append(payload)
-            received.handles.append(handles[place])
-        for slot, pack in kept.packs:
+                kept.packs = packs
+        for slot, pack in packs:
             pack(values[slot])
-        for peer, message in kept.sends:
+        for peer, message in kept.outgoing:
             request.send(message, peer, number)
         return received
 
-    def first(values: Values, request: Request) -> KeptExchange:
-        tensors: list[Tensor] = [values[part.slot] for part in parts]
-        leading = [part.leading(x) for part, x in zip(parts, tensors, strict=True)]
-        dtype = tensors[0].dtype
-
-        def buffer(peer: int, is_send: bool) -> tuple[Tensor, list[Tensor | None]]:
-            counts = [(part.send if is_send else part.receive).get(peer) for part in parts]
-            shapes = [None if n is None else (*s, n) for s, n in zip(leading, counts, strict=True)]
-            return _message(request, (number, peer, is_send), shapes, dtype)
-
-        kept = KeptExchange()
-        incoming = [buffer(peer, False) for peer in sources]
-        outgoing = [buffer(peer, True) for peer in targets]
-        kept.receives = [(peer, m) for peer, (m, _) in zip(sources, incoming, strict=True)]
-        kept.sends = [(peer, m) for peer, (m, _) in zip(targets, outgoing, strict=True)]
-        for position, (part, x) in enumerate(zip(parts, tensors, strict=True)):
-            for place, (_, pieces) in enumerate(incoming):
-                piece = pieces[position]
-                if piece is not None:
-                    kept.payloads.append((piece.movedim(-1, part.dim), place))
-            filled = [p for _, pieces in outgoing if (p := pieces[position]) is not None]
-            if filled:
-                kept.packs.append((part.slot, part.packing(x, filled, request.activations)))
-        return kept
+    def packs_of(
+        values: Values, kept: KeptExchange, activations: Activations
+    ) -> list[tuple[int, Callable[[Tensor], None]]]:
+        return [
+            (part.slot, part.packing(values[part.slot], messages, activations))
+            for part, messages in zip(parts, kept.packed, strict=True)
+            if messages
+        ]
 
     return Step(op.name, run, prepare.slot(op.name), kind="pack")
 
 
+def _make_buffers(parts: Sequence[_Part], tensors: Sequence[Tensor]) -> KeptExchange:
+    made = KeptExchange()
+    arriving: list[dict[int, Tensor]] = [{} for _ in parts]
+    leaving: list[dict[int, Tensor]] = [{} for _ in parts]
+    for peer in sorted({peer for part in parts for peer in part.receive}):
+        message, pieces = _message(parts, tensors, [part.receive.get(peer) for part in parts])
+        made.incoming.append((peer, message))
+        for found, piece in zip(arriving, pieces, strict=True):
+            if piece is not None:
+                found[peer] = piece
+    for peer in sorted({peer for part in parts for peer in part.send}):
+        message, pieces = _message(parts, tensors, [part.send.get(peer) for part in parts])
+        made.outgoing.append((peer, message))
+        for found, piece in zip(leaving, pieces, strict=True):
+            if piece is not None:
+                found[peer] = piece
+    for part, x, found in zip(parts, tensors, arriving, strict=True):
+        for peer, piece in found.items():
+            values, scale = piece, None
+            if part.scaled:
+                values, scale = dk.message_views(piece, part.leading(x), part.receive[peer])
+            made.payloads.append(values.movedim(-1, part.dim))
+            made.scales.append(scale)
+            made.peers.append(peer)
+    # In the order of the part's own lists of channels.
+    made.packed = [
+        [found[peer] for peer in part.send] for part, found in zip(parts, leaving, strict=True)
+    ]
+    return made
+
+
 def _message(
-    request: Request,
-    key: tuple[int, int, bool],
-    shapes: Sequence[tuple[int, ...] | None],
-    dtype: torch.dtype,
+    parts: Sequence[_Part], tensors: Sequence[Tensor], counts: Sequence[int | None]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """A message's buffer, and in it the payload of each part that it has."""
-    there = [shape for shape in shapes if shape is not None]
-    if len(there) == 1:
-        buffer = request.buffer(*key, there[0], dtype)
-        return buffer, [None if shape is None else buffer for shape in shapes]
-    buffer = request.buffer(*key, (sum(prod(shape) for shape in there),), dtype)
-    pieces = iter(buffer.split([prod(shape) for shape in there]))
-    return buffer, [None if shape is None else next(pieces).view(shape) for shape in shapes]
+    """A message's buffer, and in it the payload of each part that it has.
+
+    One payload is a tensor of its dtype; several, whose dtypes may differ, share a buffer of bytes.
+    """
+    sizes = [
+        0 if n is None else part.num_bytes(x, n)
+        for part, x, n in zip(parts, tensors, counts, strict=True)
+    ]
+    steps = [
+        alignment(str(part.dtype(x)).removeprefix("torch."), part.scaled)
+        for part, x in zip(parts, tensors, strict=True)
+    ]
+    begin, num_bytes = offsets(sizes, steps)
+    buffer = torch.empty(num_bytes, dtype=torch.uint8)
+    pieces: list[Tensor | None] = []
+    for part, x, n, first, size in zip(parts, tensors, counts, begin, sizes, strict=True):
+        if n is None:
+            pieces.append(None)
+            continue
+        piece = buffer[first : first + size].view(part.dtype(x))
+        pieces.append(piece if part.scaled else piece.view(*part.leading(x), n))
+    there = [piece for piece in pieces if piece is not None]
+    return (there[0] if len(there) == 1 else buffer), pieces
 
 
 def prepare_payload(op: Op, prepare: Preparation) -> Step:
     """``operator.getitem`` of an exchange: whoever reads a payload waits for it."""
-    source, position = prepare.slot_of(op.args[0], op), op.args[1]
-    if not isinstance(position, int):
-        raise InputError(f"op {op.name!r}: the position of a payload must be a number")
+    source, position = _payload_at(op, prepare)
     out = prepare.slot(op.name)
     prepare.payloads.add(out)
 
@@ -176,10 +224,54 @@ def prepare_payload(op: Op, prepare: Preparation) -> Step:
         request: Request = values[REQUEST_SLOT]
         received: Received = values[source]
         request.arriving[out] = received.handles[position]
-        # Its buffer is the request's and stays, so kernels may be bound to it.
-        return request.activations.views.setdefault(out, received.payloads[position])
+        payload = received.payloads[position]
+        request.activations.keep_view(out, payload)
+        return payload
 
     return Step(op.name, run, out)
+
+
+def prepare_payload_scale(op: Op, prepare: Preparation) -> Step:
+    """The scales ``[images, n]`` of an int8 payload, in the same message."""
+    source, position = _payload_at(op, prepare)
+    out = prepare.slot(op.name)
+    prepare.payloads.add(out)
+
+    def run(values: Values) -> Tensor | None:
+        received: Received = values[source]
+        values[REQUEST_SLOT].arriving[out] = received.handles[position]
+        return received.scales[position]
+
+    return Step(op.name, run, out)
+
+
+def _payload_at(op: Op, prepare: Preparation) -> tuple[int, int]:
+    source, position = prepare.slot_of(op.args[0], op), op.args[1]
+    if not isinstance(position, int):
+        raise InputError(f"op {op.name!r}: the position of a payload must be a number")
+    return source, position
+
+
+def prepare_widen(op: Op, prepare: Preparation) -> Step:
+    """A payload in a wire dtype as a tensor of its value's dtype, for those who read no other."""
+    payload, scale = prepare.slot_of(op.args[0], op), prepare.optional_slot(op.kwargs["scale"], op)
+    dim, name = op.kwargs["dim"], op.kwargs["dtype"]
+    if not isinstance(dim, int) or not isinstance(name, Dtype):
+        raise InputError(f"op {op.name!r} ({op.kind}) needs a dim and a dtype")
+    dtype, out = dtype_of(name), prepare.slot(op.name)
+
+    def run(values: Values) -> Tensor:
+        x: Tensor = values[payload]
+        wide = values[REQUEST_SLOT].activations.out.get(out)
+        if wide is None:
+            wide = torch.empty_like(x, dtype=dtype)
+        factors = None if scale is None else scale_of_images(values[scale], x.dim(), dim)
+        if factors is not None and dtype != torch.float32:
+            return wide.copy_(x.float() * factors)  # as kernels widen it, then rounded
+        wide.copy_(x)
+        return wide if factors is None else wide.mul_(factors)
+
+    return Step(op.name, run, out, writes_out=True)
 
 
 def prepare_assemble(op: Op, prepare: Preparation) -> Step:

@@ -48,6 +48,8 @@ _PREPARE: dict[str, Callable[[Op, Preparation], Step]] = {
     "disco.linear": kernels.prepare_linear,
     "disco.partial_conv2d": kernels.prepare_partial_conv2d,
     "disco.partial_linear": kernels.prepare_partial_linear,
+    "disco.payload_scale": exchange.prepare_payload_scale,
+    "disco.widen": exchange.prepare_widen,
 }
 
 
@@ -328,6 +330,10 @@ def _prepare(op: Op, prepare: Preparation, exchanges: Set[str]) -> Step:
     make = _PREPARE.get(op.kind, prepare_pure)
     if op.kind == "operator.getitem" and isinstance(source, Ref) and source.name in exchanges:
         make = exchange.prepare_payload
+    if op.kind == "disco.payload_scale" and not (
+        isinstance(source, Ref) and source.name in exchanges
+    ):
+        raise InputError(f"op {op.name!r} ({op.kind}) takes the result of an exchange")
     try:
         step = make(op, prepare)
         read = (prepare.slot(name) for name in op.refs())

@@ -219,6 +219,7 @@ def _over_segments(op: Op, prepare: Preparation, kernel: Any, segments: Any, res
     slots = tuple(prepare.slot_of(segment, op) for segment in segments)
     added, target = prepare.optional_slot(residual, op), prepare.slot(op.name)
     fixed = slots if added is None else (*slots, added)
+    scaled = _scale_slots(op, prepare)
     tokens = isinstance(kernel, dk.PartialLinear)
     local = local_part(kernel, slots, prepare.payloads)
 
@@ -238,16 +239,32 @@ def _over_segments(op: Op, prepare: Preparation, kernel: Any, segments: Any, res
                 passes.whole()
             return kept.out[target]
         given = [values[slot] for slot in slots]
+        scale = scaled and [None if slot is None else values[slot] for slot in scaled]
         residual, out = None if added is None else values[added], kept.out.get(target)
         if out is not None and kept.holds(fixed, tokens=tokens):
             if local is not None and local.in_two_passes:
-                kept.passes[target] = kernel.bind_passes(given, residual, out, local.num_first)
+                kept.passes[target] = kernel.bind_passes(
+                    given, residual, out, local.num_first, scale=scale
+                )
             else:
-                kept.bound[target] = kernel.bind(given, residual, out)
+                kept.bound[target] = kernel.bind(given, residual, out, scale=scale)
             return out
-        return kernel(given, residual, out)
+        return kernel(given, residual, out, scale)
 
     return _kernel_step(op, prepare, run, kernel, local)
+
+
+def _scale_slots(op: Op, prepare: Preparation) -> list[int | None] | None:
+    """Per segment the slot of its scales, for int8 payloads; None if there is none among them."""
+    scale = op.kwargs.get("scale")
+    if scale is None:
+        return None
+    segments = op.args[0]
+    if not (isinstance(scale, tuple) and isinstance(segments, tuple)) or len(scale) != len(
+        segments
+    ):
+        raise InputError(f"op {op.name!r} ({op.kind}) needs a scale, or None, for every segment")
+    return [prepare.optional_slot(item, op) for item in scale]
 
 
 def _over_input(op: Op, prepare: Preparation, kernel: Any, x: Any, residual: Any) -> Step:

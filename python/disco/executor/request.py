@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from disco.executor.activations import Activations, Layout
@@ -27,16 +26,21 @@ class KeptExchange:
     """What of an exchange is the same in every request that uses the same memory.
 
     Attributes:
-        receives: peers and the buffers of their messages.
-        payloads: every payload, in its message's buffer, and the place of that in `receives`.
-        packs: slots of what is sent, and what packs it, from the tensor in the slot.
-        sends: peers and the buffers of what they get.
+        incoming, outgoing: per peer the whole message.
+        payloads, scales: what arrives, by position.
+        peers: the sender of each payload.
+        packed: per part the messages that it is packed into.
+        packs: slots of what is sent, and what packs it, from the tensor in the slot; None as long
+            as the values have no fixed place.
     """
 
-    receives: list[tuple[int, Tensor]] = field(default_factory=list)
-    payloads: list[tuple[Tensor, int]] = field(default_factory=list)
-    packs: list[tuple[int, Callable[[Tensor], None]]] = field(default_factory=list)
-    sends: list[tuple[int, Tensor]] = field(default_factory=list)
+    incoming: list[tuple[int, Tensor]] = field(default_factory=list)
+    outgoing: list[tuple[int, Tensor]] = field(default_factory=list)
+    payloads: list[Tensor] = field(default_factory=list)
+    scales: list[Tensor | None] = field(default_factory=list)
+    peers: list[int] = field(default_factory=list)
+    packed: list[list[Tensor]] = field(default_factory=list)
+    packs: list[tuple[int, Callable[[Tensor], None]]] | None = None
 
 
 @dataclass
@@ -44,7 +48,6 @@ class Kept:
     """The memory of one request, which a later one of the same input shapes uses again."""
 
     activations: Activations
-    messages: dict[tuple[int, int, bool], Tensor] = field(default_factory=dict)
     exchanges: dict[int, KeptExchange] = field(default_factory=dict)
 
 
@@ -88,8 +91,10 @@ class Request:
 
         Before anything is computed, so that whatever the other ranks send finds its place.
         """
-        for (exchange, peer, is_send), buffer in self.kept.messages.items():
-            if not is_send and self.transport is not None:
+        if self.transport is None:
+            return
+        for exchange, kept in self.kept.exchanges.items():
+            for peer, buffer in kept.incoming:
                 handle = self.transport.post_receive(buffer, peer, exchange, self.number)
                 self._posted[exchange, peer] = handle
                 self.handles.append(handle)
@@ -109,16 +114,6 @@ class Request:
         assert self.transport is not None
         self.handles.append(self.transport.send(buffer, peer, exchange, self.number))
         self.bytes_sent += buffer.nbytes
-
-    def buffer(
-        self, exchange: int, peer: int, is_send: bool, shape: Sequence[int], dtype: torch.dtype
-    ) -> Tensor:
-        """The contiguous buffer of one message, kept for later requests of the same shapes."""
-        key = (exchange, peer, is_send)
-        found = self.kept.messages.get(key)
-        if found is None or found.shape != tuple(shape) or found.dtype != dtype:
-            found = self.kept.messages[key] = torch.empty(tuple(shape), dtype=dtype)
-        return found
 
 
 @dataclass
@@ -163,7 +158,7 @@ class BufferPool:
             if not kept.activations.out:
                 # It has run in fresh tensors; others may have done so at the same time.
                 known.layout = layout
-                kept = Kept(Activations(layout, self._buffer_of), kept.messages)
+                kept = Kept(Activations(layout, self._buffer_of), kept.exchanges)
             elif known.layout is None:
                 known.layout = kept.activations.layout  # forgotten while this one was under way
             known.free.append(kept)

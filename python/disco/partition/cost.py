@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from disco.partition.cluster import Node
-from disco.partition.plan import ExchangePlan, LayerPlan, Plan
+from disco.partition.exchange_plan import ExchangePlan
+from disco.partition.plan import LayerPlan, Plan
 from disco.partition.prediction import Latency
 
 

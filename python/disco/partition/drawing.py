@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from disco.errors import InputError
 
 if TYPE_CHECKING:
-    from disco.partition.plan import ExchangePlan, Plan
+    from disco.partition.exchange_plan import ExchangePlan
+    from disco.partition.plan import Plan
 
 FORMATS = (".png", ".svg")
 

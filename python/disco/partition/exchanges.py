@@ -12,14 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
-import torch
-
+from disco.partition.exchange_plan import DenseInputs, ExchangePlan
 from disco.partition.placement import Sharded, all_selected, union_of
-from disco.partition.plan import ExchangePlan
 from disco.partition.rank_builder import Exchange, Replayed
 from disco.partition.rules import Lowering, RuleContext
 from disco.partition.rules.partial_sums import PARTIAL_SUMS
+from disco.partition.wire import STATISTICS, channel_bytes, dense_bytes, wire_of
 from disco.program import Op, Program, Ref
+from disco.program.message_layout import is_floating
 from disco_kernels.pattern import Selected
 
 OUTPUT = "output"
@@ -73,12 +73,27 @@ STATISTICS_READERS = ("disco.normalize", "disco.group_normalize")
 
 
 def bytes_per_channel(name: str, context: RuleContext) -> int:
-    """Bytes of one channel of a sharded value, of one image."""
+    """Bytes of one channel of a sharded value, of one image, in the wire dtype."""
+    dtype, (elements, scales) = context.values[name].dtype, per_channel(name, context)
+    wire = wire_of(dtype, context.wire_dtype, elements, scales)
+    return channel_bytes(wire, elements, scales if wire != dtype else 0)
+
+
+def per_channel(name: str, context: RuleContext) -> tuple[int, int]:
+    """Elements of one channel of a sharded value, of one image, and its scales in int8.
+
+    An int8 message scales the entries of its first dimension one by one, if it has others. Where
+    that is not the batch's, or nothing grows with the batch, results would depend on what else is
+    in a batch: no scales, then.
+    """
     placement = context.placements[name]
     assert isinstance(placement, Sharded)
-    sizes = context.sizes(name)
-    others = prod(size for dim, size in enumerate(sizes) if dim != placement.dim)
-    return others * _item_bytes(context.values[name].dtype)
+    one, two = (
+        [size for dim, size in enumerate(context.sizes(name, batch)) if dim != placement.dim]
+        for batch in (1, 2)
+    )
+    of_batch = len(one) > 1 and two[0] == 2 * one[0] and one[1:] == two[1:]
+    return prod(one), one[0] if of_batch else 0
 
 
 def collect_needs(
@@ -131,21 +146,27 @@ def make_exchanges(
             exchange = _exchange(len(found), op.name, needs[op.name], context)
             parts = tuple(_exchange(0, r, needs[r], context) for r in riders.get(op.name, ()))
             form = forms.get(op.name, "inputs")
-            found[op.name] = replace(exchange, riders=parts, form=form)
+            narrows = (
+                is_floating(exchange.dtype)
+                and op.kind not in STATISTICS
+                and OUTPUT not in exchange.gathered_by
+            )
+            found[op.name] = replace(exchange, riders=parts, form=form, narrows=narrows)
     return found
 
 
-def exchange_plan(exchange: Exchange, dense_bytes: int | None = None) -> ExchangePlan:
-    """An exchange as the plan describes it."""
+def exchange_plan(
+    exchange: Exchange, dense_bytes: int | None = None, dense_inputs: DenseInputs | None = None
+) -> ExchangePlan:
+    """An exchange as the plan describes it, in its own dtype."""
     ranks = range(exchange.placement.ownership.world_size)
     riders = [exchange_plan(rider) for rider in exchange.riders]
-    item_bytes = _item_bytes(exchange.dtype)
     return ExchangePlan(
         number=exchange.number,
         value=exchange.value,
         dim=exchange.placement.dim,
         dtype=exchange.dtype,
-        bytes_per_channel=exchange.elements_per_channel * item_bytes,
+        bytes_per_channel=channel_bytes(exchange.dtype, exchange.elements_per_channel, 0),
         ownership=exchange.placement.ownership.channels,
         sent=exchange.sent,
         consumers=exchange.consumers,
@@ -158,6 +179,11 @@ def exchange_plan(exchange: Exchange, dense_bytes: int | None = None) -> Exchang
         )
         if riders
         else (),
+        wire_dtype=exchange.dtype,
+        narrows=exchange.narrows,
+        elements_per_channel=exchange.elements_per_channel,
+        scales_per_channel=exchange.scales_per_channel,
+        dense_inputs=dense_inputs,
     )
 
 
@@ -173,16 +199,21 @@ def exchange_plans(
     found = []
     for name, exchange in exchanges.items():
         x = inputs.get(name)
-        dense_bytes = None
-        if isinstance(x, Ref):
-            root = sources.root(x.name)
-            placement = context.placements[root]
-            assert isinstance(placement, Sharded)
-            copies = placement.ownership.num_channels * (context.world_size - 1)
-            dense_bytes = 0 if root in counted else copies * bytes_per_channel(root, context)
-            counted.add(root)
-        found.append(exchange_plan(exchange, dense_bytes))
+        if not isinstance(x, Ref):
+            found.append(exchange_plan(exchange))
+            continue
+        root = sources.root(x.name)
+        read = None if root in counted else _dense_inputs(root, context)
+        counted.add(root)
+        dense = 0 if read is None else dense_bytes(exchange.dtype, None, read)
+        found.append(exchange_plan(exchange, dense, read))
     return tuple(found)
+
+
+def _dense_inputs(root: str, context: RuleContext) -> DenseInputs:
+    placement = context.placements[root]
+    assert isinstance(placement, Sharded)
+    return DenseInputs(*per_channel(root, context), placement.ownership.counts)
 
 
 def _replayed_from(op: Op, lowering: Lowering, context: RuleContext) -> Ref | None:
@@ -217,18 +248,15 @@ def _exchange(number: int, name: str, needs: Needs, context: RuleContext) -> Exc
     tables = [*needs.selected]
     if needs.gathered_by:
         tables.append(all_selected(placement.ownership))
-    dtype = context.values[name].dtype
+    elements, scales = per_channel(name, context)
     return Exchange(
         number=number,
         value=name,
         placement=placement,
         sent=union_of(tables, placement.ownership),
-        dtype=dtype,
-        elements_per_channel=bytes_per_channel(name, context) // _item_bytes(dtype),
+        dtype=context.values[name].dtype,
+        elements_per_channel=elements,
+        scales_per_channel=scales,
         consumers=tuple(dict.fromkeys(needs.consumers)),
         gathered_by=tuple(dict.fromkeys(needs.gathered_by)),
     )
-
-
-def _item_bytes(dtype: str) -> int:
-    return torch.empty(0, dtype=getattr(torch, dtype)).element_size()

@@ -1,7 +1,8 @@
 """The plan: what each rank computes, holds and sends. Immutable, printable, JSON, deterministic.
 
-Bytes are those of one image's payloads without any header; FLOPs are 2 x multiply-accumulates of
-convolutions and linears of one image; weight bytes are those of the tensors that a rank is given.
+Bytes are those of one image's payloads as they travel, without any header; FLOPs are 2 x
+multiply-accumulates of convolutions and linears of one image; weight bytes are those of the tensors
+that a rank is given.
 """
 
 from __future__ import annotations
@@ -14,88 +15,14 @@ from typing import Any
 
 from disco.errors import InputError
 from disco.partition.cluster import Node
+from disco.partition.exchange_plan import Channels, DenseInputs, ExchangePlan, GatherRuns
 from disco.partition.nearly_zero import NearlyZero
 from disco.partition.prediction import FewerNodes, Latency, NodeMemory
 
 # Minor versions add fields with defaults; a reader takes every minor of its own major, up to its
 # own minor. A field says since when it is there, and a plan that was read is written as it came, so
 # that its digest stays.
-PLAN_VERSION = (1, 2)
-
-Channels = tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True)
-class GatherRuns:
-    """What the senders of an exchange read, over all its messages, for one pixel or token.
-
-    Attributes:
-        channels: that are sent.
-        runs: of neighbouring channels that they lie in.
-        lines: of 64 bytes that hold them, where each pixel begins with a line.
-    """
-
-    channels: int = 0
-    runs: int = 0
-    lines: int = 0
-
-
-@dataclass(frozen=True)
-class ExchangePlan:
-    """One exchanged tensor.
-
-    Attributes:
-        number: its place in the order of exchanges, the same on all ranks.
-        value, dim, dtype: what is exchanged, and which of its dimensions holds the channels.
-        bytes_per_channel: of one image.
-        ownership: per rank its channels.
-        sent: ``sent[i][j]``: channels that rank j sends rank i.
-        consumers: layers that read received channels.
-        gathered_by: ops that need the value whole ("output" for the model's result).
-        form: "inputs" of layers, or "partial sums" of one layer's outputs, which the receiver adds.
-        dense_bytes: of one image, had every rank got all channels of the others; None for what
-            follows from the ownership.
-        statistics: values that travel in the same messages, and are small.
-        statistics_bytes: ``[receiver][sender]``, of one image; empty for none.
-        gather: what senders read; zeros for values that travel whole and for partial sums.
-        gather_before: the same, had channels not been put into an order for it.
-    """
-
-    number: int
-    value: str
-    dim: int
-    dtype: str
-    bytes_per_channel: int
-    ownership: Channels
-    sent: tuple[Channels, ...]
-    consumers: tuple[str, ...]
-    gathered_by: tuple[str, ...]
-    form: str = field(default="inputs", metadata={"since": (1, 2)})
-    dense_bytes: int | None = field(default=None, metadata={"since": (1, 2)})
-    statistics: tuple[str, ...] = field(default=(), metadata={"since": (1, 2)})
-    statistics_bytes: Channels = field(default=(), metadata={"since": (1, 2)})
-    gather: GatherRuns = field(default=GatherRuns(), metadata={"since": (1, 2)})
-    gather_before: GatherRuns = field(default=GatherRuns(), metadata={"since": (1, 2)})
-
-    def bytes_between(self, receiver: int, sender: int) -> int:
-        """Payload bytes of one image from `sender` to `receiver`."""
-        channels = len(self.sent[receiver][sender]) * self.bytes_per_channel
-        return channels + (self.statistics_bytes[receiver][sender] if self.statistics else 0)
-
-    @property
-    def bytes_per_image(self) -> int:
-        """Over all pairs of ranks."""
-        ranks = range(len(self.ownership))
-        return sum(self.bytes_between(i, j) for i in ranks for j in ranks)
-
-    @property
-    def bytes_dense(self) -> int:
-        """The same, had every rank got all channels of the others."""
-        if self.dense_bytes is not None:
-            return self.dense_bytes
-        owned = sum(len(channels) for channels in self.ownership)
-        dense = owned * (len(self.ownership) - 1) * self.bytes_per_channel
-        return dense + sum(sum(row) for row in self.statistics_bytes)
+PLAN_VERSION = (1, 3)
 
 
 @dataclass(frozen=True)
@@ -144,6 +71,7 @@ class Plan:
         memory: per rank what it takes, for requests of one image.
         latency: predicted, if the nodes' speeds are known.
         fewer_nodes: then also that of the same model on the 1, 2, .. fastest nodes.
+        wire_dtype: asked for; a tensor travels in it where that is fewer bytes. Empty for none.
     """
 
     world_size: int
@@ -159,14 +87,24 @@ class Plan:
     latency: Latency | None = field(default=None, metadata={"since": (1, 2)})
     fewer_nodes: tuple[FewerNodes, ...] = field(default=(), metadata={"since": (1, 2)})
     nearly_zero: tuple[NearlyZero, ...] = field(default=(), metadata={"since": (1, 2)})
+    wire_dtype: str = field(default="", metadata={"since": (1, 3)})
 
     @property
     def bytes_matrix(self) -> Channels:
-        """``[sender][receiver]``: payload bytes per image."""
+        """``[sender][receiver]``: payload bytes of one image."""
+        return self.bytes_matrix_for(1)
+
+    def bytes_matrix_for(self, batch: int) -> Channels:
+        """``[sender][receiver]``: payload bytes of a request of so many images."""
         ranks = range(self.world_size)
         return tuple(
-            tuple(sum(e.bytes_between(i, j) for e in self.exchanges) for i in ranks) for j in ranks
+            tuple(sum(e.bytes_between(i, j, batch) for e in self.exchanges) for i in ranks)
+            for j in ranks
         )
+
+    def bytes_for(self, batch: int) -> int:
+        """Payload bytes of a request of so many images, over all pairs: what transports count."""
+        return sum(exchange.bytes_for(batch) for exchange in self.exchanges)
 
     @property
     def bytes_per_image(self) -> int:
@@ -280,10 +218,12 @@ def _plain(value: Any, version: tuple[int, int]) -> Any:
 
 
 def _exchange(content: Mapping[str, Any]) -> ExchangePlan:
-    runs = {
+    parts: dict[str, Any] = {
         key: GatherRuns(**content[key]) for key in ("gather", "gather_before") if key in content
     }
-    return ExchangePlan(**{**content, **runs})
+    if content.get("dense_inputs") is not None:
+        parts["dense_inputs"] = DenseInputs(**content["dense_inputs"])
+    return ExchangePlan(**{**content, **parts})
 
 
 def _sum_of(runs: Sequence[GatherRuns]) -> GatherRuns:

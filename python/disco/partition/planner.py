@@ -15,6 +15,7 @@ from torch import Tensor
 
 from disco.partition.channel_order import ordered_layers
 from disco.partition.exchange_form import with_cheapest_forms
+from disco.partition.exchange_plan import ExchangePlan
 from disco.partition.exchanges import (
     OUTPUT,
     Sources,
@@ -28,13 +29,15 @@ from disco.partition.nearly_zero import NearlyZero, find_nearly_zero
 from disco.partition.norms import split_norms
 from disco.partition.ownership_choice import OwnershipChoice
 from disco.partition.placement import Replicated, Sharded
-from disco.partition.plan import ExchangePlan, LayerPlan, Plan
+from disco.partition.plan import LayerPlan, Plan
 from disco.partition.rank_builder import Exchange, RankBuilder, RankProgram
 from disco.partition.reductions import split_reductions
 from disco.partition.rules import Lowering, RuleContext, lower
 from disco.partition.rules.matrix import matrix_flops
 from disco.partition.runs import gather_runs
 from disco.partition.shares import Shares
+from disco.partition.wire import plan_with_wire
+from disco.partition.wire_programs import with_wire_dtype
 from disco.program import Op, Program, Ref, WeightRef
 from disco_kernels.pattern import Ownership
 
@@ -71,7 +74,7 @@ class Decisions:
         gathers = self._numbers_first_read_by(OUTPUT)
         if gathers:
             layers.append(self._output_layer(gathers))
-        return Plan(
+        plan = Plan(
             world_size=self.context.world_size,
             dense_exchange=self.context.dense_exchange,
             tolerance=self.context.tolerance,
@@ -84,6 +87,7 @@ class Decisions:
             weight_bytes_per_rank=(),
             nearly_zero=self._nearly_zero(),
         )
+        return plan_with_wire(plan, self.context.wire_dtype)
 
     def _with_runs(self, plan: ExchangePlan) -> ExchangePlan:
         exchange = self.exchanges[plan.value]
@@ -202,6 +206,7 @@ def decide(
     partial_sums: bool = False,
     permute: bool = False,
     kept_order: Collection[str] = (),
+    wire_dtype: str | None = None,
 ) -> Decisions:
     """Decide about every op of `program` for `world_size` ranks.
 
@@ -214,6 +219,7 @@ def decide(
         partial_sums: let layers send partial sums where that is less than their inputs.
         permute: let ranks hold channels in an order in which those that they send are runs.
         kept_order: layers whose outputs stay in the order of `out_ownership`.
+        wire_dtype: that payloads travel in where that is fewer bytes; None for their own dtypes.
     """
     program = split_reductions(split_norms(program))
 
@@ -230,6 +236,7 @@ def decide(
             {**orders},
             shares,
             program.example_sizes,
+            wire_dtype,
         )
 
     sums = partial_sums and not dense_exchange
@@ -293,7 +300,7 @@ def build_all(decisions: Decisions) -> tuple[Plan, tuple[RankProgram, ...]]:
         weight_bytes_per_rank=tuple(r.weight_bytes for r in ranks),
         memory=tuple(predict_memory(part, r, context, exchanges) for r, part in enumerate(ranks)),
     )
-    return counted, ranks
+    return with_wire_dtype(counted, ranks, context.wire_dtype)
 
 
 def open_dim(op: Op, context: RuleContext) -> int | None:

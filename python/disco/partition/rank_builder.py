@@ -23,8 +23,10 @@ class Exchange:
         value: the exchanged value.
         placement: how the value is sharded.
         sent: ``sent[i][j]``: channels that rank j sends rank i, in rank j's order.
-        dtype: of the value and on the wire.
+        dtype: of the value.
         elements_per_channel: of one image.
+        scales_per_channel: of one image, were it sent in int8; 0 where it cannot be.
+        narrows: whether it may travel in another dtype than its own.
         consumers: layers that read received channels.
         gathered_by: ops without a rule, and "output", that need the value whole.
         riders: statistics of the value, in the same messages behind it.
@@ -41,6 +43,8 @@ class Exchange:
     gathered_by: tuple[str, ...]
     riders: tuple[Exchange, ...] = ()
     form: str = "inputs"
+    scales_per_channel: int = 0
+    narrows: bool = False
 
     @property
     def parts(self) -> tuple[Exchange, ...]:

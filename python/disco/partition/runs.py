@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from disco.partition.plan import GatherRuns
+from disco.partition.exchange_plan import GatherRuns
 from disco.partition.rank_builder import Exchange
 
 LINE_BYTES = 64

@@ -42,6 +42,7 @@ class Problem:
     partial_sums: bool = False
     permute: bool = False
     kept_order: tuple[str, ...] = ()
+    wire_dtype: str | None = None
 
     def decide(self, shares: Shares) -> Decisions:
         """With these shares."""
@@ -57,6 +58,7 @@ class Problem:
             partial_sums=self.partial_sums,
             permute=self.permute,
             kept_order=self.kept_order,
+            wire_dtype=self.wire_dtype,
         )
 
 

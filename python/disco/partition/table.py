@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from disco.partition.nearly_zero import describe
 
 if TYPE_CHECKING:
-    from disco.partition.plan import ExchangePlan, LayerPlan, Plan
+    from disco.partition.exchange_plan import ExchangePlan
+    from disco.partition.plan import LayerPlan, Plan
 
 _HEADER = (
     *("layer", "op", "in", "out", "selected", "exchange"),
@@ -52,6 +53,7 @@ def _totals(plan: Plan) -> list[str]:
         + (", every channel exchanged" if plan.dense_exchange else ""),
         f"exchanged per image: {sparse / 1e6:.3f} MB, dense exchange {dense / 1e6:.3f} MB"
         + (f" ({dense / sparse:.2f}x)" if sparse else ""),
+        *_narrow(plan),
         f"FLOPs per image: {_counts([f'{f / 1e9:.3f}' for f in flops])} G per node, "
         f"whole model {plan.flops_dense / 1e9:.3f} G"
         + (f" (all nodes: {sum(flops) / plan.flops_dense:.3f})" if plan.flops_dense else ""),
@@ -91,7 +93,26 @@ def _exchange(exchange: ExchangePlan) -> str:
     if not exchange.bytes_dense:
         return f"#{exchange.number}"
     density = exchange.bytes_per_image / exchange.bytes_dense
-    return f"#{exchange.number} " + ("whole" if exchange.gathered_by else f"d={density:.2f}")
+    part = "whole" if exchange.gathered_by else f"d={density:.2f}"
+    return f"#{exchange.number} {part}" + (f" {exchange.wire}" if exchange.is_narrow else "")
+
+
+def _narrow(plan: Plan) -> list[str]:
+    """What the wire dtype saves, scales and padding counted."""
+    from disco.partition.wire import plan_with_wire
+
+    if not plan.wire_dtype:
+        return []
+    wires = [exchange.wire for exchange in plan.exchanges if exchange.is_narrow]
+    counts = [f"{wires.count(wire)} in {wire}" for wire in dict.fromkeys(sorted(wires))]
+    counts.append(f"{len(plan.exchanges) - len(wires)} as they are")
+    own = plan_with_wire(plan, None)
+    sparse, dense = plan.bytes_per_image, own.bytes_dense_exchange
+    return [
+        f"wire dtype {plan.wire_dtype}: {', '.join(counts)}; in the values' own dtypes "
+        f"{own.bytes_per_image / 1e6:.3f} MB, dense exchange {dense / 1e6:.3f} MB"
+        + (f" ({dense / sparse:.2f}x)" if sparse else "")
+    ]
 
 
 def _predictions(plan: Plan) -> list[str]:

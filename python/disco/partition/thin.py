@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import floor
 
-from disco.partition.plan import Channels, ExchangePlan, LayerPlan, Plan
+from disco.partition.exchange_plan import Channels, ExchangePlan
+from disco.partition.plan import LayerPlan, Plan
 from disco.partition.planner import MATRIX_OPS, Decisions
 from disco.partition.prediction import NodeMemory
 

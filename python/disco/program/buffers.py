@@ -38,11 +38,12 @@ _FRESH = frozenset(
 def overwritten_residual(op: Op) -> str | None:
     """The value that a kernel adds to its result and may write its result onto, if any.
 
-    Max pooling adds none. A layer over payloads leaves its own part of the sums in its output while
-    the payloads travel, and needs the residual after that.
+    Max pooling and widening add none. A layer over payloads leaves its own part of the sums in its
+    output while the payloads travel, and needs the residual after that.
     """
     last = op.args[-1] if op.args else None
-    if not op.kind.startswith("disco.") or not isinstance(last, Ref):
+    adds = op.kind.startswith("disco.") and op.kind != "disco.widen"
+    if not adds or not isinstance(last, Ref):
         return None
     segments = op.args[0]
     waits = isinstance(segments, tuple) and len(segments) > 1

@@ -88,6 +88,31 @@ def take(x: Tensor, index: Tensor, *, dim: int) -> Tensor:
     return x.index_select(dim, index)
 
 
+def widen(x: Tensor, *, scale: Tensor | None, dim: int, dtype: torch.dtype) -> Tensor:
+    """A payload in a wire dtype as a tensor of `dtype`.
+
+    Args:
+        x: ``[.., n, ..]`` with the channels in `dim`.
+        scale: float32 ``[images, n]`` of int8, None of others; an image is an entry of the first
+            other dimension.
+        dim: of the channels.
+        dtype: floating.
+    """
+    if scale is None:
+        return x.to(dtype)
+    # In float32, as a kernel widens it that reads the payload itself.
+    return (x.float() * scale_of_images(scale, x.dim(), dim)).to(dtype)
+
+
+def scale_of_images(scale: Tensor, num_dims: int, dim: int) -> Tensor:
+    """Scales ``[images, n]`` so that they broadcast over a payload with its channels in `dim`."""
+    images = 1 if dim == 0 else 0
+    view = scale.T if images > dim else scale
+    shape = [1] * num_dims
+    shape[images], shape[dim] = scale.shape
+    return view.reshape(shape)
+
+
 def add_partial_sums(
     base: Tensor | None,
     pieces: tuple[Tensor, ...],

@@ -18,7 +18,12 @@ from disco.program.ops import check_allowed
 if TYPE_CHECKING:
     from disco.program.signature import Parameter
 
-PROGRAM_VERSION = 1
+# The newest that is read and written. Version 2 has payloads in wire dtypes; programs without them
+# are written as version 1, as they always were.
+PROGRAM_VERSION = 2
+
+
+_SINCE_2 = frozenset({"disco.payload_scale", "disco.widen"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +110,7 @@ class Program:
     outputs: Output
     ops: tuple[Op, ...]
     values: Mapping[str, ValueInfo]
-    version: int = PROGRAM_VERSION
+    version: int = 1
     signature: tuple[Parameter, ...] = ()
     example_sizes: Mapping[str, int] = field(default_factory=dict)
     conditions: tuple[str, ...] = ()
@@ -133,6 +138,11 @@ class Program:
         for op in self.ops:
             check_allowed(op.kind, op.name)
             check_attributes(op.kind, op.name, op.kwargs)
+            if self.version < 2 and ("wire" in op.kwargs or op.kind in _SINCE_2):
+                raise InputError(
+                    f"op {op.name!r} ({op.kind}) has payloads in a wire dtype, which programs of "
+                    f"version {self.version} do not: partition the model again"
+                )
             for ref in op.refs():
                 if ref not in defined:
                     raise InputError(

@@ -51,9 +51,9 @@ def program_from_json(text: str) -> Program:
         version = content["version"]
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"not a program: {type(error).__name__} {error}") from None
-    if version != PROGRAM_VERSION:
+    if version not in range(1, PROGRAM_VERSION + 1) or isinstance(version, bool):
         raise InputError(
-            f"program of version {version!r}; this release reads version {PROGRAM_VERSION}: "
+            f"program of version {version!r}; this release reads 1 to {PROGRAM_VERSION}: "
             f"partition the model again, or install the release that wrote it"
         )
     try:
@@ -65,6 +65,7 @@ def program_from_json(text: str) -> Program:
             signature=tuple(_decode_parameter(item) for item in content.get("signature", ())),
             example_sizes={_text(n): _size(v) for n, v in content.get("example_sizes", {}).items()},
             conditions=tuple(_text(c) for c in content.get("conditions", ())),
+            version=version,
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"damaged program: {type(error).__name__} {error}") from None

@@ -127,6 +127,7 @@ EXECUTOR_KINDS = frozenset(
     {
         "disco.empty",
         "disco.exchange",
+        "disco.payload_scale",
         "disco.assemble",
         "disco.partial_conv2d",
         "disco.partial_linear",
@@ -148,6 +149,7 @@ _functions: dict[str, Function] = {
     "disco.part_of_sum": fused.part_of_sum,
     "disco.sum_of_parts": fused.sum_of_parts,
     "disco.take": fused.take,
+    "disco.widen": fused.widen,
 }
 
 

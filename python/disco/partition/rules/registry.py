@@ -73,6 +73,7 @@ class RuleContext:
             ranks do for an order.
         shares: how much each rank is to compute; equal shares if None.
         example_sizes: symbols of image sizes and their values in the example.
+        wire_dtype: that payloads are to travel in where that is fewer bytes; None for their own.
     """
 
     world_size: int
@@ -86,6 +87,7 @@ class RuleContext:
     chosen: Mapping[str, Ownership] = field(default_factory=dict)
     shares: Shares | None = None
     example_sizes: Mapping[str, int] = field(default_factory=dict)
+    wire_dtype: str | None = None
 
     def share_out(self, value: str, num_channels: int) -> Ownership:
         """So many channels in contiguous runs, in the ranks' shares of the layer of this value."""
@@ -106,10 +108,10 @@ class RuleContext:
             return self.values[arg.name].shape
         return tuple(self.weights[arg.name].shape) if isinstance(arg, WeightRef) else ()
 
-    def sizes(self, name: str) -> tuple[int, ...]:
-        """Shape of a value for one image of the example's size."""
+    def sizes(self, name: str, batch: int = 1) -> tuple[int, ...]:
+        """Shape of a value for so many images of the example's size."""
         shape = self.values[name].shape
-        sizes = {**dict.fromkeys(symbols_of(shape), 1), **self.example_sizes}
+        sizes = {**dict.fromkeys(symbols_of(shape), batch), **self.example_sizes}
         return tuple(evaluate_dim(dim, sizes) for dim in shape)
 
     def layer_of(self, op: Op) -> str:
