@@ -112,7 +112,7 @@ def calibrate(
     if not inputs:
         raise InputError("there is nothing to calibrate with: give at least one input")
     check_max_error(max_error)
-    say(f"every value in its own dtype, {len(inputs)} inputs")
+    say(f"every value in its own dtype (inputs: {len(inputs)})")
     own = api.with_wire_dtype(partitioned, None)
     expected = [own(x) for x in inputs]
     results = []
