@@ -72,7 +72,7 @@ def test_norms_with_statistics_behind_the_payload(
     data: st.DataObject, world_size: int, second: bool
 ) -> None:
     """An odd number of narrow values, then statistics in the value's own dtype, aligned to it."""
-    case = Case(3, 5)
+    case = Case(9, 5)
     case.linear("a", "x", 7, 5)
     case.op("aten.layer_norm.default", "n", Ref("a"), (7,), None, None, 1e-5)
     case.linear("b", "n", 6, 7, zero_columns=0.5, activation="gelu")
