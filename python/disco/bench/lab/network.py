@@ -1,0 +1,177 @@
+"""The lab's wires: a switch, a cable to each node, a token bucket at both ends of each cable."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from disco.bench.lab.processes import NETWORK_ONLY, start
+from disco.bench.lab.rates import Shape
+from disco.bench.lab.requirements import LabUnavailable, find_tool
+from disco.errors import InputError
+
+INTERFACE = "eth0"
+_SWITCH = "switch"
+# RFC 2544 sets this range aside for measuring networks: no host on the internet has it.
+_RANGE = ipaddress.ip_network("198.18.0.0/15")
+_PREFIX = 24
+MAX_NODES = 2 ** (32 - _PREFIX) - 2
+
+
+@dataclass(frozen=True)
+class Tools:
+    """Runs `ip` and `tc` in a network namespace.
+
+    Attributes:
+        watch_fd: pidfd of the lab.
+    """
+
+    watch_fd: int
+
+    def batch(self, tool: str, holder: int, lines: Iterable[str]) -> None:
+        """Run lines in one call.
+
+        Raises:
+            LabUnavailable: the kernel refuses one; its words are in the message.
+        """
+        text = "\n".join(lines) + "\n"
+        _, problem = self._call(holder, [self._path(tool), "-batch", "-"], text)
+        if problem:
+            raise LabUnavailable(f"no network lab here: {explain(tool, problem)}")
+
+    def ask(self, tool: str, holder: int, *words: str) -> str:
+        """Standard output of one call."""
+        output, problem = self._call(holder, [self._path(tool), *words], "")
+        if problem:
+            raise LabUnavailable(f"no network lab here: {explain(tool, problem)}")
+        return output
+
+    def _call(self, holder: int, command: list[str], text: str) -> tuple[str, str]:
+        process = start(
+            command,
+            self.watch_fd,
+            holder=holder,
+            kinds=NETWORK_ONLY,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        output, errors = process.communicate(text)
+        if process.returncode == 0:
+            return output, ""
+        return output, errors.strip() or f"exit code {process.returncode}"
+
+    @staticmethod
+    def _path(tool: str) -> str:
+        path = find_tool(tool)
+        assert path is not None, "checked by check_requirements"
+        return path
+
+
+def explain(tool: str, problem: str) -> str:
+    """The kernel's refusal with what to do about it, where that is known."""
+    words = problem.lower()
+    if tool == "tc" and ("qdisc kind is unknown" in words or "not supported" in words):
+        return (
+            f"the kernel lacks a queueing discipline ({problem}): a rate needs sch_tbf, a delay "
+            "sch_netem; try `modprobe sch_tbf sch_netem`, or a kernel that has them"
+        )
+    if tool == "ip" and ("unknown device type" in words or "not supported" in words):
+        return (
+            f"the kernel lacks a kind of interface ({problem}): it needs veth and bridge; try "
+            "`modprobe veth bridge`, or a kernel that has them"
+        )
+    return f"{tool} failed: {problem}"
+
+
+def choose_addresses(nodes: int) -> list[str]:
+    """Addresses out of a range that is no neighbour of any of this machine's networks.
+
+    The lab is in namespaces of its own, so a clash would break nothing, but a program that picks
+    an interface by its address, and a person who reads a log, would be misled.
+    """
+    path = find_tool("ip")
+    assert path is not None
+    routes = json.loads(
+        subprocess.run([path, "-json", "route"], check=True, capture_output=True).stdout or "[]"
+    )
+    taken = [
+        ipaddress.ip_network(route["dst"], strict=False)
+        for route in routes
+        if route["dst"] != "default"
+    ]
+    for network in _RANGE.subnets(new_prefix=_PREFIX):
+        if not any(network.overlaps(other) for other in taken):
+            return [str(network[rank + 1]) for rank in range(nodes)]
+    raise LabUnavailable(f"no network lab here: this machine has routes into all of {_RANGE}")
+
+
+def connect(tools: Tools, switch: int, nodes: Sequence[int], addresses: Sequence[str]) -> None:
+    """Make the switch and a cable to each node.
+
+    IPv6 stays off the cables, because it sends messages of its own.
+    """
+    quiet = " addrgenmode none" if Path("/proc/sys/net/ipv6").exists() else ""
+    lines = [
+        f"link add name {_SWITCH} type bridge stp_state 0 forward_delay 0 mcast_snooping 0",
+        f"link set dev {_SWITCH}{quiet} up",
+    ]
+    for rank, holder in enumerate(nodes):
+        lines += [
+            f"link add name {port(rank)} type veth peer name {INTERFACE} netns {holder}",
+            f"link set dev {port(rank)}{quiet} master {_SWITCH} up",
+        ]
+    tools.batch("ip", switch, lines)
+    for holder, address in zip(nodes, addresses, strict=True):
+        tools.batch(
+            "ip",
+            holder,
+            [
+                "link set dev lo up",
+                *([f"link set dev {INTERFACE}{quiet}"] if quiet else []),
+                f"address add {address}/{_PREFIX} dev {INTERFACE}",
+                f"link set dev {INTERFACE} up",
+            ],
+        )
+
+
+def shape(tools: Tools, switch: int, node: int, rank: int, new: Shape, old: Shape | None) -> None:
+    """Give both ends of a node's cable a shape."""
+    if new == old:
+        return
+    for holder, device in ((node, INTERFACE), (switch, port(rank))):
+        tools.batch("ip", holder, [new.link_line(device)])
+        lines = new.tc_lines(device, old)
+        if lines:
+            tools.batch("tc", holder, lines)
+
+
+def set_cable(tools: Tools, switch: int, rank: int, *, up: bool) -> None:
+    """Plug or unplug a node's cable at the switch."""
+    tools.batch("ip", switch, [f"link set dev {port(rank)} {'up' if up else 'down'}"])
+
+
+def port(rank: int) -> str:
+    """The switch's end of a node's cable."""
+    return f"port{rank}"
+
+
+def check_nodes(nodes: int) -> None:
+    """Raises InputError if a lab cannot have so many."""
+    if not 1 <= nodes <= MAX_NODES:
+        raise InputError(f"a lab has 1 to {MAX_NODES} nodes, not {nodes}")
+
+
+def environment(rank: int, addresses: Sequence[str], interface: str) -> dict[str, str]:
+    """What a process on a node is told."""
+    return {
+        "DISCO_LAB_RANK": str(rank),
+        "DISCO_LAB_NODES": str(len(addresses)),
+        "DISCO_LAB_ADDRESSES": ",".join(addresses),
+        "DISCO_LAB_INTERFACE": interface,
+    }
