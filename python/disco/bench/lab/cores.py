@@ -55,10 +55,16 @@ def choose_cores(nodes: int, cores: Sequence[Sequence[int]] | None) -> tuple[lis
         )
     unknown = sorted({core for node in chosen for core in node} - set(allowed))
     if unknown or not all(chosen):
-        raise InputError(f"cores {unknown or 'of a node: none'}; this process may use {allowed}")
+        raise InputError(
+            f"core {unknown[0]} is not one that this process may use: {allowed}"
+            if unknown
+            else f"a node without cores: give each one or more of {allowed}"
+        )
     shared = sorted({c for i, a in enumerate(chosen) for b in chosen[i + 1 :] for c in a if c in b})
     note = "; ".join(f"node {rank}: {_words(node)}" for rank, node in enumerate(chosen))
-    return chosen, note + (f" (core {shared} is shared: times contain waiting)" if shared else "")
+    return chosen, note + (
+        f" (core {shared[0]} is shared: times contain waiting for each other)" if shared else ""
+    )
 
 
 def _words(cores: Sequence[int]) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import re
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from disco.errors import InputError
 
 INTERFACE = "eth0"
 _SWITCH = "switch"
+_FAILED_LINE = re.compile(r"Command failed -:(\d+)")
 # RFC 2544 sets this range aside for measuring networks: no host on the internet has it.
 _RANGE = ipaddress.ip_network("198.18.0.0/15")
 _PREFIX = 24
@@ -32,22 +34,24 @@ class Tools:
 
     watch_fd: int
 
-    def batch(self, tool: str, holder: int, lines: Iterable[str]) -> None:
+    def batch(self, tool: str, holder: int, lines: Sequence[str]) -> None:
         """Run lines in one call.
 
         Raises:
             LabUnavailable: the kernel refuses one; its words are in the message.
         """
-        text = "\n".join(lines) + "\n"
-        _, problem = self._call(holder, [self._path(tool), "-batch", "-"], text)
+        command = [self._path(tool), "-batch", "-"]
+        _, problem = self._call(holder, command, "\n".join(lines) + "\n")
         if problem:
-            raise LabUnavailable(f"no network lab here: {explain(tool, problem)}")
+            failed = _FAILED_LINE.search(problem)
+            line = lines[int(failed[1]) - 1] if failed else lines[0]
+            raise LabUnavailable(f"no network lab here: {explain(tool, line, problem)}")
 
     def ask(self, tool: str, holder: int, *words: str) -> str:
         """Standard output of one call."""
         output, problem = self._call(holder, [self._path(tool), *words], "")
         if problem:
-            raise LabUnavailable(f"no network lab here: {explain(tool, problem)}")
+            raise LabUnavailable(f"no network lab here: {explain(tool, ' '.join(words), problem)}")
         return output
 
     def _call(self, holder: int, command: list[str], text: str) -> tuple[str, str]:
@@ -73,18 +77,20 @@ class Tools:
         return path
 
 
-def explain(tool: str, problem: str) -> str:
+def explain(tool: str, line: str, problem: str) -> str:
     """The kernel's refusal with what to do about it, where that is known."""
     words = problem.lower()
     if tool == "tc" and ("qdisc kind is unknown" in words or "not supported" in words):
+        kind, purpose = ("netem", "delay") if " netem " in line else ("tbf", "rate")
         return (
-            f"the kernel lacks a queueing discipline ({problem}): a rate needs sch_tbf, a delay "
-            "sch_netem; try `modprobe sch_tbf sch_netem`, or a kernel that has them"
+            f"the kernel has no {kind} queueing discipline, which a {purpose} needs ({problem}): "
+            f"try `modprobe sch_{kind}`, take a kernel that has it, or leave the {purpose} out"
         )
     if tool == "ip" and ("unknown device type" in words or "not supported" in words):
+        kind = "bridge" if " bridge " in line else "veth"
         return (
-            f"the kernel lacks a kind of interface ({problem}): it needs veth and bridge; try "
-            "`modprobe veth bridge`, or a kernel that has them"
+            f"the kernel has no interfaces of type {kind}, which the lab needs ({problem}): try "
+            f"`modprobe {kind}`, or take a kernel that has it"
         )
     return f"{tool} failed: {problem}"
 

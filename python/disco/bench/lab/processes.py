@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,15 @@ class Holder:
     """
 
     def __init__(self, watch_fd: int, *, node: bool) -> None:
-        self._process = subprocess.Popen(
-            [*BARE_PYTHON, _SCRIPT, "hold", *(["--node"] if node else []), str(watch_fd)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=[watch_fd],
-            start_new_session=True,  # Ctrl-C is for the lab, which then ends its nodes
-            text=True,
-        )
+        with _naming_interpreter():
+            self._process = subprocess.Popen(
+                [*BARE_PYTHON, _SCRIPT, "hold", *(["--node"] if node else []), str(watch_fd)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=[watch_fd],
+                start_new_session=True,  # Ctrl-C is for the lab, which then ends its nodes
+                text=True,
+            )
         assert self._process.stdout is not None
         answer = json.loads(self._process.stdout.readline() or '{"error": "the holder died"}')
         if "error" in answer:
@@ -126,13 +127,14 @@ def start(
     if cores:
         script += ["--cores", ",".join(map(str, cores))]
     try:
-        process = NodeProcess(
-            [*script, "--", *command],
-            env=env,
-            pass_fds=[watch_fd, tell],
-            start_new_session=True,
-            **popen,
-        )
+        with _naming_interpreter():
+            process = NodeProcess(
+                [*script, "--", *command],
+                env=env,
+                pass_fds=[watch_fd, tell],
+                start_new_session=True,
+                **popen,
+            )
     except BaseException:
         os.close(told)
         raise
@@ -142,6 +144,14 @@ def start(
         report = file.read()
     _check_report(process, report, command[0])
     return process
+
+
+@contextlib.contextmanager
+def _naming_interpreter() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot start Python to enter a node: {error}") from error
 
 
 def _check_report(process: NodeProcess, report: str, program: str) -> None:

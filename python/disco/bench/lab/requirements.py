@@ -47,7 +47,7 @@ def missing_requirements() -> list[str]:
     if rights:
         problems.append(
             f"user {os.geteuid()} lacks {' and '.join(rights)}: run it as root, in a container "
-            "with --cap-add NET_ADMIN --cap-add SYS_ADMIN, or under `unshare --user --map-root-user`"
+            "that has both (--cap-add), or under `unshare --user --map-root-user`"
         )
     return problems
 
