@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 
 HEADER_BYTES = 8
 LARGEST_BYTES = 1 << 28
@@ -33,8 +34,9 @@ class RoundTrips:
     Attributes:
         bytes: of a message, its header included.
         seconds: of each round trip, in the order of measuring; empty if the size was left out
-            because a message was expected to take longer than `longest_s`.
-        expected_s: of a message, by the size before; what a size was left out for.
+            because a message takes, or was expected to take, longer than `longest_s`.
+        expected_s: of the untimed message before, or, where there was none because it would have
+            taken too long, by the sizes before.
     """
 
     bytes: int
@@ -99,11 +101,10 @@ def measure(
     """Time messages of each size to a `listen` at `address`, after one of that size untimed.
 
     Args:
-        sizes: bytes, header included, ascending; at least 8 each.
+        sizes: bytes, header included, rising; at least 8 each.
         repeats: timed messages, of each size.
         gap_s: pause before each message, seconds.
-        longest_s: sizes expected to take longer are left out, seconds. What is expected is the
-            size before, scaled.
+        longest_s: sizes that take longer are left out, seconds.
 
     Raises:
         OSError: the other side cannot be reached, broke off, or did not answer in time.
@@ -113,20 +114,28 @@ def measure(
         connection.settimeout(CONNECT_TIMEOUT_S + 10 * longest_s)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         results: list[RoundTrips] = []
-        expected_s = 0.0
         for size, count in zip(sizes, repeats, strict=True):
-            if results:
-                before = results[-1]
-                took = sorted(before.seconds)[len(before.seconds) // 2] if before.seconds else 0.0
-                scale = size / before.bytes
-                expected_s = (took or before.expected_s) * scale
-            if expected_s > longest_s:
-                results.append(RoundTrips(size, (), expected_s))
-                continue
             message = struct.pack("<Q", size - HEADER_BYTES) + bytes(size - HEADER_BYTES)
-            seconds = [_round_trip(connection, message, gap_s) for _ in range(count + 1)]
-            results.append(RoundTrips(size, tuple(seconds[1:]), expected_s))
+            expected_s = _expected_s(size, results)
+            if expected_s <= longest_s:
+                expected_s = _round_trip(connection, message, gap_s)
+            seconds: tuple[float, ...] = ()
+            if expected_s <= longest_s:
+                seconds = tuple(_round_trip(connection, message, gap_s) for _ in range(count))
+            results.append(RoundTrips(size, seconds, expected_s))
         return results
+
+
+def _expected_s(size: int, results: Sequence[RoundTrips]) -> float:
+    """On along the line through the two sizes before, or in proportion to one left out."""
+    if len(results) < 2:
+        return 0.0
+    before, last = results[-2:]
+    if not last.seconds:
+        return last.expected_s * size / last.bytes
+    last_s, before_s = median(last.seconds), median(before.seconds)
+    slope = max(0.0, (last_s - before_s) / (last.bytes - before.bytes))
+    return last_s + slope * (size - last.bytes)
 
 
 def _round_trip(connection: socket.socket, message: bytes, gap_s: float) -> float:

@@ -99,18 +99,21 @@ def test_result_is_json_with_its_points() -> None:
 
 
 def test_ping_over_loopback_leaves_out_what_takes_too_long() -> None:
-    command = [sys.executable, "-I", "-S", ping.__file__]
-    with subprocess.Popen(
-        [*command, "listen", "127.0.0.1"], stdout=subprocess.PIPE, text=True
-    ) as listener:
-        assert listener.stdout is not None
-        port = int(listener.stdout.readline())
-        results = ping.measure(
-            "127.0.0.1", port, [8, 4096, 1 << 20], [3, 2, 1], gap_s=1e-3, longest_s=0.0
-        )
-        assert listener.wait(10) == 0
-    assert [len(result.seconds) for result in results] == [3, 0, 0]
-    assert all(result.expected_s > 0 for result in results[1:])
+    sizes = [8, 4096, 1 << 20, 1 << 22]
+    for longest_s, timed in ((60.0, [3, 2, 1, 1]), (0.0, [0, 0, 0, 0])):
+        with subprocess.Popen(
+            [sys.executable, "-I", "-S", ping.__file__, "listen", "127.0.0.1"],
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as listener:
+            assert listener.stdout is not None
+            port = int(listener.stdout.readline())
+            results = ping.measure(
+                "127.0.0.1", port, sizes, [3, 2, 1, 1], gap_s=1e-3, longest_s=longest_s
+            )
+            assert listener.wait(10) == 0
+        assert [len(result.seconds) for result in results] == timed
+        assert all(result.expected_s > 0 for result in results)
 
 
 def test_ping_to_nobody_is_one_line() -> None:

@@ -215,10 +215,8 @@ class Lab:
         network.set_cable(self._tools, self._switch, self._check(rank), up=True)
 
     def _apply(self, shapes: list[Shape]) -> None:
-        for rank, new in enumerate(shapes):
-            old = self._current[rank]
-            network.shape(self._tools, self._switch, self._holders[rank], rank, new, old)
-            self._current[rank] = new
+        network.shape(self._tools, self._switch, self._holders, shapes, self._current)
+        self._current = list(shapes)
         self._wanted = shapes
 
     def _shapes(self, rate: Rates) -> list[Shape]:

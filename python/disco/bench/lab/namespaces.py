@@ -137,6 +137,8 @@ def enter(args: argparse.Namespace) -> int:
             os.sched_setaffinity(0, [int(core) for core in args.cores.split(",")])
         pid = os.fork()
         if pid == 0:
+            os.set_inheritable(args.watch_fd, False)
+            os.set_inheritable(args.report_fd, False)
             _become(args.command, args.report_fd)
     except OSError as error:
         os.write(args.report_fd, _problem(error))
@@ -154,7 +156,6 @@ def _become(command: list[str], report_fd: int) -> NoReturn:
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)  # Python changed them when it started
-        os.set_inheritable(report_fd, False)
         os.execvp(command[0], command)
     except OSError as error:
         os.write(report_fd, _problem(error))

@@ -146,15 +146,26 @@ def connect(tools: Tools, switch: int, nodes: Sequence[int], addresses: Sequence
         )
 
 
-def shape(tools: Tools, switch: int, node: int, rank: int, new: Shape, old: Shape | None) -> None:
-    """Give both ends of a node's cable a shape."""
-    if new == old:
-        return
-    for holder, device in ((node, INTERFACE), (switch, port(rank))):
-        tools.batch("ip", holder, [new.link_line(device)])
-        lines = new.tc_lines(device, old)
-        if lines:
-            tools.batch("tc", holder, lines)
+def shape(
+    tools: Tools,
+    switch: int,
+    nodes: Sequence[int],
+    new: Sequence[Shape],
+    old: Sequence[Shape | None],
+) -> None:
+    """Give both ends of each node's cable a shape."""
+    changed = [rank for rank in range(len(nodes)) if new[rank] != old[rank]]
+    ends = [(nodes[rank], [(INTERFACE, rank)]) for rank in changed]
+    ends.append((switch, [(port(rank), rank) for rank in changed]))
+    for holder, devices in ends:
+        offloads = [new[rank].link_line(device) for device, rank in devices]
+        qdiscs = [
+            line for device, rank in devices for line in new[rank].tc_lines(device, old[rank])
+        ]
+        if offloads:
+            tools.batch("ip", holder, offloads)
+        if qdiscs:
+            tools.batch("tc", holder, qdiscs)
 
 
 def set_cable(tools: Tools, switch: int, rank: int, *, up: bool) -> None:

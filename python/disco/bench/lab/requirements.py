@@ -68,7 +68,7 @@ def _has_pidfd() -> bool:
 
 
 def _missing_rights() -> list[str]:
-    with open("/proc/self/status", encoding="ascii") as file:
+    with open("/proc/self/status", encoding="utf-8") as file:
         words = next(line for line in file if line.startswith("CapEff:")).split()
     effective = int(words[1], 16)
     return [name for name, bit in _RIGHTS.items() if not effective >> bit & 1]
