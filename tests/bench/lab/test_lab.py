@@ -41,6 +41,13 @@ def reaches(lab: Lab, source: int, target: int, timeout_s: float = 1.0) -> bool:
     return done.returncode == 0
 
 
+def bytes_a_packet(lab: Lab, rank: int) -> float:
+    """Of all that a node has sent."""
+    folder = "/sys/class/net/eth0/statistics"
+    sent = lab.run(rank, ["cat", f"{folder}/tx_bytes", f"{folder}/tx_packets"]).stdout.split()
+    return int(sent[0]) / int(sent[1])
+
+
 def interfaces() -> str:
     return subprocess.run(["ip", "-br", "link"], capture_output=True, text=True, check=True).stdout
 
@@ -77,12 +84,14 @@ def test_rate_holds_both_ways_and_can_be_changed() -> None:
         for link in links:
             assert link.bandwidth_mbit_s == pytest.approx(20 * 1448 / 1514, rel=0.04)
             assert 0 < link.latency_ms < 50
+        assert bytes_a_packet(lab, 0) <= 1514, "packets are put together on the way"
         lab.shape("10mbit")
         (link,) = lab.calibrate(sizes=SIZES, pairs=[(1, 0)]).links
         assert link.bandwidth_mbit_s == pytest.approx(10 * 1448 / 1514, rel=0.04)
         lab.shape("none")
         (link,) = lab.calibrate(sizes=(64, 1 << 20, 1 << 22), pairs=[(0, 1)]).links
         assert link.bandwidth_mbit_s > 100
+        assert bytes_a_packet(lab, 0) > 1514
         assert link.free_bytes is None
 
 
