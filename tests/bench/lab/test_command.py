@@ -168,6 +168,15 @@ def test_without_iproute2_it_says_so(
     assert "tc not found: install iproute2 (apt-get install iproute2)" in capfd.readouterr().err
 
 
+def test_elsewhere_than_on_linux(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    for words in ((), ("--loopback",)):
+        assert disco_lab(*words, "--", "true") == 2
+        assert "the lab needs Linux, also with --loopback: this is Darwin" in capfd.readouterr().err
+
+
 @needs_lab
 def test_delay_where_the_kernel_has_no_netem(capfd: pytest.CaptureFixture[str]) -> None:
     code = disco_lab("--delay", "1ms", "--", "true")

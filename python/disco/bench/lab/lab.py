@@ -16,7 +16,7 @@ from disco.bench.lab.network import INTERFACE, Tools
 from disco.bench.lab.ping_pong import SIZES, calibrate
 from disco.bench.lab.processes import NODE, Holder, NodeProcess, start
 from disco.bench.lab.rates import Shape, parse_rate, shape_for
-from disco.bench.lab.requirements import check_requirements
+from disco.bench.lab.requirements import check_linux, check_requirements
 from disco.errors import InputError
 
 Rates = str | Sequence[str]
@@ -53,6 +53,7 @@ class Lab:
         cores: Sequence[Sequence[int]] | None = None,
         burst_bytes: int | None = None,
     ) -> None:
+        check_linux()
         network.check_nodes(nodes)
         self.nodes = nodes
         self.cores, self.cores_note = choose_cores(nodes, cores)
@@ -128,7 +129,8 @@ class Lab:
             command: program and arguments; no shell.
             env: variables beside this process's and those of `environment`.
             cores: to pin to instead of the node's own.
-            popen: further arguments of `subprocess.Popen`: pipes, `text`, `cwd`.
+            popen: further arguments of `subprocess.Popen`: `stdin`, `stdout`, `stderr`, `text`,
+                `cwd`.
 
         Raises:
             InputError: no such node or program.

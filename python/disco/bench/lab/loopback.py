@@ -10,6 +10,7 @@ from typing import Any
 from disco.bench.lab.cores import choose_cores
 from disco.bench.lab.network import check_nodes, environment
 from disco.bench.lab.processes import NodeProcess, start
+from disco.bench.lab.requirements import check_linux
 from disco.errors import InputError
 
 
@@ -22,9 +23,14 @@ class Loopback:
     Args:
         nodes: how many.
         cores: as `Lab`'s.
+
+    Raises:
+        LabUnavailable: this is no Linux, or one before 5.3.
+        InputError: a number that makes no sense.
     """
 
     def __init__(self, nodes: int, *, cores: Sequence[Sequence[int]] | None = None) -> None:
+        check_linux()
         check_nodes(nodes)
         self.nodes = nodes
         self.cores, self.cores_note = choose_cores(nodes, cores)

@@ -83,7 +83,7 @@ def hold(watch_fd: int, *, node: bool) -> int:
 
 def _hold_inside(watch_fd: int, tell: int, *, node: bool) -> NoReturn:
     try:
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        _die_with_parent()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         # Orphans of the node become children of this process, which then need not be waited for.
@@ -99,6 +99,11 @@ def _hold_inside(watch_fd: int, tell: int, *, node: bool) -> NoReturn:
     # Standard input: the lab's word that this is the end.
     select.select([watch_fd, 0], [], [])
     os._exit(0)
+
+
+def _die_with_parent() -> None:
+    number = ctypes.c_ulong(signal.SIGKILL)
+    _check(_libc.prctl(PR_SET_PDEATHSIG, number), "prctl")
 
 
 def _mount_own_views() -> None:
@@ -153,7 +158,7 @@ def enter(args: argparse.Namespace) -> int:
 
 def _become(command: list[str], report_fd: int) -> NoReturn:
     try:
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        _die_with_parent()
         for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)  # Python changed them when it started
         os.execvp(command[0], command)

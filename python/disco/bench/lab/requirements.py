@@ -31,13 +31,28 @@ def check_requirements() -> None:
         raise LabUnavailable(f"no network lab here: {'; '.join(problems)}; {WITHOUT}")
 
 
+def check_linux() -> None:
+    """Check what the lab and its stand-in on loopback both need.
+
+    Raises:
+        LabUnavailable: this is no Linux, or one before 5.3.
+    """
+    if platform.system() != "Linux":
+        raise LabUnavailable(
+            f"the lab needs Linux, also with --loopback: this is {platform.system()}"
+        )
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError as error:
+        raise LabUnavailable(
+            "the lab needs Linux 5.3 or newer, also with --loopback, or a sandbox that allows "
+            f"pidfd_open: this is {platform.release()} ({error.strerror})"
+        ) from error
+
+
 def missing_requirements() -> list[str]:
     """What is missing, each with its remedy; empty if a lab can be tried."""
-    if platform.system() != "Linux":
-        return [f"it needs Linux's network namespaces, and this is {platform.system()}"]
     problems = []
-    if not hasattr(os, "pidfd_open") or not _has_pidfd():
-        problems.append("it needs Linux 5.3 or newer (pidfd_open)")
     tools = [name for name in ("ip", "tc") if find_tool(name) is None]
     if tools:
         problems.append(
@@ -57,14 +72,6 @@ def find_tool(name: str) -> str | None:
     """Path of a program of the system, on PATH or in the system's folders."""
     path = os.pathsep.join([os.environ.get("PATH", ""), *_SYSTEM_FOLDERS])
     return shutil.which(name, path=path)
-
-
-def _has_pidfd() -> bool:
-    try:
-        os.close(os.pidfd_open(os.getpid()))
-    except OSError:
-        return False
-    return True
 
 
 def _missing_rights() -> list[str]:
