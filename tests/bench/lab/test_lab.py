@@ -175,6 +175,17 @@ def test_lab_of_a_thread_that_has_ended() -> None:
         opened[0].__exit__(None, None, None)
 
 
+def test_node_whose_holder_was_killed() -> None:
+    with Lab(2) as lab:
+        process = lab.popen(1, ["sleep", "60"])
+        os.kill(lab._holders[1].pid, 9)
+        assert process.wait(5) == -9
+        lab._holders[1]._process.wait(5)
+        with pytest.raises(TransportError, match="a node of the lab has ended: somebody killed"):
+            lab.run(1, ["true"])
+        assert lab.run(0, ["true"]).returncode == 0
+
+
 def test_lab_that_is_not_open() -> None:
     with pytest.raises(InputError, match="use it as a context manager"):
         Lab(1).run(0, ["true"])

@@ -16,8 +16,8 @@ SMALL_BYTES = 16384  # the size of a typical exchange of selected channels
 MEDIUM_BYTES = 65536
 _LARGE_FACTOR = 3.0  # bandwidth, not latency, is then most of a message's time
 _SLOWER = 0.9  # of the bandwidth that the rate allows: below, something else is the limit
-# A message's last frame, of any size, and the jitter of some 20 us count as free bytes, too.
-_FREE_TOLERANCE = 1.5
+# A message's last frame, of any size, and jitter count as free bytes, too.
+_FREE_TOLERANCE, _JITTER_MS = 1.5, 0.05
 
 
 @dataclass(frozen=True)
@@ -222,12 +222,12 @@ def _warning(
         return ""
     problems = []
     hidden_ms = free_bytes * 8e-3 / limit_mbit_s
-    harmless_ms = _FREE_TOLERANCE * largest_harmless_burst_ms(limit_mbit_s * 1e6)
+    harmless_ms = _FREE_TOLERANCE * largest_harmless_burst_ms(limit_mbit_s * 1e6) + _JITTER_MS
     if hidden_ms > harmless_ms:
         problems.append(
             f"the first {free_bytes} bytes of each message pass for nothing, which hides "
             f"{hidden_ms:.2f} ms a message: the token bucket is too large for this rate; leave "
-            "burst_bytes out"
+            "burst_bytes out, and where it is, take a machine that is less busy"
         )
     if bandwidth_mbit_s < _SLOWER * limit_mbit_s:
         problems.append(

@@ -62,7 +62,7 @@ class Lab:
         self._wanted = self._shapes(rate)
         self._current: list[Shape | None] = [None] * nodes
         self._stack = ExitStack()
-        self._holders: list[int] = []
+        self._holders: list[Holder] = []
         self._owner = 0
         self.addresses: list[str] = []
 
@@ -93,13 +93,17 @@ class Lab:
         self._switch = self._hold(node=False)
         self._holders = [self._hold(node=True) for _ in range(self.nodes)]
         self.addresses = network.choose_addresses(self.nodes)
-        network.connect(self._tools, self._switch, self._holders, self.addresses)
+        network.connect(self._tools, self._switch.pid, self._pids, self.addresses)
         self._apply(self._wanted)
 
-    def _hold(self, *, node: bool) -> int:
+    def _hold(self, *, node: bool) -> Holder:
         holder = Holder(self._tools.watch_fd, node=node)
         self._stack.callback(holder.close)
-        return holder.pid
+        return holder
+
+    @property
+    def _pids(self) -> list[int]:
+        return [holder.pid for holder in self._holders]
 
     @property
     def shapes(self) -> list[Shape]:
@@ -134,12 +138,13 @@ class Lab:
 
         Raises:
             InputError: no such node or program.
+            TransportError: the node has ended, because its holder was killed.
         """
         self._check(rank)
         return start(
             command,
             self._tools.watch_fd,
-            holder=self._holders[rank],
+            holder=self._holders[rank].pid,
             kinds=NODE,
             cores=self.cores[rank] if cores is None else cores,
             env={**os.environ, **self.environment(rank), **(env or {})},
@@ -210,14 +215,14 @@ class Lab:
 
     def cut(self, rank: int) -> None:
         """Unplug a node's cable at the switch: nothing arrives any more, and nobody is told."""
-        network.set_cable(self._tools, self._switch, self._check(rank), up=False)
+        network.set_cable(self._tools, self._switch.pid, self._check(rank), up=False)
 
     def mend(self, rank: int) -> None:
         """Plug a node's cable in again."""
-        network.set_cable(self._tools, self._switch, self._check(rank), up=True)
+        network.set_cable(self._tools, self._switch.pid, self._check(rank), up=True)
 
     def _apply(self, shapes: list[Shape]) -> None:
-        network.shape(self._tools, self._switch, self._holders, shapes, self._current)
+        network.shape(self._tools, self._switch.pid, self._pids, shapes, self._current)
         self._current = list(shapes)
         self._wanted = shapes
 

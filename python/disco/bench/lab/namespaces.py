@@ -146,7 +146,7 @@ def enter(args: argparse.Namespace) -> int:
             os.set_inheritable(args.report_fd, False)
             _become(args.command, args.report_fd)
     except OSError as error:
-        os.write(args.report_fd, _problem(error))
+        os.write(args.report_fd, f"error {error.errno} entering: {error.strerror}\n".encode())
         return CANNOT_START
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # they are for the command

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from disco.bench.lab.requirements import LabUnavailable
-from disco.errors import InputError
+from disco.errors import InputError, TransportError
 
 _SCRIPT = str(Path(__file__).with_name("namespaces.py"))
 # Isolated and without site: milliseconds to start, and no variable of the user's interferes.
@@ -49,7 +49,18 @@ class Holder:
                 f"no network lab here: the kernel refuses namespaces ({answer['error']}); a "
                 "container or a policy of the system forbids them, or the kernel is built without"
             )
-        self.pid = int(answer["pid"])
+        self._pid = int(answer["pid"])
+
+    @property
+    def pid(self) -> int:
+        """Of the holder, as long as it lives: later, the number may be another process's.
+
+        Raises:
+            TransportError: it was killed.
+        """
+        if self._process.poll() is not None:
+            raise TransportError("a node of the lab has ended: somebody killed its holder")
+        return self._pid
 
     def close(self) -> None:
         """End the holder, and all processes of a node with it. Returns when they are gone."""
