@@ -241,10 +241,10 @@ def _add_lab(subparsers: Any) -> None:
     lab = subparsers.add_parser(
         "lab",
         help="run a command on nodes of this machine, over links of a stated rate",
-        description="Make nodes out of network namespaces, with links of a stated rate and a core "
-        "each, and run COMMAND once a node. {rank} and {address} in its words are replaced, and it "
-        "finds DISCO_LAB_RANK, DISCO_LAB_NODES, DISCO_LAB_ADDRESSES (comma separated) and "
-        "DISCO_LAB_INTERFACE in its environment. Its lines are printed after [RANK]. Exit code: "
+        description="Make nodes out of network namespaces, with links of a stated rate and a core\n"
+        "each, and run COMMAND once a node. {rank} and {address} in its words are replaced.\n"
+        "It finds DISCO_LAB_RANK, DISCO_LAB_NODES, DISCO_LAB_ADDRESSES (comma separated) and\n"
+        "DISCO_LAB_INTERFACE in its environment. Its lines are printed after [RANK]. Exit code:\n"
         "that of the node that failed first (128 + n for signal n), else 0. Needs root.",
         epilog="examples:\n"
         "  disco lab --nodes 2 --rate 100mbit -- python node.py --rank {rank}\n"

@@ -187,5 +187,18 @@ def test_node_whose_holder_was_killed() -> None:
 
 
 def test_lab_that_is_not_open() -> None:
-    with pytest.raises(InputError, match="use it as a context manager"):
-        Lab(1).run(0, ["true"])
+    lab = Lab(1, "10mbit")
+    for use in (lambda: lab.run(0, ["true"]), lambda: lab.shape("1mbit"), lambda: lab.cut(0)):
+        with pytest.raises(InputError, match="use it as a context manager"):
+            use()
+
+
+def test_lab_that_is_opened_again() -> None:
+    lab = Lab(1, "10mbit")
+    for _ in range(2):
+        with lab:
+            assert "tbf" in lab.run(0, ["tc", "qdisc"]).stdout
+            with pytest.raises(InputError, match="takes two nodes or more"):
+                lab.calibrate()
+        with pytest.raises(InputError, match="use it as a context manager"):
+            lab.run(0, ["true"])

@@ -72,7 +72,7 @@ class Lab:
         try:
             self._open()
         except BaseException:
-            self._stack.close()
+            self._close()
             raise
         return self
 
@@ -84,7 +84,12 @@ class Lab:
     ) -> None:
         # A fork of this process leaves the block, too, but the lab is not its own.
         if os.getpid() == self._owner:
-            self._stack.close()
+            self._close()
+
+    def _close(self) -> None:
+        self._holders = []
+        self._current = [None] * self.nodes
+        self._stack.close()
 
     def _open(self) -> None:
         watch_fd = os.pidfd_open(self._owner)
@@ -190,6 +195,7 @@ class Lab:
 
         Changed to or from `none`, a cable loses what waits in its queue, and TCP sends it again.
         """
+        self._check(0)
         self._apply(self._shapes(rate))
 
     def calibrate(
@@ -215,11 +221,13 @@ class Lab:
 
     def cut(self, rank: int) -> None:
         """Unplug a node's cable at the switch: nothing arrives any more, and nobody is told."""
-        network.set_cable(self._tools, self._switch.pid, self._check(rank), up=False)
+        self._check(rank)
+        network.set_cable(self._tools, self._switch.pid, rank, up=False)
 
     def mend(self, rank: int) -> None:
         """Plug a node's cable in again."""
-        network.set_cable(self._tools, self._switch.pid, self._check(rank), up=True)
+        self._check(rank)
+        network.set_cable(self._tools, self._switch.pid, rank, up=True)
 
     def _apply(self, shapes: list[Shape]) -> None:
         network.shape(self._tools, self._switch.pid, self._pids, shapes, self._current)

@@ -32,6 +32,8 @@ def calibrate(
             f"a calibration takes two or more sizes of {ping.HEADER_BYTES} to {ping.LARGEST_BYTES} "
             f"bytes, not {list(sizes)}"
         )
+    if pairs is None and lab.nodes < 2:
+        raise InputError("a calibration takes two nodes or more: this lab has one")
     if pairs is None:
         pairs = [(a, b) for a in range(lab.nodes) for b in range(lab.nodes) if a != b]
     gap_s = max([_LEAST_GAP_S, *(_REFILLS * shape.refill_s for shape in lab.shapes)])
