@@ -115,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_token_command(subparsers)
     _add_verify(subparsers)
     _add_bench(subparsers)
+    _add_lab(subparsers)
     return parser
 
 
@@ -386,6 +387,49 @@ def _add_bench(subparsers: Any) -> None:
     )
     _add_json(throughput)
     throughput.set_defaults(handler=commands.throughput)
+
+
+def _add_lab(subparsers: Any) -> None:
+    lab = subparsers.add_parser(
+        "lab",
+        help="run a command on nodes of this machine, over links of a stated rate",
+        description="Make nodes out of network namespaces, with links of a stated rate and a core\n"
+        "each, and run COMMAND once a node. {rank} and {address} in its words are replaced.\n"
+        "It finds DISCO_LAB_RANK, DISCO_LAB_NODES, DISCO_LAB_ADDRESSES (comma separated) and\n"
+        "DISCO_LAB_INTERFACE in its environment. Its lines are printed after [RANK]. Exit code:\n"
+        "that of the node that failed first (128 + n for signal n), else 0. Needs root.",
+        epilog="examples:\n"
+        "  disco lab --nodes 2 --rate 100mbit -- python node.py --rank {rank}\n"
+        "  disco lab --nodes 2 --rate 100mbit,10mbit --calibrate --json links.json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    lab.add_argument("--nodes", type=int, default=2, help="default: %(default)s")
+    lab.add_argument(
+        "--rate",
+        metavar="RATE[,RATE...]",
+        help="of every node's link, both ways, or one a node: 100mbit, 1gbit, none (the default)",
+    )
+    lab.add_argument(
+        "--delay", metavar="TIME", help="added one way, such as 1ms; the kernel needs netem"
+    )
+    lab.add_argument(
+        "--cores",
+        metavar="LIST",
+        help="one core a node, as 0,1, or a range a node, as 0-3,4-7 (default: one a node where "
+        "there are enough)",
+    )
+    lab.add_argument(
+        "--calibrate", action="store_true", help="measure latency and bandwidth of every link first"
+    )
+    lab.add_argument(
+        "--keep-going", action="store_true", help="let other nodes go on when one has failed"
+    )
+    lab.add_argument(
+        "--loopback", action="store_true", help="without namespaces and rates; needs no rights"
+    )
+    lab.add_argument("command", nargs="*", metavar="-- COMMAND", help="with its arguments")
+    _add_json(lab)
+    lab.set_defaults(handler=commands.lab)
 
 
 def _add_model_options(parser: argparse.ArgumentParser, *, positional: bool) -> None:

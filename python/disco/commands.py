@@ -13,6 +13,7 @@ from disco import api
 from disco.bench.calibrate import calibrate as calibrate_wire
 from disco.bench.calibrate import check_max_error
 from disco.bench.demo import DemoOptions, run_demo
+from disco.bench.lab.command import LabOptions, run_lab
 from disco.bench.throughput import ThroughputOptions, run_throughput
 from disco.bench.verify import verify as verify_images
 from disco.command_output import check_json, say, write_json
@@ -48,6 +49,27 @@ def demo(args: argparse.Namespace) -> bool:
     for problem in result.problems:
         say(f"FAILED: {problem}")
     return not result.problems
+
+
+def lab(args: argparse.Namespace) -> bool:
+    """`disco lab`; leaves with the exit code of the node that failed first, if one did."""
+    _check_json(args.json)
+    result = run_lab(
+        LabOptions(
+            nodes=args.nodes,
+            rates=args.rate,
+            delay=args.delay,
+            cores=args.cores,
+            loopback=args.loopback,
+            keep_going=args.keep_going,
+            calibrate=args.calibrate,
+            command=args.command,
+        )
+    )
+    _write_json(args.json, result.to_json())
+    if result.code:
+        raise SystemExit(result.code)
+    return True
 
 
 def throughput(args: argparse.Namespace) -> bool:
