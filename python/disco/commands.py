@@ -53,7 +53,7 @@ def demo(args: argparse.Namespace) -> bool:
 
 def lab(args: argparse.Namespace) -> bool:
     """`disco lab`; leaves with the exit code of the node that failed first, if one did."""
-    _check_json(args.json)
+    check_json(args.json)
     result = run_lab(
         LabOptions(
             nodes=args.nodes,
@@ -66,7 +66,7 @@ def lab(args: argparse.Namespace) -> bool:
             command=args.command,
         )
     )
-    _write_json(args.json, result.to_json())
+    write_json(args.json, result.to_json())
     if result.code:
         raise SystemExit(result.code)
     return True
