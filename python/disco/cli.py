@@ -22,7 +22,7 @@ from disco.runtime.mpi import abort_job
 from disco.runtime.tcp.transport import SILENCE_S
 from disco.runtime.transports import TRANSPORTS
 from disco.sparsify import GROUP_SIZES
-from disco_kernels import BackendUnavailable
+from disco_kernels import WINOGRAD, BackendUnavailable
 
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -387,6 +387,7 @@ def _add_bench(subparsers: Any) -> None:
     )
     _add_json(throughput)
     throughput.set_defaults(handler=commands.throughput)
+    _add_bench_cluster(kinds)
 
 
 def _add_lab(subparsers: Any) -> None:
@@ -430,6 +431,36 @@ def _add_lab(subparsers: Any) -> None:
     lab.add_argument("command", nargs="*", metavar="-- COMMAND", help="with its arguments")
     _add_json(lab)
     lab.set_defaults(handler=commands.lab)
+
+
+def _add_bench_cluster(kinds: Any) -> None:
+    cluster = kinds.add_parser(
+        "cluster",
+        help="nodes over links of stated rates",
+        description="Run DISCO, the dense exchange and the dense model on one node in a network "
+        "lab (`disco lab`), one core a node, in turns at every rate. Needs root.",
+        epilog="example:\n  disco bench cluster --rates 100mbit,300mbit,1gbit --json FILE",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_model_options(cluster, positional=False)
+    cluster.add_argument("--density", type=float, default=0.2, help="default: %(default)s")
+    cluster.add_argument(
+        "--rates",
+        default="100mbit,300mbit,1gbit,loopback",
+        help="of the links; loopback compares with one node with as many threads (default: "
+        "%(default)s)",
+    )
+    cluster.add_argument(
+        "--wire-dtypes", default="float32,float16,int8", help="default: %(default)s"
+    )
+    cluster.add_argument(
+        "--rounds", type=int, default=5, help="of 3 timed passes a system (default: %(default)s)"
+    )
+    cluster.add_argument(
+        "--winograd", choices=WINOGRAD, default="off", help="of the nodes' kernels (default: off)"
+    )
+    _add_json(cluster)
+    cluster.set_defaults(handler=commands.cluster)
 
 
 def _add_model_options(parser: argparse.ArgumentParser, *, positional: bool) -> None:

@@ -12,6 +12,7 @@ import disco_kernels as dk
 from disco import api
 from disco.bench.calibrate import calibrate as calibrate_wire
 from disco.bench.calibrate import check_max_error
+from disco.bench.cluster import ClusterOptions, run_cluster
 from disco.bench.demo import DemoOptions, run_demo
 from disco.bench.lab.command import LabOptions, run_lab
 from disco.bench.throughput import ThroughputOptions, run_throughput
@@ -95,6 +96,27 @@ def throughput(args: argparse.Namespace) -> bool:
     for problem in result.problems:
         say(f"FAILED: {problem}")
     return not result.problems
+
+
+def cluster(args: argparse.Namespace) -> None:
+    """`disco bench cluster`."""
+    check_json(args.json)
+    options = ClusterOptions(
+        source=args.source,
+        model=args.model,
+        weights=args.weights,
+        seed=args.seed,
+        density=args.density,
+        nodes=args.nodes,
+        rates=[rate.strip() for rate in args.rates.split(",") if rate.strip()],
+        wire_dtypes=[wire.strip() for wire in args.wire_dtypes.split(",") if wire.strip()],
+        rounds=args.rounds,
+        image_size=args.image_size,
+        winograd=args.winograd,
+    )
+    result = run_cluster(options, say)
+    say(f"\n{result}")
+    write_json(args.json, result.to_json())
 
 
 def partition(args: argparse.Namespace) -> None:

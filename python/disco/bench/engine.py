@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,11 +66,13 @@ class LocalEngine(Launched):
         batch: int = 1,
         timeout_s: float = 30.0,
         start_timeout_s: float = START_TIMEOUT_S,
+        popen: Callable[..., Any] = subprocess.Popen,
     ) -> None:
         super().__init__(timeout_s, start_timeout_s)
         assert engine in ENGINES, engine
         self._engine = engine
         self._threads = threads
+        self._popen = popen
         self._args = {
             "--engine": engine,
             "--source": source,
@@ -92,7 +95,7 @@ class LocalEngine(Launched):
         """The one child."""
         args = {**self._args, "--folder": folder}
         flat = tuple(word for pair in args.items() for word in pair)
-        return [ChildSpec(self._engine, "disco.bench.engine", flat, self._threads)]
+        return [ChildSpec(self._engine, "disco.bench.engine", flat, self._threads, self._popen)]
 
 
 def prepare(args: argparse.Namespace) -> tuple[Message, Handlers]:

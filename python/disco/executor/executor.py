@@ -66,6 +66,8 @@ class Executor:
         packed_bytes: that all packed weights may have together, as for `disco_kernels.Packing`.
         input_bytes: the convolutions (without groups) and linears to multiply in 8-bit integers, by
             the value that they compute, and what their input's bytes stand for.
+        overlap: compute while payloads travel (`disco.executor.two_passes`); the outputs' bits are
+            the same without.
 
     Attributes:
         packed_bytes: of the packed weights.
@@ -89,6 +91,7 @@ class Executor:
         winograd: str = "off",
         packed_bytes: int | None = None,
         input_bytes: Mapping[str, InputBytes] | None = None,
+        overlap: bool = True,
     ) -> None:
         self.inputs = {name: program.values[name] for name in program.inputs}
         self._signature = program.signature
@@ -117,7 +120,8 @@ class Executor:
             if step.writes_out
         }
         self._num_slots = len(prepare.slots) + 1
-        self._steps = _with_first_passes(self._steps, unused_slot=self._num_slots)
+        if overlap:
+            self._steps = _with_first_passes(self._steps, unused_slot=self._num_slots)
         self._num_slots += 1
         buffers = plan_buffers(program, kept)
         self._buffer_of = {prepare.slot(name): number for name, number in buffers.items()}

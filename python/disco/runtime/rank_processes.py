@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from disco.errors import InputError
+from disco.executor.timeline import Span, Timeline
 from disco.partition.shards import load_manifest
 from disco.runtime.children import ChildSpec
 from disco.runtime.launched import Launched
@@ -62,6 +63,7 @@ class RankProcesses(Launched):
         transport: "tcp", "torch" (gloo), or "auto", which is tcp here.
         silence_s: over tcp, a peer that is waited for and silent for so long is lost.
         hosts: starts the ranks; None for simply here, over loopback.
+        overlap, winograd: as for `disco.executor.Executor`.
 
     Raises:
         InputError: `nodes` is not the plan's, a shard is damaged or of another plan.
@@ -78,11 +80,15 @@ class RankProcesses(Launched):
         transport: str = "auto",
         silence_s: float = SILENCE_S,
         hosts: Hosts | None = None,
+        overlap: bool = True,
+        winograd: str = "off",
     ) -> None:
         super().__init__(timeout_s)
         self.transport = choose_transport(transport)
         self.silence_s = silence_s
         self._hosts = hosts
+        self._overlap = overlap
+        self._winograd = winograd
         given = [directory] if isinstance(directory, (str, os.PathLike)) else list(directory)
         self.manifest = load_manifest(given[0])
         self.world_size = self.manifest.plan.world_size
@@ -117,6 +123,31 @@ class RankProcesses(Launched):
             latency_ms=max(r["latency_ms"] for r in replies),
         )
 
+    def measure_stream(
+        self, *inputs: Any, in_flight: int, warmup: int, repeats: int
+    ) -> tuple[float, ...]:
+        """Seconds that each rank took for `repeats` passes, `in_flight` of them at a time.
+
+        Args:
+            inputs: of every pass.
+            in_flight: at least 1.
+            warmup, repeats: untimed passes before, and timed ones.
+        """
+        command = {"in_flight": in_flight, "warmup": warmup, "repeats": repeats}
+        replies = self._ask(inputs, {"command": "stream", **command}, warmup + repeats)
+        return tuple(reply["seconds"] for reply in replies)
+
+    def memory_growth(self) -> tuple[int, ...]:
+        """Bytes of resident memory that each rank's process has gained since it had imported all
+        that it runs: its shard, packed weights, activations and messages."""
+        replies = self._ask((), {"command": "memory"}, 1)
+        return tuple(1024 * (reply["now_kb"] - reply["imported_kb"]) for reply in replies)
+
+    def profile(self, *inputs: Any, warmup: int = 3) -> list[Timeline]:
+        """Per rank where the time of one pass went. All clocks are this machine's one."""
+        replies = self._ask(inputs, {"command": "profile", "warmup": warmup}, warmup + 1)
+        return [Timeline([Span(*span) for span in reply["spans"]]) for reply in replies]
+
     def specs(self, folder: str) -> list[ChildSpec]:
         """One worker a rank."""
         make_token(os.path.join(folder, TOKEN_FILE))
@@ -133,8 +164,10 @@ class RankProcesses(Launched):
             "--silence-s": str(self.silence_s),
             "--threads": str(self.threads),
             "--timeout-s": str(self.timeout_s),
+            "--winograd": self._winograd,
         }
         flat = tuple(word for pair in args.items() for word in pair)
+        flat = (*flat, "--overlap" if self._overlap else "--no-overlap")
         spec = ChildSpec(f"rank {rank}", "disco.runtime.worker", flat, self.threads)
         return (
             spec if self._hosts is None else replace(spec, popen=partial(self._hosts.popen, rank))

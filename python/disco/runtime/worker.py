@@ -15,7 +15,9 @@ from disco.partition.shards import load_shard
 from disco.runtime.messages import Message
 from disco.runtime.passes import Passes
 from disco.runtime.serve import Handlers, serve
+from disco.runtime.stream import Stream
 from disco.runtime.transports import LOOPBACK, open_local
+from disco_kernels import WINOGRAD
 
 
 def prepare(args: argparse.Namespace, at_end: ExitStack) -> tuple[Message, Handlers]:
@@ -26,6 +28,7 @@ def prepare(args: argparse.Namespace, at_end: ExitStack) -> tuple[Message, Handl
         at_end: gets what to do when the process ends, whatever ended it.
     """
     torch.set_num_threads(args.threads)
+    imported_kb = resident_kb()
     shard = load_shard(args.directory, args.rank)
     weight_bytes = sum(tensor.nbytes for tensor in shard.weights.values())
     transport = open_local(
@@ -37,7 +40,14 @@ def prepare(args: argparse.Namespace, at_end: ExitStack) -> tuple[Message, Handl
         silence_s=args.silence_s,
     )
     at_end.callback(transport.close)
-    executor = Executor(shard.program, shard.weights, transport, deadline_s=args.timeout_s)
+    executor = Executor(
+        shard.program,
+        shard.weights,
+        transport,
+        deadline_s=args.timeout_s,
+        winograd=args.winograd,
+        overlap=args.overlap,
+    )
     passes = Passes(
         executor,
         os.path.join(args.folder, f"outputs-{args.rank}.safetensors"),
@@ -53,7 +63,22 @@ def prepare(args: argparse.Namespace, at_end: ExitStack) -> tuple[Message, Handl
         "transport": args.transport,
         "backends": sorted(set(executor.kernel_backends.values())),
     }
-    return ready, passes.handlers()
+    stream = Stream(executor, transport)
+
+    def memory(command: Message) -> Message:
+        return {"imported_kb": imported_kb, "now_kb": resident_kb()}
+
+    more: Handlers = {"stream": stream.measure, "profile": stream.profile, "memory": memory}
+    return ready, {**passes.handlers(), **more}
+
+
+def resident_kb() -> int:
+    """Resident memory of this process in KB; 0 where the system does not say."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
+    except OSError:
+        return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", default=LOOPBACK, help="to listen on (default: %(default)s)")
     parser.add_argument("--silence-s", type=float, default=2.0, help="of a peer, then it is lost")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--winograd", default="off", choices=WINOGRAD)
+    parser.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--timeout-s", type=float, default=30.0, help="for every wait on a peer")
     args = parser.parse_args(argv)
     with ExitStack() as at_end:
