@@ -231,7 +231,7 @@ class _Running:
             names,
             rounds=self._options.rounds,
             repeats=3,
-            warmup=1,
+            warmup=2,
             pause_s=_PAUSE_S,
             progress=lambda done: self._say(f"{rate}: round {done} of {self._options.rounds}"),
         )
