@@ -1,8 +1,7 @@
 """Nodes over links of stated rates: DISCO, the dense exchange, and one node alone, in turns.
 
 All systems are alive at once, each rank pinned to its node's core, and only one works at a time.
-The links' rate changes under the running processes: every row of a rate is measured in the same
-minutes on the same cores, and every rate with the same processes.
+Every row of a rate is measured in the same minutes on the same cores.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from disco.bench.compare import Reference, compare, whole_model, worst
 from disco.bench.dense_engines import why_missing
 from disco.bench.engine import LocalEngine
 from disco.bench.lab import Calibration, Lab, Loopback
+from disco.bench.lab.rates import parse_rate
 from disco.bench.machine import describe_machine
 from disco.bench.timing import Timing, interleave
 from disco.errors import InputError
@@ -100,19 +100,16 @@ def run_cluster(options: ClusterOptions, say: Say) -> ClusterResult:
         folder = Path(name)
         say(f"partitioning {options.source} {options.model} for {options.nodes} nodes")
         references = _partition(options, recipe, x, folder)
-        shaped = [rate for rate in options.rates if rate != LOOPBACK]
-        if shaped:
-            with Lab(options.nodes, shaped[0]) as lab, _Running(options, lab, folder, say) as all_:
-                all_.check(x, references)
-                for rate in shaped:
-                    lab.shape(rate)
-                    calibrations[rate] = lab.calibrate()
+        for rate in options.rates:
+            # A lab of its own: a connection keeps the offload of the link that it was opened over.
+            local = rate == LOOPBACK
+            hosts = Loopback(options.nodes) if local else Lab(options.nodes, rate)
+            with hosts, _Running(options, hosts, folder, say) as everyone:
+                everyone.check(x, references)
+                if isinstance(hosts, Lab):
+                    calibrations[rate] = hosts.calibrate()
                     say(f"{rate}: {calibrations[rate]}")
-                    rows += all_.measure(rate, x)
-        if LOOPBACK in options.rates:
-            with Loopback(options.nodes) as hosts, _Running(options, hosts, folder, say) as all_:
-                all_.check(x, references)
-                rows += all_.measure(LOOPBACK, x)
+                rows += everyone.measure(rate, x)
     return ClusterResult(
         model=f"{options.source} {options.model}",
         nodes=options.nodes,
@@ -292,6 +289,9 @@ def _check(options: ClusterOptions) -> None:
         )
     if options.rounds < 1:
         raise InputError(f"--rounds {options.rounds} was given; at least 1 is needed")
+    for rate in options.rates:
+        if rate != LOOPBACK:
+            parse_rate(rate)
     if not options.rates:
         raise InputError("no rate was given: name some, for example 100mbit,1gbit,loopback")
     if options.nodes < 2:
