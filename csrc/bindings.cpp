@@ -242,8 +242,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("packed_bytes"), py::arg("bias"), py::arg("residual"), py::arg("out"),
            py::arg("out_channels"), py::arg("accumulate"), py::arg("num_threads"),
            py::arg("messages") = std::vector<Address>(), py::arg("wire") = 0,
-           py::arg("message_images") = 0, py::arg("first_segment") = 0,
-           py::arg("end_segment") = -1)
+           py::arg("message_images") = 0, py::arg("first_segment") = 0, py::arg("end_segment") = -1)
       .def_readwrite("num_threads", &disco::Conv2dCall::num_threads);
 
   py::class_<disco::BoundConv2d>(m, "BoundConv2d")

@@ -76,7 +76,7 @@ struct BFloat16Sums : Float32 {
 // acc[p][v] = rows[p] or, with kAdds, += rows[p]; never reading past `num_channels` of a row.
 template <typename Type, bool kAdds, int MR, int NV, typename Row>
 inline void take_rows(Vector (&acc)[MR][NV], Row* const* rows, int64_t first_channel,
-                     int64_t num_channels) {
+                      int64_t num_channels) {
   using Element = typename Type::Element;
 #pragma GCC unroll 16
   for (int v = 0; v < NV; ++v) {

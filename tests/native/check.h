@@ -21,8 +21,8 @@ struct Tally {
 
 // Runs a case on one thread and on two, with every buffer's end and then with its begin at a
 // forbidden page, and direct float32 sums of several segments in two parts. Throws CheckFailed if
-// these differ in a bit, if an output is further from the oracle than it may be, or if anything else
-// was written.
+// these differ in a bit, if an output is further from the oracle than it may be, or if anything
+// else was written.
 void check_conv(const ConvCase& conv, Tally& tally);
 
 // Messages of gather_pack, bit by bit. Returns the number of cases.

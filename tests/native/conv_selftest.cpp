@@ -106,8 +106,8 @@ std::string run_all(const std::string& only, Report& report) {
   std::snprintf(worst, sizeof(worst), "%.2f", tally.worst);
   if (only.empty() && tally.in_parts == 0) throw CheckFailed("no sum was made in parts");
   return covered + "; " + std::to_string(tally.calls) + " guarded calls, " +
-         std::to_string(tally.in_parts) + " cases in parts, " +
-         std::to_string(tally.outputs) + " outputs, the worst at " + worst + " of its bound";
+         std::to_string(tally.in_parts) + " cases in parts, " + std::to_string(tally.outputs) +
+         " outputs, the worst at " + worst + " of its bound";
 }
 
 // In a process of its own: an instruction set is chosen once a process, and a fatal access is then
