@@ -194,10 +194,14 @@ class TcpTransport(Transport):
 
     def _sleep(self, most_s: float) -> None:
         """Until a socket has something or takes something, at most until the next heartbeat."""
-        for fd, channel in self._by_fd.items():
+        for fd, channel in list(self._by_fd.items()):
             if channel.lost is None:
                 wanted = select.POLLIN | (select.POLLOUT if channel.has_unsent else 0)
                 self._poll.modify(fd, wanted)
+            else:
+                # A closed connection is always ready to say so.
+                self._poll.unregister(fd)
+                del self._by_fd[fd]
         timeout_ms = max(0.0, min(most_s, HEARTBEAT_S / 2)) * 1e3
         for fd, events in self._poll.poll(timeout_ms):
             channel = self._by_fd[fd]
