@@ -71,7 +71,8 @@ def test_the_same_tests_pass_on_every_instruction_set(
     here = [
         test
         for test in request.session.items
-        if test.path.name in KERNEL_TESTS
+        if test.path.parent == Path(__file__).parent
+        and test.path.name in KERNEL_TESTS
         and "cpu" in test.name
         and test.get_closest_marker("slow") is None
     ]
