@@ -14,9 +14,10 @@ from torch import Tensor, nn
 import disco
 from disco.capture import capture
 from disco.partition import decide
-from disco.partition.ownership_choice import in_units
+from disco.partition.ownership_choice import dealt_out, in_units
 from disco.partition.placement import Sharded
 from disco.partition.rules.reshape import map_through_view
+from disco.partition.shares import Shares
 from disco.program import WeightRef
 from disco_kernels import Ownership
 from tests.partition.harness import Case, check_exact
@@ -119,6 +120,49 @@ def test_nothing_is_gathered_and_all_is_exact(name: str, nodes: int) -> None:
         error = float((partitioned(given_x) - exact).abs().max())
         assert error <= 32 * torch.finfo(torch.float32).eps * float(exact.abs().max())
     assert str(partitioned.plan) == str(disco.partition(model, (x,), nodes).plan)
+
+
+class Shuffles(nn.Module):
+    """Shuffle units one after the other: in each, half of what comes in is handed on."""
+
+    def __init__(self, units: int = 5, width: int = 32) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, width, 1)
+        self.units = nn.ModuleList(nn.Conv2d(width // 2, width // 2, 1) for _ in range(units))
+        self.last = nn.Conv2d(width, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for unit in self.units:
+            left, right = x.chunk(2, dim=1)
+            x = nn.functional.channel_shuffle(torch.cat((left, unit(right)), dim=1), 2)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (1, 1, 1, 1), (1, 3), (2, 1, 3)])
+@torch.no_grad()
+def test_what_is_cut_out_leaves_every_rank_its_share(weights: tuple[int, ...]) -> None:
+    x = torch.randn(2, 3, 4, 4)
+    captured = capture(Shuffles().eval(), (x,))
+    plan = decide(*captured, len(weights), shares=Shares(weights)).plan()
+    fed = [layer for layer in plan.layers if layer.name.startswith("units") or layer.name == "last"]
+    assert len(fed) == 6
+    for layer in fed:
+        for counts in (layer.in_counts, layer.out_counts):
+            for count, weight in zip(counts, weights, strict=True):
+                assert abs(count - sum(counts) * weight / sum(weights)) <= 2, layer
+    assert not plan.replicated
+
+
+@given(st.integers(0, 40), st.lists(st.integers(1, 5), min_size=1, max_size=5))
+def test_dealt_out_channels_are_in_proportion_wherever_they_are_cut(
+    channels: int, weights: list[int]
+) -> None:
+    owned = dealt_out(channels, range(len(weights)), weights).channels
+    assert sorted(c for own in owned for c in own) == list(range(channels))
+    for end in range(channels + 1):
+        for own, weight in zip(owned, weights, strict=True):
+            assert abs(sum(c < end for c in own) - end * weight / sum(weights)) < len(weights)
 
 
 @pytest.mark.parametrize("name", MODELS)

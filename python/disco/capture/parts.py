@@ -74,8 +74,8 @@ _SPLITS = {
 
 
 def spell_out_shuffles(program: Program, weights: dict[str, Tensor]) -> Program:
-    """A channel shuffle (ShuffleNet, arXiv 1707.01083: view, transpose, view) as the list of
-    channels that it takes. The lists are added to ``weights``."""
+    """A channel shuffle (ShuffleNet, arXiv 1707.01083: torch's own, or view, transpose, view) as
+    the list of channels that it takes. The lists are added to ``weights``."""
     made = {op.name: op for op in program.ops}
     ops = []
     for op in program.ops:
@@ -92,6 +92,12 @@ def spell_out_shuffles(program: Program, weights: dict[str, Tensor]) -> Program:
 
 def _shuffle(op: Op, made: dict[str, Op], program: Program) -> tuple[Ref, list[int]] | None:
     """The value whose channels ``op`` shuffles, and which of them comes first, second, ..."""
+    if op.kind == "aten.channel_shuffle.default":
+        x, groups = op.args
+        channels = program.values[op.name].shape[1]
+        if not (isinstance(x, Ref) and isinstance(groups, int) and isinstance(channels, int)):
+            return None
+        return x, _shuffled(groups, channels // groups)
     chain = [op]
     for kinds in (("aten.transpose.int",), _VIEWS):
         source = chain[-1].args[0]
@@ -111,7 +117,11 @@ def _shuffle(op: Op, made: dict[str, Op], program: Program) -> tuple[Ref, list[i
     groups, size = split[1:3]
     if not isinstance(groups, int) or not isinstance(size, int) or groups * size != shape[1]:
         return None
-    return x, [g * size + c for c in range(size) for g in range(groups)]
+    return x, _shuffled(groups, size)
+
+
+def _shuffled(groups: int, size: int) -> list[int]:
+    return [g * size + c for c in range(size) for g in range(groups)]
 
 
 _VIEWS: Sequence[str] = ("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default")

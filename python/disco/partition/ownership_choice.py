@@ -3,8 +3,10 @@
 Attention is split by whole heads, a grouped convolution by whole groups. The outputs of the layer
 before are then shared out in such units; cut through them, the values would have to be gathered.
 Candidates are read off the ops that follow, up to the next layers; each is tried by asking the
-rules, and the one that moves the fewest bytes is taken. Plain contiguous shares come first, so
-nothing changes where they do as well.
+rules, and the one that moves the fewest bytes is taken; of equal ones the one that leaves every
+rank its share of what is cut out behind it (ShuffleNet hands half of its channels on, block after
+block: shared out in runs, all of them would soon be one rank's). Plain contiguous shares come
+first, so nothing changes where they do as well.
 """
 
 from __future__ import annotations
@@ -88,8 +90,8 @@ class OwnershipChoice:
         channels: int,
         context: RuleContext,
     ) -> Iterator[Ownership]:
-        """Whole units along every factor that the channels are seen to have, and the ownership of
-        what they meet."""
+        """Whole units along every factor that the channels are seen to have, the ownership of
+        what they meet, and channels dealt out one by one where runs of them are cut out."""
         # Equal parts of the channels that are cut out, as queries, keys and values may be.
         parts = {channels}
         for follower in followers:
@@ -108,8 +110,16 @@ class OwnershipChoice:
                 continue
             for name in follower.refs():
                 met = context.placements.get(name)
-                if isinstance(met, Sharded) and met.ownership.num_channels == channels:
+                if (
+                    isinstance(met, Sharded)
+                    and met.ownership.num_channels == channels
+                    and not _joins(follower, met.dim, context)
+                ):
                     yield met.ownership
+        if any(follower.kind == "aten.slice.Tensor" for follower in followers):
+            weights = context.weights_of_ranks(op.name)
+            yield dealt_out(channels, range(context.world_size), weights)
+            yield dealt_out(channels, range(context.world_size)[::-1], weights)
 
     def _units(self, op: Op, channels: int) -> Iterator[tuple[tuple[int, ...], int]]:
         """Ways to see the channels as a product of factors, and which of them may be shared out."""
@@ -143,12 +153,14 @@ class OwnershipChoice:
         dim: int,
         followers: Sequence[Op],
         context: RuleContext,
-    ) -> int:
-        """Elements that one image moves: for the layer itself, and gathered by what follows."""
+    ) -> tuple[int, float]:
+        """Elements that one image moves: for the layer itself, and gathered by what follows; then
+        how far the ranks' parts of what is cut out of the channels are off their shares."""
         placements: dict[str, Placement] = {**context.placements}
         placements[op.name] = Sharded(ownership, dim)
         trial = replace(context, placements=placements)
         moved = _selected_elements(op, ownership, context)
+        weights, uneven = context.weights_of_ranks(op.name), 0.0
         gathered: set[str] = set()
         for follower in followers:
             if self._ends(follower):
@@ -158,15 +170,34 @@ class OwnershipChoice:
             lowering = lower(follower, trial)
             placements[follower.name] = lowering.placement
             gathered.update(lowering.whole)
+            if follower.kind == "aten.slice.Tensor" and isinstance(lowering.placement, Sharded):
+                uneven += _off_shares(lowering.placement.ownership, weights)
             for name, table in lowering.reshare.items():
                 moved += _elements(name, table, trial)
         for name in gathered:
             moved += (context.world_size - 1) * prod(context.sizes(name))
-        return moved
+        return moved, uneven
 
 
 def _is_layer(op: Op) -> bool:
     return op.kind == "disco.linear" or (op.kind == "disco.conv2d" and op.kwargs["groups"] == 1)
+
+
+def _joins(op: Op, dim: int, context: RuleContext) -> bool:
+    """Whether an op puts channels of ``dim`` behind each other, so that they do not meet."""
+    along = op.args[1] if len(op.args) > 1 else op.kwargs.get("dim", 0)
+    return (
+        op.kind == "aten.cat.default"
+        and isinstance(along, int)
+        and along % len(context.shape(Ref(op.name))) == dim
+    )
+
+
+def _off_shares(ownership: Ownership, weights: Sequence[float]) -> float:
+    """Channels that ranks have more or less than their shares."""
+    each = ownership.num_channels / sum(weights)
+    counts = zip(ownership.counts, weights, strict=True)
+    return sum(abs(count - each * weight) for count, weight in counts)
 
 
 def _selected_elements(op: Op, out: Ownership, context: RuleContext) -> int:
@@ -220,3 +251,14 @@ def in_units(factors: Sequence[int], place: int, weights: Sequence[float]) -> Ow
             for owned in share_out(factors[place], weights).channels
         )
     )
+
+
+def dealt_out(channels: int, order: Sequence[int], weights: Sequence[float]) -> Ownership:
+    """Channels handed to the ranks one by one, in the proportion of their ``weights``: each goes to
+    the rank that is furthest behind its share, of equal ones to the first of ``order``."""
+    total = sum(weights)
+    owned: list[list[int]] = [[] for _ in weights]
+    for channel in range(channels):
+        behind = [(channel + 1) * w / total - len(c) for w, c in zip(weights, owned, strict=True)]
+        owned[max(order, key=behind.__getitem__)].append(channel)
+    return Ownership(tuple(tuple(c) for c in owned))
