@@ -50,7 +50,8 @@ def _totals(plan: Plan) -> list[str]:
     flops, weights = plan.flops_per_rank, plan.weight_bytes_per_rank
     lines = [
         f"{plan.world_size} nodes, {len(plan.exchanges)} exchanged tensors"
-        + (", every channel exchanged" if plan.dense_exchange else ""),
+        + (", every channel exchanged" if plan.dense_exchange else "")
+        + (", survivable" if plan.survivable else ""),
         f"exchanged per image: {sparse / 1e6:.3f} MB, dense exchange {dense / 1e6:.3f} MB"
         + (f" ({dense / sparse:.2f}x)" if sparse else ""),
         *_narrow(plan),

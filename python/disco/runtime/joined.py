@@ -264,11 +264,11 @@ class JoinedRank:
         assert transport is not None and self.leads
         self._executor.check_call(args, kwargs)
         begin = time.perf_counter()
-        self._take_back()
         retries = 0
         while True:
             before = transport.bytes_sent
             try:
+                self._take_back()
                 outputs = self._attempt(args, kwargs)
             except PeerLostError as error:
                 if not self._options.degrades:

@@ -228,6 +228,7 @@ class Meeting:
             back: those among them that are connected again.
         """
         self.identity = replace(self.identity, lost=tuple(sorted(lost)))
+        self._without.clear()
         for rank in lost:
             if rank not in back:
                 self.peers.pop(rank, None)

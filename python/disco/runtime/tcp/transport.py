@@ -167,7 +167,8 @@ class TcpTransport(Transport):
         channels = self._channels
         gone = {rank for rank, channel in channels.items() if channel.lost is not None}
         for rank in sorted(set(channels) - gone):
-            for other in channels[rank].reported - self.lost - gone:
+            known = {self.rank, *channels} - gone
+            for other in sorted(channels[rank].reported & known):
                 mutual = other == self.rank or rank in channels[other].reported
                 gone.add(max(rank, other) if mutual else other)
         # What another rank says of this one is said of itself.
