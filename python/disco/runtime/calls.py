@@ -18,7 +18,7 @@ from torch import Tensor
 
 from disco.errors import TransportError
 from disco.executor.transport import Transport
-from disco.runtime.messages import flatten, unflatten
+from disco.runtime.messages import by_number, flatten, unflatten
 
 # Numbers that no plan gives to an exchange.
 SIZE_EXCHANGE, BODY_EXCHANGE = 65534, 65535
@@ -52,8 +52,7 @@ class Calls:
         """
         tensors: list[Tensor] = []
         structure = json.dumps(flatten([list(args), dict(kwargs)], tensors)).encode()
-        named = {str(i): t.detach().contiguous() for i, t in enumerate(tensors)}
-        content = _LENGTH.pack(len(structure)) + structure + save(named)
+        content = _LENGTH.pack(len(structure)) + structure + save(by_number(tensors))
         body = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         self._send(torch.tensor([body.numel()]), SIZE_EXCHANGE)
         self._send(body, BODY_EXCHANGE)
