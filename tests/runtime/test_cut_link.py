@@ -93,7 +93,7 @@ def running(
             process.communicate()
 
 
-@pytest.mark.parametrize(("victim", "leader"), [(2, 0), (1, 1)])
+@pytest.mark.parametrize(("victim", "leader"), [(2, 0), pytest.param(1, 1, marks=pytest.mark.slow)])
 def test_a_cut_link_is_known_within_the_deadline(
     lab: Lab, three_folder: Path, tmp_path: Path, victim: int, leader: int
 ) -> None:
@@ -109,6 +109,7 @@ def test_a_cut_link_is_known_within_the_deadline(
         assert alone["how"] == "lost" and alone["rank"] != victim, alone
 
 
+@pytest.mark.slow
 def test_a_link_that_is_back_within_the_deadline_costs_time_only(
     lab: Lab, three_folder: Path, tmp_path: Path
 ) -> None:
@@ -127,6 +128,7 @@ def test_a_link_that_is_back_within_the_deadline_costs_time_only(
                 done = found["done"]
 
 
+@pytest.mark.slow
 def test_links_that_become_slow_are_not_lost(lab: Lab, three_folder: Path, tmp_path: Path) -> None:
     with running(lab, three_folder, tmp_path, 0, silence_s=6.0) as made:
         lab.shape("1mbit")

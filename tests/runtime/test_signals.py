@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: all ranks end within three seconds, with nothing left that runs or listens."""
+"""Ctrl-C and SIGTERM: all ranks end within three seconds, and nothing is left that listens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from tests.runtime.test_joined import free_ports
 from tests.runtime.test_rank_processes import alive, wait_until_gone
 
 WITHIN_S = 3.0
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+INT, TERM = signal.SIGINT, signal.SIGTERM
+slow = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +106,9 @@ def check_over(process: subprocess.Popen[str], pids: list[int], begin: float) ->
     return errors
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("to_all", [True, False])
+@pytest.mark.parametrize(
+    ("number", "to_all"), [(INT, True), (TERM, False), pytest.param(INT, False, marks=slow)]
+)
 def test_a_run_on_one_machine(
     folder: Path, photos: Path, tmp_path: Path, number: signal.Signals, to_all: bool
 ) -> None:
@@ -116,7 +118,7 @@ def test_a_run_on_one_machine(
         pids = family(process.pid)
         assert len(pids) == 3
         begin = time.monotonic()
-        if to_all and number == signal.SIGINT:
+        if to_all:
             os.killpg(process.pid, number)
         else:
             process.send_signal(number)
@@ -125,7 +127,7 @@ def test_a_run_on_one_machine(
         assert not list(tmp_path.glob("disco-*")), "the private folder is left"
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", [TERM, pytest.param(INT, marks=slow)])
 def test_a_run_that_is_still_starting(
     folder: Path, photos: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -158,8 +160,15 @@ class Joined:
                 assert sock.connect_ex(("127.0.0.1", port)), f"something listens on {port}"
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("victim", ["leader", "follower"])
+@pytest.mark.parametrize(
+    ("number", "victim"),
+    [
+        (TERM, "leader"),
+        (INT, "follower"),
+        pytest.param(INT, "leader", marks=slow),
+        pytest.param(TERM, "follower", marks=slow),
+    ],
+)
 def test_joined_ranks(
     folder: Path, photos: Path, tmp_path: Path, number: signal.Signals, victim: str
 ) -> None:
@@ -180,7 +189,7 @@ def test_joined_ranks(
         joined.check_nothing_listens()
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", [INT, pytest.param(TERM, marks=slow)])
 def test_a_rank_that_waits_for_others(
     folder: Path, photos: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

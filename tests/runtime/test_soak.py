@@ -99,6 +99,7 @@ def _joined_ranks(folder: Path, tmp_path: Path, warm_up: int, more: int) -> None
 
 
 @linux_only
+@pytest.mark.slow
 def test_some_requests_of_joined_ranks(three_folder: Path, tmp_path: Path) -> None:
     _joined_ranks(three_folder, tmp_path, 100, 300)
 

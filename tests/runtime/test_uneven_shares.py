@@ -84,6 +84,7 @@ class Cut:
         partitioned = api.partition(model, example, nodes)
         partitioned.save(self.folder, model_description={})
         self.plan: Plan = partitioned.plan
+        self.model = model
         self.inputs = {str(batch): x[:batch].clone() for batch in BATCHES}
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -139,6 +140,15 @@ def test_processes_of_this_machine(cuts: dict[int, Cut], ranks: int, transport: 
             assert done.bytes_sent == cut.sent(batch)
             columns = zip(*cut.plan.bytes_matrix_for(batch), strict=True)
             assert done.bytes_received == tuple(map(sum, columns))
+
+
+def test_nan_in_a_tensor_is_data(cuts: dict[int, Cut]) -> None:
+    """One pixel that is NaN makes every channel of its neighbourhood NaN, on every rank."""
+    x = cuts[3].inputs["1"].clone()
+    x[0, 0, 5, 5] = float("nan")
+    with torch.inference_mode():
+        assert bool(cuts[3].model(x).isnan().all())
+        assert bool(api.load(cuts[3].folder)(x).isnan().all())
 
 
 @needs_mpi
