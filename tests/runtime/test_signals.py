@@ -19,6 +19,7 @@ from torch import nn
 from disco import api
 from disco.images import Preprocessing, default_photograph
 from disco.recipe import Recipe
+from disco.runtime.rank_processes import available_cores
 from disco.runtime.token import make_token
 from tests.runtime.conftest import SIZE
 from tests.runtime.test_joined import free_ports
@@ -100,8 +101,10 @@ def check_over(process: subprocess.Popen[str], pids: list[int], begin: float) ->
     """It has ended in time with all of its processes; what it said on stderr."""
     _, errors = process.communicate(timeout=20)
     took = time.monotonic() - begin
-    assert took < WITHIN_S, f"after {took:.1f} s"
-    wait_until_gone(pids, within_s=0.5)
+    # Where others use the cores, too, everything takes longer.
+    busy = max(1.0, os.getloadavg()[0] / available_cores())
+    assert took < WITHIN_S * busy, f"after {took:.1f} s"
+    wait_until_gone(pids, within_s=0.5 * busy)
     assert "Traceback" not in errors, errors[-2000:]
     return errors
 

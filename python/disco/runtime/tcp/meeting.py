@@ -6,6 +6,7 @@ many of the latter at a time, and each has to be over soon.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import selectors
@@ -251,7 +252,9 @@ class Meeting:
     def _accept(self) -> None:
         try:
             sock, address = self.listener.accept()
-        except OSError:  # gone already, or no descriptor is left
+        except OSError as error:  # gone already, or no descriptor is left
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(_POLL_S)  # it stays ready to be accepted
             return
         sock.setblocking(False)
         strangers = [talk for talk in self._talks.values() if talk.dialled is None]
