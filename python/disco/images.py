@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,9 @@ from torch import Tensor
 
 from disco.errors import InputError
 
+# Of an image scaled for the model, which only very long ones or very large models exceed. As many
+# as Pillow reads of a file without a warning: 268 MB in RGB.
+MOST_PIXELS = 89_478_485
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -55,8 +60,13 @@ class Preprocessing:
         try:
             mean = (float(data["mean"][0]), float(data["mean"][1]), float(data["mean"][2]))
             std = (float(data["std"][0]), float(data["std"][1]), float(data["std"][2]))
-            return cls(int(data["size"]), int(data["resize"]), mean, std)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+            made = cls(int(data["size"]), int(data["resize"]), mean, std)
+            if not 0 < made.size <= made.resize or not all(map(math.isfinite, mean + std)):
+                raise ValueError(f"{data!r}")
+            if min(std) <= 0:
+                raise ValueError(f"std {list(std)!r}")
+            return made
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise InputError(
                 f"the manifest's description of the input is not usable ({error!r}): "
                 "partition the model again"
@@ -69,17 +79,22 @@ def load_image(path: str | Path, preprocessing: Preprocessing | None = None) -> 
     Args:
         path: a file that Pillow can read. Grayscale, palette, CMYK and 16-bit images are converted
             to RGB, the orientation in the file is followed, of an animation the first frame counts.
+            Pixels that are floating-point numbers lie from 0 to 1.
         preprocessing: None is ImageNet's for 224 pixels.
 
     Returns:
         float32 [1, 3, size, size], contiguous.
 
     Raises:
-        InputError: there is no such file, it is no image, or it is damaged.
+        InputError: there is no such file, it is no image, it is damaged, has more than
+            `MOST_PIXELS` pixels, or pixels that are NaN, infinite or out of range.
     """
     path = Path(path)
     preprocessing = preprocessing or Preprocessing()
-    image = _centre(_read_rgb(path), preprocessing)
+    try:
+        image = _centre(path, _read_rgb(path), preprocessing)
+    except MemoryError as error:
+        raise InputError(f"the image {path} does not fit into memory: scale it down") from error
     pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255.0)
     mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
     return ((pixels - mean) / std).permute(2, 0, 1).unsqueeze(0).contiguous()
@@ -92,6 +107,13 @@ def find_images(path: str | Path) -> list[Path]:
     nothing is there or the folder has no image.
     """
     path = Path(path)
+    try:
+        return _find(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}: allow reading it") from error
+
+
+def _find(path: Path) -> list[Path]:
     if path.is_dir():
         found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
         if not found:
@@ -123,34 +145,73 @@ def default_photograph() -> Path:
 
 
 def _read_rgb(path: Path) -> Image.Image:
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: give one image file")
     try:
-        with Image.open(path) as opened:
-            opened.load()
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I;16") or image.mode == "I":
-                # Pillow would clip 16-bit values at 255.
-                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-            return image.convert("RGB")
+        _check_file(path)
+        with warnings.catch_warnings():
+            # Pillow only warns at its limit, and refuses at twice that.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as opened:
+                opened.load()
+                return _to_rgb(path, ImageOps.exif_transpose(opened))
+    except InputError:
+        raise
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise InputError(
+            f"the image {path} has too many pixels; at most {Image.MAX_IMAGE_PIXELS} are read: "
+            f"scale it down"
+        ) from error
+    except PermissionError as error:
+        raise InputError(f"the image {path} may not be read: allow reading it") from error
     except FileNotFoundError as error:
         raise InputError(f"there is no file {path}: give an image file") from error
     except UnidentifiedImageError as error:
         raise InputError(
             f"{path} is not an image that can be read: give a JPEG, PNG or another format of Pillow"
         ) from error
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
         # SyntaxError is what Pillow raises for broken PNG chunks.
         raise InputError(f"the image {path} cannot be read: {error}. Give a whole file") from error
 
 
-def _centre(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+def _check_file(path: Path) -> None:
+    """A pipe would be waited for, and a device may have no end."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: give one image file")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is a pipe or a device: give an image file")
+
+
+def _to_rgb(path: Path, image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode == "I":
+        # Pillow would clip 16-bit values at 255.
+        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+    if image.mode == "F":
+        # Pillow would clip at 0 and 255, and make any number of NaN.
+        pixels = np.asarray(image)
+        if not np.isfinite(pixels).all():
+            raise InputError(f"the image {path} has pixels that are NaN or infinite: repair it")
+        if pixels.min() < 0 or pixels.max() > 1:
+            raise InputError(
+                f"the image {path} has floating-point pixels from {pixels.min():g} to "
+                f"{pixels.max():g}; they may lie from 0 to 1: scale them, or save 8-bit pixels"
+            )
+        image = Image.fromarray(np.rint(pixels * 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _centre(path: Path, image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     width, height = image.size
     scale = preprocessing.resize / min(width, height)
     scaled = (
         max(preprocessing.resize, round(width * scale)),
         max(preprocessing.resize, round(height * scale)),
     )
+    if scaled[0] * scaled[1] > MOST_PIXELS:
+        raise InputError(
+            f"the image {path} of {width} x {height} pixels would be scaled to {scaled[0]} x "
+            f"{scaled[1]}, and at most {MOST_PIXELS} pixels are allowed: cut it to the part that "
+            f"matters, or take a smaller image size"
+        )
     image = image.resize(scaled, Image.Resampling.BILINEAR)
     left = (scaled[0] - preprocessing.size) // 2
     top = (scaled[1] - preprocessing.size) // 2

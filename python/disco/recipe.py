@@ -99,7 +99,7 @@ class Recipe:
                 cluster=_cluster(data.get("cluster")),
                 group_size=int(data.get("group_size", 1)),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(
                 f"the model description in {where} is not usable ({error!r}): "
                 "partition the model again"

@@ -173,7 +173,7 @@ def _run_images(
     # Nothing is started for images of which none can be read.
     first = next(((path, x) for path, x in loaded if isinstance(x, Tensor)), None)
     if first is None:
-        raise InputError(str(_load(images[0], preprocessing)))
+        raise _none_usable(args.input, images, preprocessing)
     start()
     say(f"transport: {transport}" + (" over loopback" if on_one_machine else ""))
     run_one(first[1])  # the first pass is slow
@@ -205,6 +205,16 @@ def _load(path: Path, preprocessing: Preprocessing) -> Tensor | InputError:
         return load_image(path, preprocessing)
     except InputError as error:
         return error
+
+
+def _none_usable(given: Path, images: list[Path], preprocessing: Preprocessing) -> InputError:
+    """The error to raise; of several images each has had its line."""
+    reasons = [str(_load(path, preprocessing)) for path in images]
+    if images == [given]:
+        return InputError(reasons[0])
+    for path, reason in zip(images, reasons, strict=True):
+        say(f"{path}: {reason}")
+    return InputError(f"none of the {len(images)} images in {given} could be used: give others")
 
 
 class _Losses:

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 
 from disco import api
+from disco.partition.manifest import manifest_bytes
 from disco.zoo import build_model
 from tests.cli.conftest import MODEL, Command
 
@@ -168,7 +169,7 @@ def op_outside_the_list(folder: Path, partitioned: Path, photo: Path) -> list[ob
     manifest = json.loads((folder / "cut" / "manifest.json").read_text())
     manifest["shards"][1]["sha256"] = hashlib.sha256(shard.read_bytes()).hexdigest()
     manifest["shards"][1]["bytes"] = shard.stat().st_size
-    (folder / "cut" / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "cut" / "manifest.json").write_bytes(manifest_bytes(manifest))
     return ["run", folder / "cut", "--input", photo]
 
 

@@ -39,7 +39,7 @@ def test_they_load_and_run(name: str, version: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize(
     ("key", "version", "reads"),
-    [("version", [1, 1], "1.0 to 1.0"), ("version", [2, 0], "1.0 to 1.0")],
+    [("version", [1, 2], "1.0 to 1.1"), ("version", [2, 0], "1.0 to 1.1")],
 )
 def test_newer_manifests_are_refused_with_both_versions(
     tmp_path: Path, key: str, version: list[int], reads: str

@@ -15,6 +15,7 @@ from torch import nn
 
 import disco
 from disco.errors import InputError
+from disco.partition.manifest import manifest_bytes
 from disco.partition.shards import load_manifest, load_shard
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -138,10 +139,10 @@ def test_a_rank_outside_the_plan(saved: Path, rank: int) -> None:
         load_shard(saved, rank)
 
 
-@pytest.mark.parametrize("version", [[2, 0], [1, 1], [0, 1], 1, "1.0", None])
+@pytest.mark.parametrize("version", [[2, 0], [1, 2], [0, 1], 1, "1.0", None, [True, 0]])
 def test_unknown_versions(saved: Path, version: Any) -> None:
     _edit(saved, lambda m: m.update(version=version))
-    with pytest.raises(InputError, match=r"format version .*; this release reads 1\.0 to 1\.0"):
+    with pytest.raises(InputError, match=r"format version .*; this release reads 1\.0 to 1\.1"):
         load_manifest(saved)
 
 
@@ -249,6 +250,7 @@ def load_json(directory: Path) -> Any:
 
 
 def _edit(directory: Path, change: Any) -> None:
+    """With a digest that fits: what comes after it is looked at."""
     content = load_json(directory)
     change(content)
-    (directory / "manifest.json").write_text(json.dumps(content))
+    (directory / "manifest.json").write_bytes(manifest_bytes(content))

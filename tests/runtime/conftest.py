@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from disco import api
@@ -77,3 +78,19 @@ def tiny_folder(cut: Callable[[nn.Module], Path], tiny: nn.Module) -> Path:
 def other_folder(cut: Callable[[nn.Module], Path]) -> Path:
     """Another plan of the same architecture: nothing is zero, everything is exchanged."""
     return cut(_tiny(1))
+
+
+@pytest.fixture(scope="session")
+def three_folder(
+    tmp_path_factory: pytest.TempPathFactory, tiny: nn.Module, tiny_input: Tensor
+) -> Path:
+    """`tiny` for three ranks; beside it `given.safetensors`: an input `x`, and the output `y`."""
+    path = tmp_path_factory.mktemp("three") / "out"
+    api.partition(tiny, (tiny_input,), nodes=3).save(path, model_description={})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        output = api.load(path)(tiny_input)
+    torch.set_num_threads(threads)
+    save_file({"x": tiny_input, "y": output}, path.parent / "given.safetensors")
+    return path

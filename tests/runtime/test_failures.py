@@ -17,17 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
-from disco import api
 from disco.runtime.token import make_token
 
 RANKS = 3
 # One rank: the leader repeats a call and checks what comes out, the others follow. The last line
 # says how it ended, and when on the clock that all processes share.
-_RANK = """
+RANK_SCRIPT = """
 import json, sys, time
 import torch
 from safetensors.torch import load_file
@@ -75,7 +71,7 @@ class Cluster:
         token.unlink(missing_ok=True)
         make_token(token)
         script = tmp_path / "rank.py"
-        script.write_text(_RANK)
+        script.write_text(RANK_SCRIPT)
         env = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path),
@@ -122,16 +118,8 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tiny: nn.Module, tiny_input: Tensor) -> Path:
-    path = tmp_path_factory.mktemp("three") / "out"
-    api.partition(tiny, (tiny_input,), nodes=RANKS).save(path, model_description={})
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        output = api.load(path)(tiny_input)
-    torch.set_num_threads(threads)
-    save_file({"x": tiny_input, "y": output}, path.parent / "given.safetensors")
-    return path
+def folder(three_folder: Path) -> Path:
+    return three_folder
 
 
 @contextlib.contextmanager

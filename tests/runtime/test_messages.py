@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from disco.runtime.messages import flatten, load_tensors, read_message, save_tensors, unflatten
+from disco.runtime.messages import (
+    by_number,
+    flatten,
+    load_tensors,
+    read_message,
+    save_tensors,
+    unflatten,
+)
 
 
 def test_nested_outputs_survive(tmp_path: Path) -> None:
@@ -37,3 +44,14 @@ def test_what_is_no_tensor_is_refused() -> None:
 def test_what_is_no_message_is_refused(line: str) -> None:
     with pytest.raises(ValueError):
         read_message(line)
+
+
+def test_tensors_that_share_memory(tmp_path: Path) -> None:
+    """The same tensor twice, parts of one, and none at all in it."""
+    x = torch.arange(12.0).reshape(3, 4)
+    given = [x, x, x[:2], x[:, 1:], x.t(), torch.empty(0), torch.empty(0)]
+    path = str(tmp_path / "t.safetensors")
+    save_tensors(path, given)
+    for found, expected in zip(load_tensors(path), given, strict=True):
+        assert torch.equal(found, expected)
+    assert by_number(given)["0"].data_ptr() == x.data_ptr(), "not copied without need"

@@ -22,7 +22,9 @@ from disco.runtime.tcp.frames import DATA, pack_header
 TOKEN = b"a token for tests, long enough"
 
 
-def at_once(*functions: Callable[[], object]) -> list[BaseException | None]:
+def at_once(
+    *functions: Callable[[], object], timeout_s: float = 30.0
+) -> list[BaseException | None]:
     """Run one function a rank, each in its thread; what each raised."""
     errors: list[BaseException | None] = [None] * len(functions)
 
@@ -36,7 +38,7 @@ def at_once(*functions: Callable[[], object]) -> list[BaseException | None]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=30)
+        thread.join(timeout=timeout_s)
         assert not thread.is_alive(), "a rank hangs"
     return errors
 

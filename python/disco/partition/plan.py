@@ -18,6 +18,8 @@ from disco.partition.cluster import Node
 from disco.partition.exchange_plan import Channels, DenseInputs, ExchangePlan, GatherRuns
 from disco.partition.nearly_zero import NearlyZero
 from disco.partition.prediction import FewerNodes, Latency, NodeMemory
+from disco.partition.typed import check_types
+from disco.program.message_layout import item_bytes
 
 # Minor versions add fields with defaults; a reader takes every minor of its own major, up to its
 # own minor. A field says since when it is there, and a plan that was read is written as it came, so
@@ -174,7 +176,9 @@ class Plan:
         """Read what `to_json` wrote. InputError for another version or a damaged plan."""
         try:
             content = json.loads(text)
-            version = tuple(content["version"])
+            major, minor = version = tuple(content["version"])
+            if type(major) is not int or type(minor) is not int:
+                raise TypeError(f"version {version!r:.60}")
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"not a plan: {type(error).__name__} {error}") from None
         if version[:1] != PLAN_VERSION[:1] or version > PLAN_VERSION:
@@ -190,8 +194,11 @@ class Plan:
             nearly = content.get("nearly_zero", ())
             content["nearly_zero"] = tuple(NearlyZero(**each) for each in nearly)
             content |= _predictions(content)
-            return cls(**content)
-        except (TypeError, KeyError, ValueError) as error:
+            plan = cls(**content)
+            check_types(plan)
+            _check_sizes(plan)
+            return plan
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise InputError(f"damaged plan: {type(error).__name__} {error}") from None
 
     def __str__(self) -> str:
@@ -209,6 +216,52 @@ def _predictions(content: Mapping[str, Any]) -> dict[str, Any]:
         "latency": None if latency is None else Latency(**latency),
         "fewer_nodes": tuple(FewerNodes(**fewer) for fewer in content.get("fewer_nodes", ())),
     }
+
+
+def _check_sizes(plan: Plan) -> None:
+    """Raise ValueError unless everything per rank is there for each of them."""
+    n = plan.world_size
+    if n < 1:
+        raise ValueError(f"world_size {n}")
+    if [exchange.number for exchange in plan.exchanges] != list(range(len(plan.exchanges))):
+        raise ValueError("exchanges that are not numbered from 0")
+    _check_ranks("weight_bytes_per_rank", plan.weight_bytes_per_rank, n)
+    _check_ranks("nodes", plan.nodes or range(n), n)
+    _check_ranks("memory", plan.memory or range(n), n)
+    for layer in plan.layers:
+        for row in (layer.in_counts, layer.out_counts, layer.flops):
+            _check_ranks(f"layer {layer.name}", row or n * (0,), n)
+        _check_pairs(f"layer {layer.name}", layer.selected_counts, n)
+        if not set(layer.exchanges) <= set(range(len(plan.exchanges))):
+            raise ValueError(f"layer {layer.name} needs exchanges that are not there")
+    for exchange in plan.exchanges:
+        where = f"exchange {exchange.number}"
+        _check_ranks(where, exchange.ownership, n)
+        _check_ranks(where, exchange.sent, n)
+        _check_pairs(where, exchange.sent, n)
+        _check_pairs(where, exchange.statistics_bytes, n)
+        if bool(exchange.statistics) != bool(exchange.statistics_bytes):
+            raise ValueError(f"{where} has statistics without bytes, or bytes without statistics")
+        for dtype in (exchange.dtype, exchange.wire):
+            item_bytes(dtype)
+        for read in (exchange.gather, exchange.gather_before):
+            if min(read.channels, read.runs, read.lines) < 0 or bool(read.channels) > bool(
+                read.runs
+            ):
+                raise ValueError(f"{where} reads {read}")
+        if exchange.dense_inputs is not None:
+            _check_ranks(where, exchange.dense_inputs.counts, n)
+
+
+def _check_ranks(where: str, row: Sequence[Any], world_size: int) -> None:
+    if len(row) != world_size:
+        raise ValueError(f"{where} has something for {len(row)} of {world_size} ranks")
+
+
+def _check_pairs(where: str, matrix: Sequence[Sequence[Any]], world_size: int) -> None:
+    """Empty, or with an entry a pair of ranks."""
+    for row in (matrix, *matrix) if matrix else ():
+        _check_ranks(where, row, world_size)
 
 
 def _plain(value: Any, version: tuple[int, int]) -> Any:

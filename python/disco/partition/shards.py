@@ -22,47 +22,24 @@ import safetensors.torch
 from torch import Tensor
 
 from disco.errors import InputError
+from disco.partition.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    Manifest,
+    PathLike,
+    ShardFile,
+    load_manifest,
+    manifest_bytes,
+)
 from disco.partition.plan import Plan
 from disco.partition.rank_builder import RankProgram
 from disco.program import Program, program_from_json, program_to_json
-
-# Readers take every minor version of their own major up to their own minor.
-FORMAT_VERSION = (1, 0)
-MANIFEST = "manifest.json"
 
 # One metadata entry with JSON in it: safetensors writes several in an order that changes by run.
 _METADATA_KEY = "disco"
 _LIBRARIES = ("disco-kernels", "torch", "safetensors")
 
-PathLike = str | os.PathLike[str]
-
-
-@dataclass(frozen=True)
-class ShardFile:
-    """What the manifest says of one shard."""
-
-    rank: int
-    file: str
-    sha256: str
-    num_bytes: int
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """`manifest.json`.
-
-    Attributes:
-        plan: of all ranks.
-        model: description of the model, as given when saving (JSON).
-        shards: per rank.
-        libraries: versions that wrote the artifact.
-    """
-
-    plan: Plan
-    model: Mapping[str, Any]
-    shards: tuple[ShardFile, ...]
-    libraries: Mapping[str, str]
-    version: tuple[int, int] = FORMAT_VERSION
+__all__ = ["Manifest", "Shard", "ShardFile", "load_manifest", "load_shard", "save_artifact"]
 
 
 @dataclass(frozen=True)
@@ -115,48 +92,10 @@ def save_artifact(
             ],
             "libraries": _library_versions(),
         }
-        text = json.dumps(content, sort_keys=True, separators=(",", ":")) + "\n"
-        _write(partial / MANIFEST, text.encode())
+        _write(partial / MANIFEST, manifest_bytes(content))
         _put_in_place(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def load_manifest(directory: PathLike) -> Manifest:
-    """Read `manifest.json` only. InputError if it is missing, damaged or of an unknown version."""
-    path = Path(directory) / MANIFEST
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError(
-            f"there is no {path}: give a directory that `partition(...).save` has written"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}): copy the artifact again") from None
-    if not isinstance(content, dict) or content.get("format") != "disco-artifact":
-        raise InputError(f"{path} is not the manifest of a partitioned model")
-    _check_version(content.get("version"), path)
-    try:
-        plan = Plan.from_json(json.dumps(content["plan"]))
-        shards = tuple(
-            ShardFile(int(s["rank"]), str(s["file"]), str(s["sha256"]), int(s["bytes"]))
-            for s in content["shards"]
-        )
-        model, libraries, digest = content["model"], content["libraries"], content["plan_digest"]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is damaged ({error!r}): copy the artifact again") from None
-    if digest != plan.digest:
-        raise InputError(
-            f"{path} is damaged: its plan has digest {plan.digest[:12]}, it says "
-            f"{str(digest)[:12]}: copy the artifact again"
-        )
-    if [s.rank for s in shards] != list(range(plan.world_size)):
-        raise InputError(
-            f"{path} is damaged: it lists {len(shards)} shards of {plan.world_size} ranks"
-        )
-    return Manifest(plan, model, shards, libraries, tuple(content["version"]))
 
 
 def load_shard(directory: PathLike, rank: int) -> Shard:
@@ -179,10 +118,15 @@ def load_shard(directory: PathLike, rank: int) -> Shard:
         raise InputError(
             f"{path.parent / MANIFEST} is damaged: rank {rank} has file {entry.file!r}"
         )
-    if not path.is_file():
-        raise InputError(f"there is no shard {path}: copy it from where the model was partitioned")
     plan_digest = manifest.plan.digest
-    found = _sha256(path)
+    try:
+        if not path.is_file():
+            raise InputError(
+                f"there is no shard {path}: copy it from where the model was partitioned"
+            )
+        found = _sha256(path)
+    except OSError as error:
+        raise InputError(f"the shard {path} cannot be read: {error.strerror}") from None
     if found != entry.sha256:
         raise InputError(_why_changed(path, entry, found, plan_digest))
     metadata = _metadata(path)
@@ -223,7 +167,7 @@ def _metadata(path: Path) -> dict[str, Any] | None:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             content = json.loads((file.metadata() or {})[_METADATA_KEY])
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError):
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, RecursionError):
         return None
     fits = isinstance(content, dict) and {"plan_digest", "rank", "program"} <= set(content)
     return content if fits else None
@@ -282,17 +226,6 @@ def _put_in_place(partial: Path, target: Path) -> None:
         old.rename(target)
         raise
     shutil.rmtree(old)
-
-
-def _check_version(given: Any, path: Path) -> None:
-    known = isinstance(given, list) and len(given) == 2 and all(isinstance(v, int) for v in given)
-    if not known or given[0] != FORMAT_VERSION[0] or given[1] > FORMAT_VERSION[1]:
-        text = ".".join(map(str, given)) if isinstance(given, list) else repr(given)
-        major, minor = FORMAT_VERSION
-        raise InputError(
-            f"{path} has format version {text}; this release reads {major}.0 to {major}.{minor}: "
-            f"install the release that wrote it, or partition the model again"
-        )
 
 
 def _library_versions() -> dict[str, str]:

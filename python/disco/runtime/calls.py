@@ -19,7 +19,7 @@ from torch import Tensor
 
 from disco.errors import TransportError
 from disco.executor.transport import Transport
-from disco.runtime.messages import flatten, unflatten
+from disco.runtime.messages import by_number, flatten, unflatten
 from disco.runtime.tcp.frames import FIRST_CALL_EXCHANGE
 
 # Numbers that no plan gives to an exchange.
@@ -79,8 +79,7 @@ class Calls:
             "lost": sorted(self._transport.lost),
         }
         structure = json.dumps(head).encode()
-        named = {str(i): t.detach().contiguous() for i, t in enumerate(tensors)}
-        content = _LENGTH.pack(len(structure)) + structure + save(named)
+        content = _LENGTH.pack(len(structure)) + structure + save(by_number(tensors))
         body = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         size = torch.tensor([body.numel()])
         others = self._others()

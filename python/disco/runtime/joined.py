@@ -20,6 +20,7 @@ from disco.executor import Executor, Transport
 from disco.partition.shards import Shard, load_manifest, load_shard
 from disco.runtime.calls import Call, Calls
 from disco.runtime.gloo import GlooTransport
+from disco.runtime.memory_check import check_rank_fits
 from disco.runtime.mpi import MpiTransport, load_mpi, started_by_mpi
 from disco.runtime.peers import Peers
 from disco.runtime.rendezvous import StoreAddresses, agree
@@ -193,7 +194,8 @@ class JoinedRank:
         leader: the rank that has the inputs.
 
     Raises:
-        InputError: the shard is damaged or of another plan, a peer has another token or plan.
+        InputError: the shard is damaged or of another plan, a peer has another token or plan, the
+            rank does not fit into memory.
         TransportError: (on entering) peers are missing; (later) one is lost.
     """
 
@@ -226,6 +228,7 @@ class JoinedRank:
     def __enter__(self) -> JoinedRank:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
+        check_rank_fits(load_manifest(self._directory), self.place.rank)
         shard = load_shard(self._directory, self.place.rank)
         if self._options.degrades:
             check_survivable(load_manifest(self._directory).plan, self.place.transport)

@@ -7,7 +7,7 @@ safetensors files in a private folder. Nothing is executed that came in a messag
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import IO, Any
 
 from safetensors.torch import load_file, save_file
@@ -30,9 +30,21 @@ def read_message(line: str) -> Message:
     return message
 
 
+def by_number(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What safetensors takes: contiguous, and none in another's memory, as the same input twice."""
+    named: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for number, tensor in enumerate(tensors):
+        plain = tensor.detach().contiguous()
+        storage = plain.untyped_storage().data_ptr()
+        named[str(number)] = plain.clone() if storage in seen else plain
+        seen.add(storage)
+    return named
+
+
 def save_tensors(path: str, tensors: list[Tensor]) -> None:
     """Write tensors in order to a safetensors file."""
-    save_file({str(i): t.detach().contiguous() for i, t in enumerate(tensors)}, path)
+    save_file(by_number(tensors), path)
 
 
 def load_tensors(path: str) -> list[Tensor]:

@@ -15,6 +15,7 @@ from disco.executor.timeline import Span, Timeline
 from disco.partition.shards import load_manifest
 from disco.runtime.children import ChildSpec, WorkerError
 from disco.runtime.launched import Launched
+from disco.runtime.memory_check import check_all_fit
 from disco.runtime.messages import Message, load_tensors, unflatten
 from disco.runtime.survival import check_on_peer_loss, check_survivable
 from disco.runtime.tcp.transport import SILENCE_S
@@ -83,7 +84,8 @@ class RankProcesses(Launched):
         lost: the ranks that passes do without now.
 
     Raises:
-        InputError: `nodes` is not the plan's, a shard is damaged or of another plan.
+        InputError: `nodes` is not the plan's, a shard is damaged or of another plan, the ranks do
+            not fit into memory together.
         WorkerError: (on entering or running) a rank failed or died.
     """
 
@@ -225,6 +227,8 @@ class RankProcesses(Launched):
 
     def specs(self, folder: str) -> list[ChildSpec]:
         """One worker a rank."""
+        if self._hosts is None:
+            check_all_fit(self.manifest)
         make_token(os.path.join(folder, TOKEN_FILE))
         return [self._spec(rank, folder) for rank in range(self.world_size)]
 

@@ -11,7 +11,8 @@ from contextlib import ExitStack
 import torch
 
 from disco.executor import Executor
-from disco.partition.shards import load_shard
+from disco.partition.shards import load_manifest, load_shard
+from disco.runtime.memory_check import check_rank_fits
 from disco.runtime.messages import Message
 from disco.runtime.passes import Passes
 from disco.runtime.serve import Handlers, serve
@@ -30,6 +31,7 @@ def prepare(args: argparse.Namespace, at_end: ExitStack) -> tuple[Message, Handl
     """
     torch.set_num_threads(args.threads)
     imported_kb = resident_kb()
+    check_rank_fits(load_manifest(args.directory), args.rank)
     shard = load_shard(args.directory, args.rank)
     weight_bytes = sum(tensor.nbytes for tensor in shard.weights.values())
     transport = open_local(

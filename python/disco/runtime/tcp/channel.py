@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -28,6 +29,12 @@ from disco.runtime.tcp.memory import bytes_of
 
 # Of payloads that came before anybody asked for them. Ranks are at most a few requests apart.
 _MOST_EARLY_BYTES = 1 << 30
+_EARLY_COST = 256  # of what holds one, at least: payloads of a byte may be many
+_AT_ONCE = 1 << 16  # larger ones take memory as they come, not on their header's word
+# Of one read: a peer that sends without end must not keep this rank from looking at its deadlines.
+_MOST_PARTS = 10_000
+
+_Early = bytearray | mmap.mmap
 
 
 class Stream(Protocol):
@@ -92,11 +99,11 @@ class Channel:
     _first_request: int = 0
     _outbox: deque[tuple[list[memoryview], TcpHandle | None]] = field(default_factory=deque)
     _awaited: dict[int, TcpHandle] = field(default_factory=dict)
-    _early: dict[int, bytearray] = field(default_factory=dict)
+    _early: dict[int, _Early] = field(default_factory=dict)
     _early_bytes: int = 0
     _header: bytearray = field(default_factory=lambda: bytearray(HEADER_BYTES))
     _into: memoryview | None = None  # what is left of the frame's part that comes now
-    _frame: tuple[int, TcpHandle | bytearray] | None = None
+    _frame: tuple[int, TcpHandle | _Early] | None = None
 
     def __post_init__(self) -> None:
         self._into = memoryview(self._header)
@@ -161,7 +168,9 @@ class Channel:
     def read(self) -> None:
         """Take what the socket has."""
         try:
-            while self.lost is None:
+            for _ in range(_MOST_PARTS):
+                if self.lost is not None:
+                    return
                 assert self._into is not None
                 count = self.stream.recv_into(self._into)
                 if count == 0:
@@ -204,7 +213,7 @@ class Channel:
         if handle is not None:
             self._take(target, handle)
         elif self._given_up(key):
-            self._early_bytes -= len(target)
+            self._early_bytes -= len(target) + _EARLY_COST
         else:
             self._early[key] = target
 
@@ -217,7 +226,7 @@ class Channel:
         for key in [key for key in self._awaited if self._given_up(key)]:
             del self._awaited[key]
         for key in [key for key in self._early if self._given_up(key)]:
-            self._early_bytes -= len(self._early.pop(key))
+            self._early_bytes -= len(self._early.pop(key)) + _EARLY_COST
 
     def _given_up(self, key: int) -> bool:
         request, exchange = divmod(key, MOST_EXCHANGES)
@@ -232,14 +241,14 @@ class Channel:
         if self._early_bytes + num_bytes > _MOST_EARLY_BYTES:
             self.lose(f"it sent more than {_MOST_EARLY_BYTES} bytes that nobody asked for")
             return
-        self._early_bytes += num_bytes
-        early = bytearray(num_bytes)
+        self._early_bytes += num_bytes + _EARLY_COST
+        early = bytearray(num_bytes) if num_bytes < _AT_ONCE else mmap.mmap(-1, num_bytes)
         self._frame, self._into = (key, early), memoryview(early)
 
-    def _take(self, early: bytearray, handle: TcpHandle) -> None:
-        self._early_bytes -= len(early)
+    def _take(self, early: _Early, handle: TcpHandle) -> None:
+        self._early_bytes -= len(early) + _EARLY_COST
         self._check_size(len(early), handle)
-        handle.view[:] = early
+        handle.view[:] = memoryview(early)
         self._finish(handle)
 
     def _check_size(self, num_bytes: int, handle: TcpHandle) -> None:

@@ -73,7 +73,7 @@ class Identity:
         try:
             content = json.loads(data)
             given = {field.name: content[field.name] for field in fields(Identity)}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise StrangerError(f"an identity that cannot be read ({error!r})") from None
         kinds = {"rank": int, "world_size": int, "plan": str, "program": str, "lost": list}
         if any(type(given[name]) is not kind for name, kind in kinds.items()):

@@ -6,6 +6,7 @@ many of the latter at a time, and each has to be over soon.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import selectors
@@ -32,6 +33,7 @@ AddressOf = Callable[[int], "Address | None"]
 _HANDSHAKE_S = 5.0
 _MOST_STRANGERS = 32  # handshakes under way with those who connected to us
 _REDIAL_S = 0.1
+_LOOK_S = 0.01  # at most, while a run goes on
 _REDIAL_LOST_S = 1.0  # a rank that may come back
 _LOG_S = 5.0
 _POLL_S = 0.05
@@ -242,9 +244,9 @@ class Meeting:
         """
         try:
             self._dial_those(self._missing(), _REDIAL_LOST_S)
-            for _ in range(_MOST_STRANGERS):
-                if not self._turn(0.0):
-                    break
+            end = time.monotonic() + _LOOK_S
+            while self._turn(0.0) and time.monotonic() < end:
+                pass
         except InputError as error:
             self._log_refusal("a rank that would come back", str(error))
 
@@ -301,7 +303,9 @@ class Meeting:
     def _accept(self) -> None:
         try:
             sock, address = self.listener.accept()
-        except OSError:  # gone already, or no descriptor is left
+        except OSError as error:  # gone already, or no descriptor is left
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(_POLL_S)  # it stays ready to be accepted
             return
         sock.setblocking(False)
         strangers = [talk for talk in self._talks.values() if talk.dialled is None]
