@@ -25,6 +25,7 @@ from disco.runtime.peers import Peers
 from disco.runtime.rendezvous import StoreAddresses, agree
 from disco.runtime.tcp import Meeting, TcpTransport, listen
 from disco.runtime.tcp.handshake import check_agreement
+from disco.runtime.tcp.tls import Tls
 from disco.runtime.tcp.transport import SILENCE_S
 from disco.runtime.token import TOKEN_VARIABLE, read_token
 from disco.runtime.transports import TRANSPORTS, identity_of
@@ -60,6 +61,8 @@ class Options:
         meeting_s: how long to wait for all ranks, in seconds.
         deadline_s: for every message of a peer that is alive, in seconds.
         silence_s: over tcp: a peer that is waited for and silent for so long is lost.
+        tls: over tcp: folder with this rank's certificate and key (`disco keys`), which encrypts
+            and authenticates all that ranks send each other; None for all ranks does without.
     """
 
     transport: str = "auto"
@@ -67,11 +70,16 @@ class Options:
     meeting_s: float = MEETING_S
     deadline_s: float = 30.0
     silence_s: float = SILENCE_S
+    tls: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         if self.transport not in TRANSPORTS:
             raise InputError(
                 f"transport {self.transport!r} was given; there are {', '.join(TRANSPORTS)}"
+            )
+        if self.tls is not None and self.transport not in ("auto", "tcp"):
+            raise InputError(
+                f"--tls was given with transport {self.transport!r}, which cannot encrypt: use tcp"
             )
 
 
@@ -89,10 +97,11 @@ def place_among(peers: Peers, rank: int, options: Options) -> Place:
             f"start the ranks with torchrun for torch, with mpiexec for mpi"
         )
     token = read_token(options.token_file)
+    tls = _tls(options, rank)
 
     def connect(shard: Shard) -> Transport:
         _check_world_size(shard, peers.world_size, "the list of peers")
-        meeting = Meeting(identity_of(shard), token, listen(*peers(rank)), peers)
+        meeting = Meeting(identity_of(shard), token, listen(*peers(rank)), peers, tls=tls)
         return _tcp(meeting, options)
 
     return Place(rank, peers.world_size, "peers", "tcp", connect)
@@ -108,6 +117,8 @@ def _place_in_mpi(options: Options) -> Place:
         raise InputError(
             f"transport {options.transport!r} was given under mpiexec: use mpi or auto there"
         )
+    if options.tls is not None:
+        raise InputError("--tls was given under mpiexec, and MPI cannot encrypt: use --peers")
     world = load_mpi().COMM_WORLD
 
     def connect(shard: Shard) -> Transport:
@@ -126,12 +137,13 @@ def _place_in_torchrun(options: Options) -> Place:
     name = options.transport
     if name == "auto":
         has_token = options.token_file is not None or TOKEN_VARIABLE in os.environ
-        name = "tcp" if has_token else "torch"
+        name = "tcp" if has_token or options.tls is not None else "torch"
     if name == "mpi":
         raise InputError("transport 'mpi' was given under torchrun: use mpiexec for it")
     store, rank, world_size = next(iter(rendezvous("env://")))
     store = PrefixStore("disco", store)
     host = _address_towards(os.environ["MASTER_ADDR"])
+    tls = _tls(options, rank)
 
     def connect(shard: Shard) -> Transport:
         _check_world_size(shard, world_size, "torchrun")
@@ -146,7 +158,7 @@ def _place_in_torchrun(options: Options) -> Place:
         addresses = StoreAddresses(store)
         addresses.publish(rank, *listener.getsockname()[:2])
         token = read_token(options.token_file)
-        return _tcp(Meeting(identity_of(shard), token, listener, addresses), options)
+        return _tcp(Meeting(identity_of(shard), token, listener, addresses, tls=tls), options)
 
     return Place(rank, world_size, "torchrun", name, connect)
 
@@ -248,6 +260,10 @@ class JoinedRank:
                 self._executor(*call[0], **call[1])
             count += 1
         return count
+
+
+def _tls(options: Options, rank: int) -> Tls | None:
+    return None if options.tls is None else Tls.load(options.tls, rank)
 
 
 def _tcp(meeting: Meeting, options: Options) -> TcpTransport:

@@ -24,6 +24,8 @@ from disco.runtime.tcp.handshake import (
     check_agreement,
     dial,
 )
+from disco.runtime.tcp.tls import Tls
+from disco.runtime.tcp.tls_socket import TlsSocket
 
 Address = tuple[str, int]
 AddressOf = Callable[[int], "Address | None"]
@@ -70,7 +72,7 @@ def name_of(address: Address) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _tune(sock: socket.socket) -> None:
+def _tune(sock: socket.socket | TlsSocket) -> None:
     """Small messages leave at once; a peer whose machine is gone is noticed even between calls."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -85,14 +87,14 @@ class Peer:
 
     rank: int
     host: str
-    sock: socket.socket
+    sock: socket.socket | TlsSocket
 
 
 @dataclass
 class _Talk:
     """A handshake under way over one socket."""
 
-    sock: socket.socket
+    sock: socket.socket | TlsSocket
     host: str
     talk: Handshake
     until: float
@@ -146,6 +148,10 @@ class _Talk:
 
     @property
     def events(self) -> int:
+        if self.connected and isinstance(self.sock, TlsSocket):
+            events = self.sock.handshake_events
+            if events is not None:
+                return events
         sends = self.unsent or not self.connected
         return selectors.EVENT_WRITE if sends else selectors.EVENT_READ
 
@@ -161,6 +167,7 @@ class Meeting:
         address_of: where a rank listens; None while that is not known.
         strict: a peer that refuses this rank ends the meeting, rather than being one more reason
             why it is missing.
+        tls: this rank's certificate and key; None goes without TLS.
     """
 
     identity: Identity
@@ -168,13 +175,15 @@ class Meeting:
     listener: socket.socket
     address_of: AddressOf
     strict: bool = True
+    tls: Tls | None = None
     peers: dict[int, Peer] = field(default_factory=dict)
     _selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
-    _talks: dict[socket.socket, _Talk] = field(default_factory=dict)
+    _talks: dict[socket.socket | TlsSocket, _Talk] = field(default_factory=dict)
     _redial: dict[int, float] = field(default_factory=dict)
     _why: dict[int, str] = field(default_factory=dict)
     _refusals: set[int | None] = field(default_factory=set)
     _refused: int = 0
+    _refused_why: str = ""
     _logged: float = 0.0
 
     def meet(self, timeout_s: float) -> dict[int, Peer]:
@@ -242,18 +251,20 @@ class Meeting:
             except OSError as error:
                 self._why[rank] = f"{name_of(address)}: {error.strerror}"
                 continue
-            sock = socket.socket(family, socket.SOCK_STREAM)
-            sock.setblocking(False)
-            sock.connect_ex(where)
+            plain = socket.socket(family, socket.SOCK_STREAM)
+            plain.setblocking(False)
+            plain.connect_ex(where)
+            sock = plain if self.tls is None else self.tls.dialled(plain, address[0])
             talk = dial(self.token, self.identity)
             self._add(_Talk(sock, name_of(address), talk, 0.0, dialled=rank, connected=False))
 
     def _accept(self) -> None:
         try:
-            sock, address = self.listener.accept()
+            plain, address = self.listener.accept()
         except OSError:  # gone already, or no descriptor is left
             return
-        sock.setblocking(False)
+        plain.setblocking(False)
+        sock = plain if self.tls is None else self.tls.accepted(plain)
         strangers = [talk for talk in self._talks.values() if talk.dialled is None]
         if len(strangers) >= _MOST_STRANGERS:
             self._failed(strangers[0], "too many connect at once")
@@ -292,6 +303,14 @@ class Meeting:
         if (theirs.program == DOCTOR) != (self.identity.program == DOCTOR):
             self._failed(talk, "a run and a doctor do not meet: both see that they can talk")
             return
+        if isinstance(talk.sock, TlsSocket) and talk.sock.certified_rank != theirs.rank:
+            certified = talk.sock.certified_rank
+            self._failed(
+                talk,
+                f"it says that it is rank {theirs.rank}, and its certificate is of "
+                f"{'no rank' if certified is None else f'rank {certified}'}",
+            )
+            return
         self._forget(talk)
         try:
             check_agreement(self.identity, theirs, talk.host)
@@ -315,6 +334,7 @@ class Meeting:
                 self._why[talk.dialled] = f"{talk.host}: {why}"
             return
         self._refused += 1
+        self._refused_why = why
         now = time.monotonic()
         if now - self._logged > _LOG_S:
             self._logged = now
@@ -336,7 +356,9 @@ class Meeting:
 
     def _who_is_missing(self, missing: Mapping[int, str], timeout_s: float) -> str:
         parts = [f"rank {rank} ({why})" for rank, why in missing.items()]
-        refused = f"; {self._refused} connections were refused" if self._refused else ""
+        refused = ""
+        if self._refused:
+            refused = f"; {self._refused} connections were refused, the last: {self._refused_why}"
         return (
             f"rank {self.identity.rank} of {self.identity.world_size} missed "
             f"{', '.join(parts)} after {timeout_s:g} s{refused}"
