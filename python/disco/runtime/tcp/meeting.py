@@ -25,7 +25,7 @@ from disco.runtime.tcp.handshake import (
     dial,
 )
 from disco.runtime.tcp.tls import Tls
-from disco.runtime.tcp.tls_socket import TlsSocket
+from disco.runtime.tcp.tls_socket import TlsSocket, name_rank
 
 Address = tuple[str, int]
 AddressOf = Callable[[int], "Address | None"]
@@ -254,7 +254,7 @@ class Meeting:
             plain = socket.socket(family, socket.SOCK_STREAM)
             plain.setblocking(False)
             plain.connect_ex(where)
-            sock = plain if self.tls is None else self.tls.dialled(plain, address[0])
+            sock = plain if self.tls is None else self.tls.dialled(plain, address[0], rank)
             talk = dial(self.token, self.identity)
             self._add(_Talk(sock, name_of(address), talk, 0.0, dialled=rank, connected=False))
 
@@ -304,11 +304,10 @@ class Meeting:
             self._failed(talk, "a run and a doctor do not meet: both see that they can talk")
             return
         if isinstance(talk.sock, TlsSocket) and talk.sock.certified_rank != theirs.rank:
-            certified = talk.sock.certified_rank
+            certified = name_rank(talk.sock.certified_rank)
             self._failed(
                 talk,
-                f"it says that it is rank {theirs.rank}, and its certificate is of "
-                f"{'no rank' if certified is None else f'rank {certified}'}",
+                f"it says that it is rank {theirs.rank}, and its certificate is of {certified}",
             )
             return
         self._forget(talk)

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from disco.errors import InputError
-from disco.runtime.tcp.tls_socket import TlsSocket, rank_of, why_unverified
+from disco.runtime.tcp.tls_socket import TlsSocket, name_rank, rank_of, why_unverified
 
 CA_FILE, CERTIFICATE_FILE, KEY_FILE = "ca.pem", "cert.pem", "key.pem"
 _MAKE_NEW = "make new ones with `disco keys` and copy them to all nodes"
@@ -52,25 +52,24 @@ class Tls:
         certificate = _own_certificate(folder, accepting)
         found = rank_of(certificate)
         if found != rank:
-            whose = "no rank" if found is None else f"rank {found}"
             raise InputError(
-                f"{folder / CERTIFICATE_FILE} is the certificate of {whose}, and this is rank "
-                f"{rank}: give it the files that `disco keys` made for rank {rank}"
+                f"{folder / CERTIFICATE_FILE} is the certificate of {name_rank(found)}, and this "
+                f"is rank {rank}: give it the files that `disco keys` made for rank {rank}"
             )
         return Tls(rank, str(certificate["notAfter"]), dialling, accepting)
 
-    def dialled(self, sock: socket.socket, host: str) -> TlsSocket:
-        """The end that connects, or is about to be connected, to `host` (a name or an address)."""
+    def dialled(self, sock: socket.socket, host: str, rank: int) -> TlsSocket:
+        """The end that connects to `rank` at `host` (a name or an address)."""
         name = host.partition("%")[0]  # a link-local address's interface is this machine's matter
         wrap = partial(
             self._dialling.wrap_socket, server_hostname=name, do_handshake_on_connect=False
         )
-        return TlsSocket(sock, wrap, dialled=True)
+        return TlsSocket(sock, wrap, dialled=rank)
 
     def accepted(self, sock: socket.socket) -> TlsSocket:
         """The end that listened."""
         wrap = partial(self._accepting.wrap_socket, server_side=True, do_handshake_on_connect=False)
-        return TlsSocket(sock, wrap, dialled=False)
+        return TlsSocket(sock, wrap)
 
 
 def _check_files(folder: Path) -> None:

@@ -48,6 +48,11 @@ def rank_of(certificate: Mapping[str, object]) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
+def name_rank(rank: int | None) -> str:
+    """What `rank_of` has found, in words."""
+    return "no rank" if rank is None else f"rank {rank}"
+
+
 def why_unverified(error: ssl.SSLCertVerificationError) -> str:
     """What is wrong with a certificate, to follow "the certificate"."""
     if error.verify_code == _EXPIRED:
@@ -66,14 +71,19 @@ class TlsSocket:
     Args:
         sock: connected, or about to be, and non-blocking; it belongs to this object from now on.
         wrap: puts it under TLS, once it is connected.
-        dialled: this end connected to the other one.
+        dialled: the rank that this end connected to, which the other end's certificate has to be
+            for; None if the other end connected to this one.
 
     Attributes:
         certified_rank: of the other end, by its certificate; None before the handshake is over.
     """
 
     def __init__(
-        self, sock: socket.socket, wrap: Callable[[socket.socket], ssl.SSLSocket], *, dialled: bool
+        self,
+        sock: socket.socket,
+        wrap: Callable[[socket.socket], ssl.SSLSocket],
+        *,
+        dialled: int | None = None,
     ) -> None:
         self.certified_rank: int | None = None
         self._sock = sock
@@ -216,6 +226,12 @@ class TlsSocket:
         certificate = self._tls.getpeercert()
         assert certificate, "verified, so it is there"
         self.certified_rank = rank_of(certificate)
+        if self._dialled not in (None, self.certified_rank):
+            raise InputError(
+                f"its certificate is of {name_rank(self.certified_rank)}, and rank "
+                f"{self._dialled} should be there: give it that rank's files, or correct the list "
+                f"of peers"
+            )
         self._secured = True
         return self._tls
 
@@ -227,13 +243,13 @@ class TlsSocket:
             # Not of an SSLSocket: that has no peeking.
             begin = socket.socket.recv(self._any, len(MAGIC), socket.MSG_PEEK)
         except BlockingIOError:
-            if self._dialled:
+            if self._dialled is not None:
                 return  # this end speaks first
             raise
         self._heard = True
         if not begin or not MAGIC.startswith(begin):
             return
-        if self._dialled:
+        if self._dialled is not None:
             raise InputError(f"it does not use TLS, and this rank does: {_NOT_PLAIN}")
         # Read what has come: closing a socket with unread bytes takes the answer back.
         socket.socket.recv(self._any, 1 << 12)
