@@ -87,7 +87,9 @@ def test_a_certificate_names_rank_and_host(made: Path) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_a_missing_file(own: Path, name: str) -> None:
     (own / name).unlink()
-    with pytest.raises(InputError, match=f"there is no .*{name}: TLS needs ca.pem, cert.pem and"):
+    with pytest.raises(
+        InputError, match=f"{name} cannot be read .*: TLS needs a folder with ca.pem"
+    ):
         Tls.load(own, 1)
 
 
@@ -103,6 +105,21 @@ def test_a_key_that_others_reach(own: Path, mode: int) -> None:
     (own / "key.pem").chmod(mode)
     with pytest.raises(InputError, match=r"others may read the key .*chmod 600"):
         Tls.load(own, 1)
+
+
+def test_the_folder_of_all_ranks_is_not_one_ranks(made: Path) -> None:
+    with pytest.raises(InputError, match=r"No such file .* `disco keys` makes it \(rank-2\)"):
+        Tls.load(made, 2)
+
+
+def test_an_end_that_is_near_is_said(
+    made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Tls.load(made / "rank-0", 0)
+    assert not caplog.text
+    authority = Authority.make(days(-30), days(29))
+    Tls.load(write(tmp_path / "own", authority.pem, authority.issue(0, "a")), 0)
+    assert "only: make new ones with `disco keys`" in caplog.text
 
 
 def test_files_that_do_not_belong_together(made: Path, own: Path) -> None:

@@ -129,8 +129,14 @@ def _is_ours(path: Path) -> bool:
 
 def _put_in_place(partial: Path, target: Path) -> None:
     """By renaming, so that keys of two authorities are never side by side."""
-    if target.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        target.rename(old)
-        shutil.rmtree(old)
-    partial.rename(target)
+    if not target.exists():
+        partial.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    target.rename(old)
+    try:
+        partial.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old)

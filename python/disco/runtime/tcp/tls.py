@@ -8,9 +8,11 @@ them; here they are only read, with nothing but the standard library.
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 import socket
 import ssl
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +23,9 @@ from disco.runtime.tcp.tls_socket import TlsSocket, name_rank, rank_of, why_unve
 
 CA_FILE, CERTIFICATE_FILE, KEY_FILE = "ca.pem", "cert.pem", "key.pem"
 _MAKE_NEW = "make new ones with `disco keys` and copy them to all nodes"
+_WARN_DAYS = 30
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Tls:
                 another authority or rank, or not valid at this time.
         """
         folder = Path(directory)
-        _check_files(folder)
+        _check_files(folder, rank)
         dialling = _context(folder, ssl.PROTOCOL_TLS_CLIENT)
         accepting = _context(folder, ssl.PROTOCOL_TLS_SERVER)
         certificate = _own_certificate(folder, accepting)
@@ -56,7 +61,14 @@ class Tls:
                 f"{folder / CERTIFICATE_FILE} is the certificate of {name_rank(found)}, and this "
                 f"is rank {rank}: give it the files that `disco keys` made for rank {rank}"
             )
-        return Tls(rank, str(certificate["notAfter"]), dialling, accepting)
+        until = str(certificate["notAfter"])
+        days = (ssl.cert_time_to_seconds(until) - time.time()) / 86400
+        if days < _WARN_DAYS:
+            _log.warning(
+                "the certificate %s is valid until %s only: %s",
+                *(folder / CERTIFICATE_FILE, until, _MAKE_NEW),
+            )
+        return Tls(rank, until, dialling, accepting)
 
     def dialled(self, sock: socket.socket, host: str, rank: int) -> TlsSocket:
         """The end that connects to `rank` at `host` (a name or an address)."""
@@ -72,16 +84,21 @@ class Tls:
         return TlsSocket(sock, wrap)
 
 
-def _check_files(folder: Path) -> None:
+def _check_files(folder: Path, rank: int) -> None:
     for name in (CA_FILE, CERTIFICATE_FILE, KEY_FILE):
-        if not (folder / name).is_file():
+        try:
+            mode = (folder / name).stat().st_mode
+        except OSError as error:
             raise InputError(
-                f"there is no {folder / name}: TLS needs {CA_FILE}, {CERTIFICATE_FILE} and "
-                f"{KEY_FILE} of this rank, as `disco keys` makes them"
+                f"{folder / name} cannot be read ({error.strerror}): TLS needs a folder with "
+                f"{CA_FILE}, {CERTIFICATE_FILE} and {KEY_FILE} of this rank, as `disco keys` makes "
+                f"it (rank-{rank})"
+            ) from None
+        if name == KEY_FILE and mode & 0o077:
+            key = folder / name
+            raise InputError(
+                f"others may read the key {key}: make it yours alone (chmod 600 {key})"
             )
-    key = folder / KEY_FILE
-    if key.stat().st_mode & 0o077:
-        raise InputError(f"others may read the key {key}: make it yours alone (chmod 600 {key})")
 
 
 def _context(folder: Path, protocol: ssl._SSLMethod) -> ssl.SSLContext:
