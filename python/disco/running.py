@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> bool:
     check_json(args.json)
     if args.peers is None and not started_by_launcher():
         _refuse(args, "--rank", args.rank, "which is for a list of peers: give --peers, too")
-        why = "and ranks of one machine talk over loopback, which leaves it never: leave it out"
+        why = "and ranks of one machine talk over loopback, which never leaves it: leave it out"
         _refuse(args, "--tls", args.tls, why)
         return _run_here(args)
     joined = _join(args)
@@ -113,14 +113,14 @@ def _run_here(args: argparse.Namespace) -> bool:
 
 def _lead(args: argparse.Namespace, joined: JoinedRank) -> bool:
     with ExitStack() as stack:
-        name = joined.place.transport
+        name = joined.place.transport_text
         return _run_images(args, lambda: stack.enter_context(joined), joined.run, name, False)
 
 
 def _follow(joined: JoinedRank) -> bool:
     place = joined.place
     print(
-        f"rank {place.rank} of {place.world_size} over {place.transport}, led by rank "
+        f"rank {place.rank} of {place.world_size} over {place.transport_text}, led by rank "
         f"{joined.leader}",
         flush=True,
     )

@@ -184,6 +184,7 @@ def test_a_worker_with_tls(setup: Setup) -> None:
     assert setup.end(setup.rank(0, calls=3, leader=0))["done"] == 3
     out, errors = worker.communicate(timeout=60)
     assert worker.returncode == 0 and "3 calls" in out, errors
+    assert "over tcp with TLS" in out
 
 
 def test_doctors_say_who_goes_without_tls(setup: Setup) -> None:

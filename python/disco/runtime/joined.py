@@ -42,6 +42,7 @@ class Place:
         launcher: "peers", "torchrun" or "mpi".
         open: connects the transport, given this rank's shard.
         transport: its name.
+        encrypted: the ranks use TLS.
     """
 
     rank: int
@@ -49,6 +50,12 @@ class Place:
     launcher: str
     transport: str
     open: Callable[[Shard], Transport]
+    encrypted: bool = False
+
+    @property
+    def transport_text(self) -> str:
+        """The transport in words."""
+        return f"{self.transport} with TLS" if self.encrypted else self.transport
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,7 @@ def place_among(peers: Peers, rank: int, options: Options) -> Place:
         meeting = Meeting(identity_of(shard), token, listen(*peers(rank)), peers, tls=tls)
         return _tcp(meeting, options)
 
-    return Place(rank, peers.world_size, "peers", "tcp", connect)
+    return Place(rank, peers.world_size, "peers", "tcp", connect, tls is not None)
 
 
 def place_from_launcher(options: Options) -> Place:
@@ -160,7 +167,7 @@ def _place_in_torchrun(options: Options) -> Place:
         token = read_token(options.token_file)
         return _tcp(Meeting(identity_of(shard), token, listener, addresses, tls=tls), options)
 
-    return Place(rank, world_size, "torchrun", name, connect)
+    return Place(rank, world_size, "torchrun", name, connect, tls is not None)
 
 
 class JoinedRank:

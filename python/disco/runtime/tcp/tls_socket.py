@@ -113,7 +113,9 @@ class TlsSocket:
         """
         try:
             return self._write(memoryview(data)[:RECORD_BYTES])
-        except (BrokenPipeError, ConnectionResetError):
+        except BlockingIOError:
+            raise
+        except OSError:
             with contextlib.suppress(BlockingIOError):
                 self.recv(1)  # the other end may have said why before it left
             raise
