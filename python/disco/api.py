@@ -136,6 +136,7 @@ def partition(
     partial_sums: bool = True,
     permute: bool = True,
     wire_dtype: torch.dtype | None = None,
+    survivable: bool = False,
 ) -> Partitioned:
     """Cut `model` into `nodes` parts that together compute what it computes (arXiv 2302.11180).
 
@@ -165,6 +166,9 @@ def partition(
             torch.float32, float16, bfloat16 or int8 (scales in the message, one an image and
             channel); None for their own. The model's output and the statistics of norms always
             travel in their own. Other than float32 the result is not exact (docs/wire-dtypes.md).
+        survivable: add up the last layers' parts over the nodes, instead of splitting their
+            outputs: nodes that are left can then answer over all outputs from the channels that
+            they own (docs/running.md).
 
     Raises:
         InputError: the model cannot be captured, another wire dtype, weights that contradict the
@@ -189,6 +193,7 @@ def partition(
         permute=permute,
         kept_order=tuple(ownership or ()),
         wire_dtype=wire,
+        survivable=survivable,
     )
     return Partitioned(*plan_for(problem, cluster, idle_allowed=bool(ownership)))
 

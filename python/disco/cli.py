@@ -20,6 +20,7 @@ from disco.runtime.children import WorkerError
 from disco.runtime.joined import MEETING_S
 from disco.runtime.keys import DAYS
 from disco.runtime.mpi import abort_job
+from disco.runtime.survival import ON_PEER_LOSS
 from disco.runtime.tcp.transport import SILENCE_S
 from disco.runtime.transports import TRANSPORTS
 from disco.sparsify import GROUP_SIZES
@@ -174,6 +175,11 @@ def _add_partition(subparsers: Any) -> None:
         help="what nodes send each other travels in this where it is fewer bytes (default: as the "
         "model computes; `disco calibrate` measures what the others cost)",
     )
+    partition.add_argument(
+        "--survivable",
+        action="store_true",
+        help="let any of the nodes answer without the others (`disco run --on-peer-loss degrade`)",
+    )
     partition.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     partition.add_argument("--overwrite", action="store_true", help="replace an old partition")
     partition.set_defaults(handler=commands.partition)
@@ -281,6 +287,13 @@ def _add_member_options(parser: argparse.ArgumentParser) -> None:
         default=SILENCE_S,
         metavar="S",
         help="tcp: a peer that is silent for so long is lost (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--on-peer-loss",
+        choices=ON_PEER_LOSS,
+        default="fail",
+        help="tcp: end, or let the others go on from the channels that they own, until the node is "
+        "back (needs `disco partition --survivable`; default: %(default)s)",
     )
     parser.add_argument(
         "--meeting",

@@ -155,6 +155,7 @@ def partition(args: argparse.Namespace) -> None:
         pattern=pattern,
         dynamic_size=args.dynamic_size,
         wire_dtype=None if args.wire_dtype is None else getattr(torch, args.wire_dtype),
+        survivable=args.survivable,
     )
     partitioned.save(args.out, model_description=recipe.describe(model), overwrite=args.overwrite)
     say(str(partitioned.plan))

@@ -6,7 +6,7 @@ Called by `disco.cli`.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ from torch import Tensor
 
 from disco.bench.classes import is_logits, top_classes
 from disco.command_output import check_json, say, write_json
-from disco.errors import InputError
+from disco.errors import InputError, PeerLostError
 from disco.images import Preprocessing, find_images, load_image
 from disco.partition.shards import load_manifest
 from disco.recipe import Recipe
 from disco.runtime import RankProcesses
 from disco.runtime.doctor import examine
 from disco.runtime.joined import (
+    Answer,
     JoinedRank,
     Options,
     place_among,
@@ -33,8 +34,7 @@ from disco.runtime.peers import Peers
 from disco.runtime.tcp.meeting import name_of
 from disco.runtime.token import make_token
 
-# An image in; the output, the latency in ms and the payload bytes out.
-RunOne = Callable[[Tensor], "tuple[Any, float, int]"]
+RunOne = Callable[[Tensor], Answer]
 
 
 def run(args: argparse.Namespace) -> bool:
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> bool:
         return _run_here(args)
     joined = _join(args)
     if not joined.leads:
-        return _follow(joined)
+        return _follow(args, joined)
     return _lead(args, joined)
 
 
@@ -61,7 +61,7 @@ def worker(args: argparse.Namespace) -> bool:
             f"rank {joined.place.rank} leads, so it needs inputs: start it with `disco run`, or "
             f"name another rank with --leader, here and there"
         )
-    return _follow(joined)
+    return _follow(args, joined)
 
 
 def doctor(args: argparse.Namespace) -> bool:
@@ -99,11 +99,13 @@ def _run_here(args: argparse.Namespace) -> bool:
         threads=args.threads,
         transport=args.transport,
         silence_s=args.deadline,
+        on_peer_loss=args.on_peer_loss,
     )
 
-    def run_one(image: Tensor) -> tuple[Any, float, int]:
+    def run_one(image: Tensor) -> Answer:
         done = processes.run(image)
-        return done.outputs[0], done.latency_ms, sum(done.bytes_sent)
+        sent = sum(done.bytes_sent)
+        return Answer(done.answer, done.latency_ms, sent, frozenset(done.lost), done.retries)
 
     with ExitStack() as stack:
         return _run_images(
@@ -117,15 +119,22 @@ def _lead(args: argparse.Namespace, joined: JoinedRank) -> bool:
         return _run_images(args, lambda: stack.enter_context(joined), joined.run, name, False)
 
 
-def _follow(joined: JoinedRank) -> bool:
+def _follow(args: argparse.Namespace, joined: JoinedRank) -> bool:
     place = joined.place
     print(
         f"rank {place.rank} of {place.world_size} over {place.transport_text}, led by rank "
         f"{joined.leader}",
         flush=True,
     )
-    with joined:
-        count = joined.follow()
+    try:
+        with joined:
+            count = joined.follow()
+    except PeerLostError as error:
+        if args.on_peer_loss == "fail":
+            raise
+        # Its link may have been cut, or it was stopped: the leader takes it back.
+        print(f"rank {place.rank}: {error}; trying to come back", flush=True)
+        return _follow(args, _join(args))
     print(f"rank {place.rank}: {count} calls; the leader has ended", flush=True)
     return True
 
@@ -137,6 +146,7 @@ def _join(args: argparse.Namespace) -> JoinedRank:
         meeting_s=args.meeting,
         silence_s=args.deadline,
         tls=args.tls,
+        on_peer_loss=args.on_peer_loss,
     )
     if args.peers is None:
         if not started_by_launcher():
@@ -166,7 +176,7 @@ def _run_images(
     Args:
         args: of the command.
         start: begins what `run_one` needs.
-        run_one: an image in; the output, the latency in ms and the payload bytes out.
+        run_one: an image in, what it came to out.
         transport: to be named.
         on_one_machine: whether all ranks are here.
     """
@@ -186,15 +196,19 @@ def _run_images(
     say(f"transport: {transport}" + (" over loopback" if on_one_machine else ""))
     run_one(first[1])  # the first pass is slow
     results: list[dict[str, Any]] = []
+    losses = _Losses()
     for path in images:
         image = _load(path, preprocessing)
         try:
             if isinstance(image, InputError):
                 raise image
-            results.append(_show(path, *run_one(image), args.top))
+            answer = run_one(image)
+            losses.note(answer)
+            results.append(_show(path, answer, args.top))
         except InputError as error:
             say(f"{path}: {error}")
     bad = len(images) - len(results)
+    losses.sum_up()
     if recipe.weights_sha256 is None:
         say("(the weights are random, so the classes mean nothing)")
     if bad:
@@ -211,13 +225,44 @@ def _load(path: Path, preprocessing: Preprocessing) -> Tensor | InputError:
         return error
 
 
-def _show(path: Path, output: Any, latency_ms: float, num_bytes: int, top: int) -> dict[str, Any]:
+class _Losses:
+    """Tells of ranks that are lost and come back."""
+
+    def __init__(self) -> None:
+        self._lost: frozenset[int] = frozenset()
+        self._degraded = self._retries = 0
+
+    def note(self, answer: Answer) -> None:
+        """One answer more."""
+        if answer.lost - self._lost:
+            say(f"lost rank {_listed(answer.lost - self._lost)}: going on without")
+        if self._lost - answer.lost:
+            say(f"rank {_listed(self._lost - answer.lost)} is back: answers are exact again")
+        self._lost = answer.lost
+        self._degraded += bool(answer.lost)
+        self._retries += answer.retries
+
+    def sum_up(self) -> None:
+        """How many requests suffered, if any did."""
+        if self._degraded or self._retries:
+            say(f"{self._degraded} answers are degraded; {self._retries} requests were begun again")
+
+
+def _listed(ranks: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(ranks)))
+
+
+def _show(path: Path, answer: Answer, top: int) -> dict[str, Any]:
+    output = answer.outputs
     result: dict[str, Any] = {
         "image": str(path),
-        "latency_ms": latency_ms,
-        "bytes_exchanged": num_bytes,
+        "latency_ms": answer.latency_ms,
+        "bytes_exchanged": answer.bytes_sent,
+        "degraded": bool(answer.lost),
+        "lost_ranks": sorted(answer.lost),
     }
-    say(f"{path}  ({latency_ms:.1f} ms)")
+    degraded = f", degraded: without rank {_listed(answer.lost)}" if answer.lost else ""
+    say(f"{path}  ({answer.latency_ms:.1f} ms{degraded})")
     if is_logits(output):
         guesses = top_classes(output, top)
         result["top"] = [vars(guess) for guess in guesses]

@@ -39,7 +39,7 @@ else:
 with JoinedRank(folder, place, options, threads=1, leader=int(leader)) as joined:
     if joined.leads:
         x = load_file(inputs)["0"]
-        made = {str(i): joined.run(x * scale)[0] for i, scale in enumerate((1.0, -2.0))}
+        made = {str(i): joined.run(x * scale).outputs for i, scale in enumerate((1.0, -2.0))}
         save_file(made, outputs)
     else:
         assert joined.follow() == 2

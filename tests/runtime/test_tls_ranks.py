@@ -22,7 +22,10 @@ pytest.importorskip("cryptography", reason="needs the extra `tls`")
 
 from disco import api
 from disco.runtime.token import make_token
+from tests.runtime import test_survival
 from tests.runtime.tls_cluster import HOST, keys_for
+
+folder = test_survival.folder  # the fixture
 
 # One rank. The leader calls until it has enough, 0 is forever, and checks what comes out. The last
 # line says how it ended, and when on the clock that all processes share.
@@ -48,9 +51,9 @@ try:
         if joined.leads:
             given = load_file(given)
             while done < int(calls) or calls == "0":
-                output, _, num_bytes = joined.run(given["x"])
-                assert torch.equal(output, given["y"]), "a wrong answer"
-                done, sent = done + 1, sent + num_bytes
+                answer = joined.run(given["x"])
+                assert torch.equal(answer.outputs, given["y"]), "a wrong answer"
+                done, sent = done + 1, sent + answer.bytes_sent
                 if done == 3:
                     print(json.dumps({"how": "running"}), flush=True)
         else:
@@ -202,3 +205,24 @@ def test_doctors_say_who_goes_without_tls(setup: Setup) -> None:
     assert plain.returncode == secured.returncode == 1
     assert "it uses TLS, and this rank does not" in errors
     assert "it does not use TLS, and this rank does: start all ranks with --tls, or none" in out
+
+
+def test_a_lost_rank_comes_back_over_tls(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed and started again, and stopped for a while."""
+    keys_for(tmp_path / "keys", test_survival.RANKS)
+    plain, degrade = test_survival._RANK, 'on_peer_loss="degrade"'
+    assert degrade in plain
+    tls = f'tls="{tmp_path / "keys"}/rank-" + rank'
+    monkeypatch.setattr(test_survival, "_RANK", plain.replace(degrade, f"{degrade}, {tls}"))
+    with test_survival.cluster(folder, tmp_path) as made:
+        made.processes[1].kill()
+        made.processes[1].communicate()
+        made.answers_until([1])
+        made.start(1)
+        made.answers_until([], within_s=90)
+        os.kill(made.processes[2].pid, signal.SIGSTOP)
+        made.answers_until([2])
+        os.kill(made.processes[2].pid, signal.SIGCONT)
+        made.answers_until([], within_s=90)

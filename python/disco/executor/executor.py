@@ -14,6 +14,12 @@ from torch import Tensor
 from disco.errors import InputError
 from disco.executor import exchange, kernels
 from disco.executor.activations import Placed
+from disco.executor.losses import (
+    depends_on_counts,
+    prepare_counted,
+    senders_of_values,
+    zero_if_lost,
+)
 from disco.executor.request import BufferPool, Request, ShapeKey
 from disco.executor.steps import REQUEST_SLOT, Preparation, Step, Values, prepare_pure
 from disco.executor.timeline import Timeline, timed
@@ -106,6 +112,11 @@ class Executor:
         self._input_slots = [prepare.slot(name) for name in program.inputs]
         exchanges = {op.name for op in program.ops if op.kind == "disco.exchange"}
         self._steps = [_prepare(op, prepare, exchanges) for op in program.ops]
+        senders = senders_of_values(program)
+        self._steps = [
+            zero_if_lost(step, senders[op.name]) if op.name in senders else step
+            for op, step in zip(program.ops, self._steps, strict=True)
+        ]
         try:
             packing.finish()
         except ValueError as error:
@@ -157,6 +168,10 @@ class Executor:
             return self._run(inputs, None, 0)
         with self._turn:
             return self._run(inputs, self.transport, self.next_request())
+
+    def skip_to(self, number: int) -> None:
+        """Give the next request this number; ranks agree on one after a request that failed."""
+        self._requests = itertools.count(number)
 
     def next_request(self) -> int:
         """A number that no request over this executor's transport had; ranks that run the same
@@ -331,7 +346,7 @@ def _fits(dim: str, size: int, symbols: Mapping[str, int]) -> bool:
 
 def _prepare(op: Op, prepare: Preparation, exchanges: Set[str]) -> Step:
     source = op.args[0] if op.args else None
-    make = _PREPARE.get(op.kind, prepare_pure)
+    make = prepare_counted if depends_on_counts(op) else _PREPARE.get(op.kind, prepare_pure)
     if op.kind == "operator.getitem" and isinstance(source, Ref) and source.name in exchanges:
         make = exchange.prepare_payload
     if op.kind == "disco.payload_scale" and not (

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from disco.executor.activations import Activations, Layout
 from disco.executor.timeline import Timeline
-from disco.executor.transport import Handle, Transport
+from disco.executor.transport import NOTHING, Handle, Transport
 from disco_kernels.memory import return_freed_memory
 
 ShapeKey = tuple[tuple[int, ...], ...]
@@ -64,6 +64,7 @@ class Request:
         activations: where kernels write their results.
         timeline: where its time goes, if that was asked for.
         bytes_sent: payload bytes that it has handed over.
+        lost: ranks that it does without.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Request:
         self._posted: dict[tuple[int, int], Handle] = {}
         self.timeline = timeline
         self.bytes_sent = 0
+        self.lost: frozenset[int] = frozenset() if transport is None else transport.lost
         self.kept = kept
         self.activations = kept.activations
 
@@ -95,25 +97,29 @@ class Request:
             return
         for exchange, kept in self.kept.exchanges.items():
             for peer, buffer in kept.incoming:
-                handle = self.transport.post_receive(buffer, peer, exchange, self.number)
-                self._posted[exchange, peer] = handle
-                self.handles.append(handle)
+                self._posted[exchange, peer] = self._post(buffer, peer, exchange)
 
     def receive(self, buffer: Tensor, peer: int, exchange: int) -> Handle:
         """The receive of one message into a buffer of `buffer`, posted now if it is not yet."""
         posted = self._posted.pop((exchange, peer), None)
-        if posted is not None:
-            return posted
-        assert self.transport is not None
-        handle = self.transport.post_receive(buffer, peer, exchange, self.number)
-        self.handles.append(handle)
-        return handle
+        return self._post(buffer, peer, exchange) if posted is None else posted
 
     def send(self, buffer: Tensor, peer: int, exchange: int) -> None:
         """Start sending one message."""
         assert self.transport is not None
+        if peer in self.lost:
+            return
         self.handles.append(self.transport.send(buffer, peer, exchange, self.number))
         self.bytes_sent += buffer.nbytes
+
+    def _post(self, buffer: Tensor, peer: int, exchange: int) -> Handle:
+        assert self.transport is not None
+        if peer in self.lost:
+            buffer.zero_()
+            return NOTHING
+        handle = self.transport.post_receive(buffer, peer, exchange, self.number)
+        self.handles.append(handle)
+        return handle
 
 
 @dataclass

@@ -149,8 +149,8 @@ def prepare_pure(op: Op, prepare: Preparation) -> Step:
     """Any op with a pure function: constants are bound now, values looked up by slot."""
     function = pure_function(op.kind)
     out = prepare.slot(op.name)
-    args = tuple(_bind(arg, op, prepare) for arg in op.args)
-    kwargs = {key: _bind(value, op, prepare) for key, value in op.kwargs.items()}
+    args = tuple(bind(arg, op, prepare) for arg in op.args)
+    kwargs = {key: bind(value, op, prepare) for key, value in op.kwargs.items()}
     simple = all(not _is_fetch(a) for a in (*args[1:], *kwargs.values()))
     if op.kind == "aten.sym_size.int" or (
         op.kind.startswith("operator.") and prepare.sized(op.args)
@@ -166,8 +166,8 @@ def prepare_pure(op: Op, prepare: Preparation) -> Step:
     return Step(
         op.name,
         lambda values: function(
-            *[_fetch(arg, values) for arg in args],
-            **{key: _fetch(value, values) for key, value in kwargs.items()},
+            *[fetch(arg, values) for arg in args],
+            **{key: fetch(value, values) for key, value in kwargs.items()},
         ),
         out,
     )
@@ -188,8 +188,8 @@ def _view(
         if known is not None:
             return known
         found = function(
-            *[_fetch(arg, values) for arg in args],
-            **{key: _fetch(value, values) for key, value in kwargs.items()},
+            *[fetch(arg, values) for arg in args],
+            **{key: fetch(value, values) for key, value in kwargs.items()},
         )
         held = kept.fixed(source)
         # A reshape may have had to copy.
@@ -216,7 +216,8 @@ class _Nested:
     items: tuple[Any, ...]
 
 
-def _bind(arg: Any, op: Op, prepare: Preparation) -> Any:
+def bind(arg: Any, op: Op, prepare: Preparation) -> Any:
+    """An argument with weights and dtypes in their places, for `fetch`."""
     if isinstance(arg, Ref):
         return _Slot(prepare.slot(arg.name))
     if isinstance(arg, WeightRef):
@@ -224,7 +225,7 @@ def _bind(arg: Any, op: Op, prepare: Preparation) -> Any:
     if isinstance(arg, Dtype):
         return dtype_of(arg)
     if isinstance(arg, tuple):
-        items = tuple(_bind(item, op, prepare) for item in arg)
+        items = tuple(bind(item, op, prepare) for item in arg)
         return _Nested(items) if any(isinstance(leaf, Ref) for leaf in leaves(arg)) else items
     return arg
 
@@ -233,9 +234,10 @@ def _is_fetch(bound: Any) -> bool:
     return isinstance(bound, (_Slot, _Nested))
 
 
-def _fetch(bound: Any, values: Values) -> Any:
+def fetch(bound: Any, values: Values) -> Any:
+    """What a bound argument is in a request."""
     if isinstance(bound, _Slot):
         return values[bound.number]
     if isinstance(bound, _Nested):
-        return tuple(_fetch(item, values) for item in bound.items)
+        return tuple(fetch(item, values) for item in bound.items)
     return bound

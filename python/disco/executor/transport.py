@@ -34,6 +34,19 @@ class Handle(ABC):
         """
 
 
+class _Nothing(Handle):
+    """Of a message that is none."""
+
+    __slots__ = ()
+
+    @property
+    def done(self) -> bool:
+        return True
+
+
+NOTHING = _Nothing()
+
+
 class Transport(ABC):
     """Point-to-point, non-blocking exchange of contiguous buffers between `world_size` ranks.
 
@@ -42,6 +55,8 @@ class Transport(ABC):
         world_size: number of members.
         bytes_sent: payload bytes really handed over since construction (no headers).
         bytes_received: payload bytes really received since construction (no headers).
+        lost: ranks that requests do without from the next one on: nothing is sent to them, and what
+            they would have sent counts as zeros.
     """
 
     def __init__(self, rank: int, world_size: int) -> None:
@@ -49,6 +64,7 @@ class Transport(ABC):
         self.world_size = world_size
         self.bytes_sent = 0
         self.bytes_received = 0
+        self.lost: frozenset[int] = frozenset()
 
     @abstractmethod
     def connect(self) -> None:

@@ -22,7 +22,7 @@ from disco.partition.prediction import FewerNodes, Latency, NodeMemory
 # Minor versions add fields with defaults; a reader takes every minor of its own major, up to its
 # own minor. A field says since when it is there, and a plan that was read is written as it came, so
 # that its digest stays.
-PLAN_VERSION = (1, 3)
+PLAN_VERSION = (1, 4)
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class Plan:
         latency: predicted, if the nodes' speeds are known.
         fewer_nodes: then also that of the same model on the 1, 2, .. fastest nodes.
         wire_dtype: asked for; a tensor travels in it where that is fewer bytes. Empty for none.
+        survivable: any of the ranks can answer over all outputs without the others.
     """
 
     world_size: int
@@ -88,6 +89,7 @@ class Plan:
     fewer_nodes: tuple[FewerNodes, ...] = field(default=(), metadata={"since": (1, 2)})
     nearly_zero: tuple[NearlyZero, ...] = field(default=(), metadata={"since": (1, 2)})
     wire_dtype: str = field(default="", metadata={"since": (1, 3)})
+    survivable: bool = field(default=False, metadata={"since": (1, 4)})
 
     @property
     def bytes_matrix(self) -> Channels:

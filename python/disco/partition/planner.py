@@ -36,6 +36,7 @@ from disco.partition.rules import Lowering, RuleContext, lower
 from disco.partition.rules.matrix import matrix_flops
 from disco.partition.runs import gather_runs
 from disco.partition.shares import Shares
+from disco.partition.survivable import count_means, split_heads
 from disco.partition.wire import plan_with_wire
 from disco.partition.wire_programs import with_wire_dtype
 from disco.program import Op, Program, Ref, WeightRef
@@ -85,6 +86,7 @@ class Decisions:
             ),
             weight_bytes_dense=self._weight_bytes_dense(),
             weight_bytes_per_rank=(),
+            survivable=self.context.survivable,
             nearly_zero=self._nearly_zero(),
         )
         return plan_with_wire(plan, self.context.wire_dtype)
@@ -134,9 +136,9 @@ class Decisions:
     def _layer(self, op: Op, lowering: Lowering) -> LayerPlan | None:
         numbers = self._numbers_first_read_by(op.name)
         matrix = op.kind in MATRIX_OPS
-        if not (matrix or numbers or lowering.reason):
+        if not (matrix or numbers or lowering.reason or lowering.flops):
             return None
-        dense = dense_flops(op, self.context) if matrix else 0
+        dense = dense_flops(op, self.context) if matrix else sum(lowering.flops)
         flops = lowering.flops or ((dense,) * self.context.world_size if matrix else ())
         out = lowering.out_ownership
         if out is None and isinstance(lowering.placement, Sharded):
@@ -207,6 +209,7 @@ def decide(
     permute: bool = False,
     kept_order: Collection[str] = (),
     wire_dtype: str | None = None,
+    survivable: bool = False,
 ) -> Decisions:
     """Decide about every op of `program` for `world_size` ranks.
 
@@ -220,8 +223,11 @@ def decide(
         permute: let ranks hold channels in an order in which those that they send are runs.
         kept_order: layers whose outputs stay in the order of `out_ownership`.
         wire_dtype: that payloads travel in where that is fewer bytes; None for their own dtypes.
+        survivable: any ranks can answer over all outputs (`disco.partition.survivable`).
     """
     program = split_reductions(split_norms(program))
+    if survivable:
+        program = split_heads(program, world_size)
 
     def given(orders: Mapping[str, Ownership]) -> RuleContext:
         return RuleContext(
@@ -237,6 +243,7 @@ def decide(
             shares,
             program.example_sizes,
             wire_dtype,
+            survivable,
         )
 
     sums = partial_sums and not dense_exchange
@@ -276,6 +283,10 @@ def _walk(
         lowering = lower(op, context)
         lowerings.append(lowering)
         placements[op.name] = lowering.placement
+    if context.survivable:
+        # What is behind the heads, which every rank has whole, every rank computes.
+        assert not any(context.sharded(Ref(name)) for name in program.output_names())
+        lowerings = count_means(program, lowerings)
     if partial_sums:
         program, context, lowerings = with_cheapest_forms(program, lowerings, context)
     return _decisions(program, context, lowerings)

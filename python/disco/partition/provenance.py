@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from disco.partition.placement import Sharded
 from disco.partition.rules import Lowering, RuleContext
 from disco.partition.rules.partial_sums import PARTIAL_SUMS
+from disco.partition.rules.parts import PART_OF_LAYER
 from disco.partition.rules.reshape import expanded, taken_channels
 from disco.program import Op, Program, Ref, WeightRef
 
@@ -20,7 +21,7 @@ Origin = tuple[tuple[str, int] | None, ...]
 
 _MATRIX_OPS = ("disco.conv2d", "disco.linear")
 # The result depends on which channels there are, not on their order.
-_ORDER_FREE = ("disco.moments", "disco.group_moments", PARTIAL_SUMS)
+_ORDER_FREE = ("disco.moments", "disco.group_moments", PARTIAL_SUMS, PART_OF_LAYER)
 
 
 class Provenance:

@@ -43,6 +43,7 @@ class Problem:
     permute: bool = False
     kept_order: tuple[str, ...] = ()
     wire_dtype: str | None = None
+    survivable: bool = False
 
     def decide(self, shares: Shares) -> Decisions:
         """With these shares."""
@@ -59,6 +60,7 @@ class Problem:
             permute=self.permute,
             kept_order=self.kept_order,
             wire_dtype=self.wire_dtype,
+            survivable=self.survivable,
         )
 
 

@@ -23,8 +23,11 @@ from disco.program.message_layout import (
     payload_bytes,
 )
 
-# Ops whose results are few and decide about everything that is normalised or summed up by them.
-STATISTICS = frozenset({"disco.moments", "disco.group_moments", "disco.part_of_sum"})
+# Ops whose results are few and decide about everything that is normalised or summed up by them;
+# parts of the model's last layer are its output.
+STATISTICS = frozenset(
+    {"disco.moments", "disco.group_moments", "disco.part_of_sum", "disco.part_of_layer"}
+)
 
 
 def check_wire_dtype(name: str | None) -> None:

@@ -140,6 +140,32 @@ def add_partial_sums(
     return base
 
 
+def layer_of_parts(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *,
+    dim: int,
+    parts: int,
+    activation: str,
+) -> Tensor:
+    """``activation(sum of parts + bias + residual)``, added up in the order of the parts.
+
+    Args:
+        x: ``[.., parts * channels, ..]``, part by part.
+        bias: ``[channels]``.
+        residual: ``[.., channels, ..]``.
+        dim: that of the channels.
+        parts: how many there are.
+        activation: one of `ACTIVATIONS`.
+    """
+    first, *others = x.chunk(parts, dim)
+    y = first if bias is None else first + bias.view(-1, *([1] * (x.dim() - 1 - dim)))
+    for part in others:
+        y = y + part
+    return _epilogue(y, residual, activation)
+
+
 def _epilogue(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
     if residual is not None:
         y = y + residual
@@ -151,7 +177,15 @@ def part_of_sum(x: Tensor, *, dim: int, square: bool) -> Tensor:
     return (x.square() if square else x).sum(dim, keepdim=True)
 
 
-def sum_of_parts(parts: Tensor, *, dim: int, keepdim: bool, size: int, how: str) -> Tensor:
+def sum_of_parts(
+    parts: Tensor,
+    *,
+    dim: int,
+    keepdim: bool,
+    size: int,
+    how: str,
+    counts: tuple[int, ...] = (),
+) -> Tensor:
     """What the sums of parts come to.
 
     Args:
@@ -160,8 +194,9 @@ def sum_of_parts(parts: Tensor, *, dim: int, keepdim: bool, size: int, how: str)
         keepdim: leave it with size 1.
         size: entries that were summed up, over all parts.
         how: "sum", "mean" or "norm" (2-norm).
+        counts: entries of each part, where they are known: a mean is over their sum then.
     """
     total = parts.sum(dim, keepdim=keepdim)
     if how == "mean":
-        return total / size
+        return total / (sum(counts) or size)
     return total.sqrt() if how == "norm" else total

@@ -140,6 +140,7 @@ _functions: dict[str, Function] = {
     **_PYTHON,
     "disco.add_partial_sums": fused.add_partial_sums,
     "disco.conv2d": fused.conv2d,
+    "disco.layer_of_parts": fused.layer_of_parts,
     "disco.linear": fused.linear,
     "disco.channel_affine": fused.channel_affine,
     "disco.group_moments": statistics.group_moments,

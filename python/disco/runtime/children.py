@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import signal
@@ -57,7 +58,8 @@ class Children:
         self._start_timeout_s = start_timeout_s
         self._processes: list[subprocess.Popen[str]] = []
         self._stderr: list[deque[str]] = [deque(maxlen=_STDERR_LINES) for _ in specs]
-        self._inbox: queue.Queue[tuple[int, Message | None]] = queue.Queue()
+        self._inbox: queue.Queue[tuple[int, int, Message | None]] = queue.Queue()
+        self._given_up: set[int] = set()
         self._threads: list[threading.Thread] = []
         self.ready: list[Message] = []
 
@@ -94,13 +96,87 @@ class Children:
         """
         members = range(len(self._specs)) if members is None else members
         for index in members:
-            stdin = self._processes[index].stdin
-            assert stdin is not None
-            try:
-                write_message(stdin, command)
-            except BrokenPipeError:
+            if not self._tell(index, command):
                 break  # it died; its end is in the inbox, with the reason
         return self._gather(members, timeout_s, "answer")
+
+    def ask_those_left(
+        self, command: Message, members: Sequence[int], *, timeout_s: float
+    ) -> tuple[dict[int, Message], set[int]]:
+        """As `ask`, but children may be gone.
+
+        A reply with ``lost`` (indices) says which of the others a child has lost. A child that all
+        others answer without is not waited for.
+
+        Returns:
+            replies by index, and those that are gone: dead, or lost by others and silent; of two
+            that have lost each other the one with the higher index. They have been ended.
+        """
+        gone = {index for index in members if not self._tell(index, command)}
+        replies: dict[int, Message] = {}
+        suspects: set[int] = set()
+        end = time.monotonic() + timeout_s
+        while not set(members) <= gone | suspects | replies.keys():
+            found = self._next(end)
+            if found is None:
+                late = ", ".join(self._specs[i].name for i in members if i not in replies)
+                raise WorkerError(f"{late} did not answer within {timeout_s:g} s")
+            index, message = found
+            if message is None or message.get("kind") == "transport":
+                gone.add(index)
+            elif message.get("event") == "error":
+                raise self._failure(index, message)
+            else:
+                replies[index] = message
+                suspects.update(message.get("lost", ()))
+        gone |= suspects - replies.keys()
+        for index, reply in sorted(replies.items()):
+            for other in set(reply.get("lost", ())) - gone:
+                mutual = index in replies[other].get("lost", ())
+                gone.add(max(index, other) if mutual else other)
+        for index in gone:
+            self._give_up(index)
+        return {i: reply for i, reply in replies.items() if i not in gone}, gone
+
+    def restart(self, index: int, command: Message, *, members: Sequence[int]) -> None:
+        """Start a child again that is gone, while these others are at a command.
+
+        Raises:
+            InputError, WorkerError: it failed, or one of the others did.
+        """
+        self._give_up(index)
+        self._given_up.discard(index)
+        for other in members:
+            self._tell(other, command)
+        self._start(index, self._specs[index])
+        self._gather([*members, index], self._start_timeout_s, "start")
+
+    def _tell(self, index: int, command: Message) -> bool:
+        """Send one command; False if the child is gone."""
+        stdin = self._processes[index].stdin
+        assert stdin is not None
+        try:
+            write_message(stdin, command)
+        except BrokenPipeError:
+            return False
+        return True
+
+    def _give_up(self, index: int) -> None:
+        """End a child, and listen to it no more."""
+        self._given_up.add(index)
+        self._processes[index].kill()
+        self._processes[index].wait()
+
+    def _next(self, end: float) -> tuple[int, Message | None] | None:
+        """What a child says next, None for its end; None if nothing comes until `end`."""
+        while True:
+            try:
+                timeout = max(0.0, end - time.monotonic())
+                index, pid, message = self._inbox.get(timeout=timeout)
+            except queue.Empty:
+                return None
+            if index not in self._given_up and pid == self._processes[index].pid:
+                return index, message
 
     def _start(self, index: int, spec: ChildSpec) -> None:
         env = dict(os.environ)
@@ -121,7 +197,11 @@ class Children:
             # as a module is.
             cwd=self._cwd,
         )
-        self._processes.append(process)
+        if index == len(self._processes):
+            self._processes.append(process)
+        else:
+            _close(self._processes[index])
+            self._processes[index] = process
         for target in (self._read_stdout, self._read_stderr):
             thread = threading.Thread(target=target, args=(index, process), daemon=True)
             thread.start()
@@ -131,10 +211,10 @@ class Children:
         assert process.stdout is not None
         for line in process.stdout:
             try:
-                self._inbox.put((index, read_message(line)))
+                self._inbox.put((index, process.pid, read_message(line)))
             except ValueError:
                 self._stderr[index].append(line.rstrip())
-        self._inbox.put((index, None))
+        self._inbox.put((index, process.pid, None))
 
     def _read_stderr(self, index: int, process: subprocess.Popen[str]) -> None:
         assert process.stderr is not None
@@ -147,11 +227,11 @@ class Children:
         end = time.monotonic() + timeout_s
         replies: dict[int, Message] = {}
         while len(replies) < len(members):
-            try:
-                index, message = self._inbox.get(timeout=max(0.0, end - time.monotonic()))
-            except queue.Empty:
+            found = self._next(end)
+            if found is None:
                 late = ", ".join(self._specs[i].name for i in members if i not in replies)
-                raise WorkerError(f"{late} did not {doing} within {timeout_s:g} s") from None
+                raise WorkerError(f"{late} did not {doing} within {timeout_s:g} s")
+            index, message = found
             if message is None or message.get("event") == "error":
                 raise self._failure(index, message)
             replies[index] = message
@@ -161,11 +241,7 @@ class Children:
         """The error to raise: of all failures that show within a moment, the cause."""
         failures = [(index, message)]
         end = time.monotonic() + _GRACE_S
-        while (left := end - time.monotonic()) > 0:
-            try:
-                other = self._inbox.get(timeout=left)
-            except queue.Empty:
-                break
+        while (other := self._next(end)) is not None:
             if other[1] is None or other[1].get("event") == "error":
                 failures.append(other)
         told = {i for i, m in failures if m is not None}
@@ -217,6 +293,11 @@ class Children:
         for thread in self._threads:
             thread.join(timeout=1.0)
         for process in self._processes:
-            for stream in (process.stdout, process.stderr):
-                if stream is not None:
-                    stream.close()
+            _close(process)
+
+
+def _close(process: subprocess.Popen[str]) -> None:
+    for stream in (process.stdin, process.stdout, process.stderr):
+        if stream is not None:
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()

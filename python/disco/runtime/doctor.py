@@ -96,7 +96,7 @@ def examine(
         transport = TcpTransport(rank, peers.world_size, meeting)
         transport.adopt(meeting.peers)
     finally:
-        meeting.listener.close()
+        meeting.close()
     try:
         own = {peer: Finding(*_ordered(rank, peer), None, why) for peer, why in missing.items()}
         for peer in sorted(meeting.peers):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,14 +15,15 @@ import torch
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from disco.errors import InputError
+from disco.errors import InputError, PeerLostError
 from disco.executor import Executor, Transport
-from disco.partition.shards import Shard, load_shard
-from disco.runtime.calls import Calls
+from disco.partition.shards import Shard, load_manifest, load_shard
+from disco.runtime.calls import Call, Calls
 from disco.runtime.gloo import GlooTransport
 from disco.runtime.mpi import MpiTransport, load_mpi, started_by_mpi
 from disco.runtime.peers import Peers
 from disco.runtime.rendezvous import StoreAddresses, agree
+from disco.runtime.survival import check_on_peer_loss, check_survivable
 from disco.runtime.tcp import Meeting, TcpTransport, listen
 from disco.runtime.tcp.handshake import check_agreement
 from disco.runtime.tcp.tls import Tls
@@ -70,6 +71,8 @@ class Options:
         silence_s: over tcp: a peer that is waited for and silent for so long is lost.
         tls: over tcp: folder with this rank's certificate and key (`disco keys`), which encrypts
             and authenticates all that ranks send each other; None for all ranks does without.
+        on_peer_loss: "fail" ends it all; "degrade" (over tcp, with a survivable plan) lets the
+            ranks that are left answer from the channels that they own, and lost ones come back.
     """
 
     transport: str = "auto"
@@ -78,8 +81,14 @@ class Options:
     deadline_s: float = 30.0
     silence_s: float = SILENCE_S
     tls: str | os.PathLike[str] | None = None
+    on_peer_loss: str = "fail"
+
+    @property
+    def degrades(self) -> bool:
+        return self.on_peer_loss == "degrade"
 
     def __post_init__(self) -> None:
+        check_on_peer_loss(self.on_peer_loss)
         if self.transport not in TRANSPORTS:
             raise InputError(
                 f"transport {self.transport!r} was given; there are {', '.join(TRANSPORTS)}"
@@ -88,6 +97,25 @@ class Options:
             raise InputError(
                 f"--tls was given with transport {self.transport!r}, which cannot encrypt: use tcp"
             )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one call over all ranks came to.
+
+    Attributes:
+        outputs: what the model returned.
+        latency_ms: from the inputs to the outputs, here, with what was tried before a loss.
+        bytes_sent: payload bytes of this rank, the inputs not counted.
+        lost: the ranks whose channels are missing in it; empty if it is exact.
+        retries: how often it was begun again because of a loss.
+    """
+
+    outputs: Any
+    latency_ms: float
+    bytes_sent: int
+    lost: frozenset[int] = frozenset()
+    retries: int = 0
 
 
 def started_by_launcher() -> bool:
@@ -208,6 +236,7 @@ class JoinedRank:
         self._options = options
         self._threads = threads
         self._transport: Transport | None = None
+        self._request = 0
 
     @property
     def leads(self) -> bool:
@@ -217,6 +246,8 @@ class JoinedRank:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
         shard = load_shard(self._directory, self.place.rank)
+        if self._options.degrades:
+            check_survivable(load_manifest(self._directory).plan, self.place.transport)
         self._transport = self.place.open(shard)
         deadline_s = self._options.deadline_s
         self._executor = Executor(
@@ -238,35 +269,88 @@ class JoinedRank:
         finally:
             self._transport.close()
 
-    def run(self, *args: Any, **kwargs: Any) -> tuple[Any, float, int]:
+    def run(self, *args: Any, **kwargs: Any) -> Answer:
         """(The leader.) One call over all ranks.
 
-        Returns:
-            what the model returned, the latency in ms from the inputs here to the outputs here,
-            and the payload bytes that this rank sent for it, the inputs not counted.
+        With ``on_peer_loss="degrade"`` a call that loses a rank is begun again without it, and one
+        that has come back takes part from the next call on.
 
         Raises:
             InputError: the model does not take these inputs.
             TransportError: a peer is lost.
         """
-        assert self._transport is not None and self.leads
+        transport = self._transport
+        assert transport is not None and self.leads
         self._executor.check_call(args, kwargs)
         begin = time.perf_counter()
-        self._calls.tell(args, kwargs)
-        before = self._transport.bytes_sent
-        with torch.inference_mode():
-            outputs = self._executor(*args, **kwargs)
-        latency_ms = (time.perf_counter() - begin) * 1e3
-        return outputs, latency_ms, self._transport.bytes_sent - before
+        self._take_back()
+        retries = 0
+        while True:
+            before = transport.bytes_sent
+            try:
+                outputs = self._attempt(args, kwargs)
+            except PeerLostError as error:
+                if not self._options.degrades:
+                    raise
+                self._go_on(self._losses(error))
+                retries += 1
+                continue
+            latency_ms = (time.perf_counter() - begin) * 1e3
+            sent = transport.bytes_sent - before
+            return Answer(outputs, latency_ms, sent, transport.lost, retries)
 
     def follow(self) -> int:
-        """(The others.) Take part in the leader's calls until it ends. Returns how many."""
+        """(The others.) Take part in the leader's calls until it ends. Returns how many.
+
+        Raises:
+            TransportError: the leader is lost, or another rank and losses are not survived.
+        """
         count = 0
         while (call := self._calls.next()) is not None:
-            with torch.inference_mode():
-                self._executor(*call[0], **call[1])
-            count += 1
+            try:
+                self._catch_up(call)
+                with torch.inference_mode():
+                    self._executor(*call.args, **call.kwargs)
+                count += 1
+            except PeerLostError as error:
+                # The leader tells who is left, with the next call.
+                if not self._options.degrades or error.rank == self.leader:
+                    raise
         return count
+
+    def _attempt(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Tell the others, and compute this rank's part."""
+        number = self._request
+        self._request += 1
+        self._calls.tell(args, kwargs, number)
+        self._executor.skip_to(number)
+        with torch.inference_mode():
+            return self._executor(*args, **kwargs)
+
+    def _losses(self, error: PeerLostError) -> frozenset[int]:
+        assert isinstance(self._transport, TcpTransport)
+        return self._transport.losses() | {error.rank}
+
+    def _take_back(self) -> None:
+        """Let the ranks that are back take part again."""
+        if self._options.degrades:
+            assert isinstance(self._transport, TcpTransport)
+            returned = self._transport.returned()
+            if returned:
+                self._calls.forget(returned)
+                self._go_on(self._transport.lost - returned)
+
+    def _go_on(self, lost: frozenset[int]) -> None:
+        assert isinstance(self._transport, TcpTransport)
+        self._transport.go_on(lost, self._request, self._options.deadline_s)
+
+    def _catch_up(self, call: Call) -> None:
+        """Do without the ranks that the leader does without."""
+        assert self._transport is not None
+        if self._options.degrades:
+            assert isinstance(self._transport, TcpTransport)
+            self._transport.agree(call.lost, call.request, self._options.deadline_s)
+        self._executor.skip_to(call.request)
 
 
 def _tls(options: Options, rank: int) -> Tls | None:
@@ -275,12 +359,14 @@ def _tls(options: Options, rank: int) -> Tls | None:
 
 def _tcp(meeting: Meeting, options: Options) -> TcpTransport:
     identity = meeting.identity
+    meeting.patient = options.degrades
     transport = TcpTransport(
         identity.rank,
         identity.world_size,
         meeting,
         meeting_s=options.meeting_s,
         silence_s=options.silence_s,
+        survives=options.degrades,
     )
     transport.connect()
     return transport

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -94,7 +95,30 @@ class Launched(ABC):
         passes: int,
         kwargs: Mapping[str, Any] | None = None,
     ) -> list[Message]:
-        assert self._children is not None and self._folder is not None, "use it in a with block"
+        assert self._children is not None, "use it in a with block"
+        command = self._numbered(self._with_inputs(args, command, kwargs or {}), passes)
+        # One more than the passes: the children's own waits should end first and say why.
+        timeout_s = self.timeout_s * (passes + 1)
+        with self._failing():
+            return self._children.ask(command, timeout_s=timeout_s, members=self._left())
+
+    def _left(self) -> list[int]:
+        """The children that are there."""
+        return list(range(len(self.pids)))
+
+    def _numbered(self, command: Message, passes: int) -> Message:
+        """What children are told beside the command."""
+        return command
+
+    def _with_inputs(
+        self, args: Sequence[Any], command: Message, kwargs: Mapping[str, Any]
+    ) -> Message:
+        """The command, with inputs in a file beside it.
+
+        Raises:
+            InputError: inputs that no model takes.
+        """
+        assert self._folder is not None, "use it in a with block"
         if self._failure is not None:
             raise WorkerError(
                 "the processes ended with an earlier error and have to be started again (in a new "
@@ -103,15 +127,17 @@ class Launched(ABC):
         path = os.path.join(self._folder.name, "inputs.safetensors")
         tensors: list[Tensor] = []
         try:
-            structure = flatten([list(args), dict(kwargs or {})], tensors)
+            structure = flatten([list(args), dict(kwargs)], tensors)
         except TypeError as error:
             raise InputError(str(error)) from error
         save_tensors(path, tensors)
-        command = {**command, "inputs": path, "structure": structure}
-        # One more than the passes: the children's own waits should end first and say why.
-        timeout_s = self.timeout_s * (passes + 1)
+        return {**command, "inputs": path, "structure": structure}
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """After an exception in the block the children are of no use any more."""
         try:
-            return self._children.ask(command, timeout_s=timeout_s)
+            yield
         except Exception as error:
             self._failure = str(error)
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,9 +13,10 @@ from typing import Any, Protocol
 from disco.errors import InputError
 from disco.executor.timeline import Span, Timeline
 from disco.partition.shards import load_manifest
-from disco.runtime.children import ChildSpec
+from disco.runtime.children import ChildSpec, WorkerError
 from disco.runtime.launched import Launched
-from disco.runtime.messages import load_tensors, unflatten
+from disco.runtime.messages import Message, load_tensors, unflatten
+from disco.runtime.survival import check_on_peer_loss, check_survivable
 from disco.runtime.tcp.transport import SILENCE_S
 from disco.runtime.token import make_token
 from disco.runtime.transports import LOOPBACK, TOKEN_FILE, choose_transport
@@ -41,12 +42,22 @@ class RunResult:
         outputs: per rank what the model returned there; every rank has the whole output.
         bytes_sent, bytes_received: per rank the payload bytes that its transport handed over.
         latency_ms: of the slowest rank, from its inputs to its outputs.
+        lost: ranks whose channels are missing in the outputs, which are exact if there are none. Of
+            them outputs are None and bytes 0.
+        retries: how often the pass was begun again because a rank was lost.
     """
 
     outputs: tuple[Any, ...]
     bytes_sent: tuple[int, ...]
     bytes_received: tuple[int, ...]
     latency_ms: float
+    lost: tuple[int, ...] = ()
+    retries: int = 0
+
+    @property
+    def answer(self) -> Any:
+        """The outputs of the first rank that is there; all ranks have the same."""
+        return next(o for rank, o in enumerate(self.outputs) if rank not in self.lost)
 
 
 class RankProcesses(Launched):
@@ -64,6 +75,12 @@ class RankProcesses(Launched):
         silence_s: over tcp, a peer that is waited for and silent for so long is lost.
         hosts: starts the ranks; None for simply here, over loopback.
         overlap, winograd: as for `disco.executor.Executor`.
+        on_peer_loss: "fail" ends all ranks when one is lost; "degrade" (over tcp, with a survivable
+            plan) begins the pass again with those that are left (`RunResult.lost`), and `restart`
+            brings a lost one back.
+
+    Attributes:
+        lost: the ranks that passes do without now.
 
     Raises:
         InputError: `nodes` is not the plan's, a shard is damaged or of another plan.
@@ -82,8 +99,13 @@ class RankProcesses(Launched):
         hosts: Hosts | None = None,
         overlap: bool = True,
         winograd: str = "off",
+        on_peer_loss: str = "fail",
     ) -> None:
         super().__init__(timeout_s)
+        check_on_peer_loss(on_peer_loss)
+        self.on_peer_loss = on_peer_loss
+        self.lost: set[int] = set()
+        self._request = 0
         self.transport = choose_transport(transport)
         self.silence_s = silence_s
         self._hosts = hosts
@@ -91,6 +113,8 @@ class RankProcesses(Launched):
         self._winograd = winograd
         given = [directory] if isinstance(directory, (str, os.PathLike)) else list(directory)
         self.manifest = load_manifest(given[0])
+        if on_peer_loss == "degrade":
+            check_survivable(self.manifest.plan, self.transport)
         self.world_size = self.manifest.plan.world_size
         if nodes is not None and nodes != self.world_size:
             raise InputError(
@@ -110,18 +134,69 @@ class RankProcesses(Launched):
 
         Raises:
             InputError: the model does not take these inputs; others may follow.
-            WorkerError: a rank failed; the processes have to be started again.
+            WorkerError: a rank failed, or (where losses are survived) no rank is left; the
+                processes have to be started again.
         """
-        replies = self._ask(args, {"command": "run"}, 1, kwargs)
-        refused = [str(r["refused"]) for r in replies if "refused" in r]
+        retries = 0
+        replies = self._replies(args, kwargs)
+        while replies is None:
+            retries += 1
+            replies = self._replies(args, kwargs)
+        refused = [str(r["refused"]) for r in replies.values() if "refused" in r]
         if refused:
             raise InputError(refused[0])
+        there = [replies.get(rank) for rank in range(self.world_size)]
         return RunResult(
-            outputs=tuple(unflatten(r["structure"], load_tensors(r["outputs"])) for r in replies),
-            bytes_sent=tuple(r["bytes_sent"] for r in replies),
-            bytes_received=tuple(r["bytes_received"] for r in replies),
-            latency_ms=max(r["latency_ms"] for r in replies),
+            outputs=tuple(
+                r and unflatten(r["structure"], load_tensors(r["outputs"])) for r in there
+            ),
+            bytes_sent=tuple(r["bytes_sent"] if r else 0 for r in there),
+            bytes_received=tuple(r["bytes_received"] if r else 0 for r in there),
+            latency_ms=max(r["latency_ms"] for r in replies.values()),
+            lost=tuple(sorted(self.lost)),
+            retries=retries,
         )
+
+    def restart(self, rank: int) -> None:
+        """Start a lost rank's process again; it takes part from the next pass on.
+
+        Raises:
+            InputError: the rank is not lost, or its shard cannot be used.
+            WorkerError: it failed; so has everything.
+        """
+        if rank not in self.lost:
+            raise InputError(f"rank {rank} was to be started again, and is not lost")
+        assert self._children is not None
+        rejoin = {"command": "rejoin", "ranks": [rank]}
+        with self._failing():
+            self._children.restart(rank, rejoin, members=self._left())
+        self.lost.discard(rank)
+
+    def _replies(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[int, Message] | None:
+        """By rank; None if one was lost, and the pass has to begin again."""
+        if self.on_peer_loss == "fail":
+            return dict(enumerate(self._ask(args, {"command": "run"}, 1, kwargs)))
+        assert self._children is not None
+        command = self._with_inputs(args, {"command": "run"}, kwargs)
+        with self._failing():
+            replies, gone = self._children.ask_those_left(
+                self._numbered(command, 1), self._left(), timeout_s=2 * self.timeout_s
+            )
+            self.lost |= gone
+            if not self._left():
+                raise WorkerError("no rank is left")
+        return None if gone else replies
+
+    def _left(self) -> list[int]:
+        return [rank for rank in range(self.world_size) if rank not in self.lost]
+
+    def _numbered(self, command: Message, passes: int) -> Message:
+        """For ranks that survive losses: the first request's number, and who is lost."""
+        if self.on_peer_loss == "fail":
+            return command
+        first = self._request
+        self._request += passes
+        return {**command, "request": first, "lost": sorted(self.lost)}
 
     def measure_stream(
         self, *inputs: Any, in_flight: int, warmup: int, repeats: int
@@ -168,6 +243,8 @@ class RankProcesses(Launched):
         }
         flat = tuple(word for pair in args.items() for word in pair)
         flat = (*flat, "--overlap" if self._overlap else "--no-overlap")
+        if self.on_peer_loss == "degrade":
+            flat = (*flat, "--degrade")
         spec = ChildSpec(f"rank {rank}", "disco.runtime.worker", flat, self.threads)
         return (
             spec if self._hosts is None else replace(spec, popen=partial(self._hosts.popen, rank))

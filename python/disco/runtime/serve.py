@@ -19,7 +19,8 @@ from typing import IO
 from disco.errors import InputError, TransportError
 from disco.runtime.messages import Message, read_message, write_message
 
-Handlers = dict[str, Callable[[Message], Message]]
+Handler = Callable[[Message], Message]
+Handlers = dict[str, Handler]
 
 _GRACE_S = 2.0  # for what is under way when stdin ends
 

@@ -42,7 +42,14 @@ def identity_of(shard: Shard) -> Identity:
 
 
 def open_local(
-    name: str, shard: Shard, folder: str, host: str, *, timeout_s: float, silence_s: float
+    name: str,
+    shard: Shard,
+    folder: str,
+    host: str,
+    *,
+    timeout_s: float,
+    silence_s: float,
+    survives: bool = False,
 ) -> Transport:
     """Meet the other ranks of this machine, who use the same private `folder`.
 
@@ -52,6 +59,7 @@ def open_local(
         host: to listen on.
         timeout_s: over torch, for any operation.
         silence_s: over tcp, after which a silent peer is lost.
+        survives: over tcp, whether a lost peer can be done without.
     """
     rank, world_size = shard.rank, shard.world_size
     transport: Transport
@@ -64,9 +72,14 @@ def open_local(
         book = AddressBook(folder)
         book.publish(rank, *listener.getsockname()[:2])
         token = read_token(os.path.join(folder, TOKEN_FILE))
-        meeting = Meeting(identity_of(shard), token, listener, book)
+        meeting = Meeting(identity_of(shard), token, listener, book, patient=survives)
         transport = TcpTransport(
-            rank, world_size, meeting, meeting_s=_MEETING_S, silence_s=silence_s
+            rank,
+            world_size,
+            meeting,
+            meeting_s=_MEETING_S,
+            silence_s=silence_s,
+            survives=survives,
         )
     transport.connect()
     return transport

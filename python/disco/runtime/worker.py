@@ -16,6 +16,7 @@ from disco.runtime.messages import Message
 from disco.runtime.passes import Passes
 from disco.runtime.serve import Handlers, serve
 from disco.runtime.stream import Stream
+from disco.runtime.survival import Survivor
 from disco.runtime.transports import LOOPBACK, open_local
 from disco_kernels import WINOGRAD
 
@@ -38,6 +39,7 @@ def prepare(args: argparse.Namespace, at_end: ExitStack) -> tuple[Message, Handl
         args.host,
         timeout_s=args.timeout_s,
         silence_s=args.silence_s,
+        survives=args.degrade,
     )
     at_end.callback(transport.close)
     executor = Executor(
@@ -48,6 +50,7 @@ def prepare(args: argparse.Namespace, at_end: ExitStack) -> tuple[Message, Handl
         winograd=args.winograd,
         overlap=args.overlap,
     )
+    survivor = Survivor(executor, transport, args.timeout_s) if args.degrade else None
     passes = Passes(
         executor,
         os.path.join(args.folder, f"outputs-{args.rank}.safetensors"),
@@ -69,7 +72,8 @@ def prepare(args: argparse.Namespace, at_end: ExitStack) -> tuple[Message, Handl
         return {"imported_kb": imported_kb, "now_kb": resident_kb()}
 
     more: Handlers = {"stream": stream.measure, "profile": stream.profile, "memory": memory}
-    return ready, {**passes.handlers(), **more}
+    handlers = {**passes.handlers(), **more}
+    return ready, handlers if survivor is None else survivor.around(handlers)
 
 
 def resident_kb() -> int:
@@ -94,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--winograd", default="off", choices=WINOGRAD)
     parser.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--degrade", action="store_true", help="go on without ranks that are lost")
     parser.add_argument("--timeout-s", type=float, default=30.0, help="for every wait on a peer")
     args = parser.parse_args(argv)
     with ExitStack() as at_end:

@@ -74,6 +74,7 @@ class RuleContext:
         shares: how much each rank is to compute; equal shares if None.
         example_sizes: symbols of image sizes and their values in the example.
         wire_dtype: that payloads are to travel in where that is fewer bytes; None for their own.
+        survivable: whether any ranks can answer over all outputs.
     """
 
     world_size: int
@@ -88,6 +89,7 @@ class RuleContext:
     shares: Shares | None = None
     example_sizes: Mapping[str, int] = field(default_factory=dict)
     wire_dtype: str | None = None
+    survivable: bool = False
 
     def share_out(self, value: str, num_channels: int) -> Ownership:
         """So many channels in contiguous runs, in the ranks' shares of the layer of this value."""
@@ -202,4 +204,4 @@ def _emit_whole(op: Op, rank: RankBuilder) -> None:
 
 
 # Ops that shard their result even if every input is replicated.
-_SPLITTING = frozenset({"disco.conv2d", "disco.linear"})
+_SPLITTING = frozenset({"disco.conv2d", "disco.linear", "disco.part_of_layer"})

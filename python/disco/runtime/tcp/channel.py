@@ -13,9 +13,13 @@ from disco.errors import PeerLostError, TransportError
 from disco.executor.transport import Handle
 from disco.runtime.tcp.frames import (
     DATA,
+    FIRST_CALL_EXCHANGE,
     GOODBYE,
     HEADER_BYTES,
     KINDS,
+    LOST,
+    MOST_EXCHANGES,
+    READY,
     key_of,
     pack_header,
     unpack_header,
@@ -70,6 +74,8 @@ class Channel:
         lost: why the peer is gone, or None.
         finished: the peer left on purpose, after all its payloads.
         blamed: the rank whose loss made the peer leave, or None.
+        reported: ranks that the peer says it has lost.
+        ready: the peer has said that it is back.
     """
 
     stream: Stream
@@ -81,6 +87,9 @@ class Channel:
     lost: str | None = None
     finished: bool = False
     blamed: int | None = None
+    reported: set[int] = field(default_factory=set)
+    ready: bool = False
+    _first_request: int = 0
     _outbox: deque[tuple[list[memoryview], TcpHandle | None]] = field(default_factory=deque)
     _awaited: dict[int, TcpHandle] = field(default_factory=dict)
     _early: dict[int, bytearray] = field(default_factory=dict)
@@ -181,6 +190,9 @@ class Channel:
             elif kind == DATA:
                 self._begin_payload(key_of(exchange, request), num_bytes)
             else:
+                if kind == LOST:
+                    self.reported.add(exchange)
+                self.ready |= kind == READY
                 self._into = memoryview(self._header)
             return
         key, target = self._frame
@@ -189,10 +201,27 @@ class Channel:
             self._finish(target)
             return
         handle = self._awaited.pop(key, None)
-        if handle is None:
+        if handle is not None:
+            self._take(target, handle)
+        elif self._given_up(key):
+            self._early_bytes -= len(target)
+        else:
             self._early[key] = target
-            return
-        self._take(target, handle)
+
+    def forget_before(self, request: int) -> None:
+        """Give up the payloads of earlier requests, those that are still to come included.
+
+        One that is coming in now goes to where it was to go: its buffer is not used again.
+        """
+        self._first_request = request
+        for key in [key for key in self._awaited if self._given_up(key)]:
+            del self._awaited[key]
+        for key in [key for key in self._early if self._given_up(key)]:
+            self._early_bytes -= len(self._early.pop(key))
+
+    def _given_up(self, key: int) -> bool:
+        request, exchange = divmod(key, MOST_EXCHANGES)
+        return request < self._first_request and exchange < FIRST_CALL_EXCHANGE
 
     def _begin_payload(self, key: int, num_bytes: int) -> None:
         handle = self._awaited.pop(key, None)

@@ -12,9 +12,13 @@ HEADER_BYTES = _HEADER.size
 DATA = 1  # a payload of (request, exchange)
 HEARTBEAT = 2  # alive; no payload
 GOODBYE = 3  # the peer leaves; exchange: one more than the rank it has lost, or 0; no payload
-KINDS = (DATA, HEARTBEAT, GOODBYE)
+LOST = 4  # exchange: the rank that the peer has lost, without leaving; no payload
+READY = 5  # the peer is back, and connected to all who are there; no payload
+KINDS = (DATA, HEARTBEAT, GOODBYE, LOST, READY)
 
 MOST_EXCHANGES = 1 << 16
+# Above these are messages between requests, with numbers of their own.
+FIRST_CALL_EXCHANGE = MOST_EXCHANGES - 16
 _REQUESTS = 1 << 32
 
 

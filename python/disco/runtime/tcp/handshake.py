@@ -54,20 +54,26 @@ class StrangerError(Exception):
     """The other end is not one of ours: another protocol, no proof, garbage."""
 
 
+class TakenError(InputError):
+    """The rank that this process says it is is connected already."""
+
+
 @dataclass(frozen=True)
 class Identity:
-    """What a rank says of itself, once it is trusted. All but `rank` must agree.
+    """What a rank says of itself, once it is trusted. All but `rank` and `lost` must agree.
 
     Attributes:
         rank, world_size: its place in the plan.
         plan: digest of its plan.
         program: version of the programs that its release runs.
+        lost: ranks that it goes on without.
     """
 
     rank: int
     world_size: int
     plan: str
     program: str
+    lost: tuple[int, ...] = ()
 
     def to_bytes(self) -> bytes:
         return json.dumps(asdict(self), sort_keys=True).encode()
@@ -80,8 +86,11 @@ class Identity:
             given = {field.name: content[field.name] for field in fields(Identity)}
         except (ValueError, KeyError, TypeError) as error:
             raise StrangerError(f"an identity that cannot be read ({error!r})") from None
-        kinds = {"rank": int, "world_size": int, "plan": str, "program": str}
+        kinds = {"rank": int, "world_size": int, "plan": str, "program": str, "lost": list}
         if any(type(given[name]) is not kind for name, kind in kinds.items()):
+            raise StrangerError("an identity with values of other kinds")
+        given["lost"] = tuple(given["lost"])
+        if any(type(rank) is not int for rank in given["lost"]):
             raise StrangerError("an identity with values of other kinds")
         return Identity(**given)
 
@@ -197,7 +206,7 @@ def _read_proof(
         raise StrangerError("it does not know the token")
     theirs = Identity.from_bytes(identity)
     if verdict == _TAKEN:
-        raise InputError(
+        raise TakenError(
             "another process is there already with this process's rank: give every process a rank "
             "of its own"
         )

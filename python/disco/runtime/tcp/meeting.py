@@ -11,8 +11,8 @@ import os
 import selectors
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from disco.errors import InputError, TransportError
 from disco.runtime.tcp.handshake import (
@@ -20,6 +20,7 @@ from disco.runtime.tcp.handshake import (
     Handshake,
     Identity,
     StrangerError,
+    TakenError,
     accept,
     check_agreement,
     dial,
@@ -33,6 +34,7 @@ AddressOf = Callable[[int], "Address | None"]
 _HANDSHAKE_S = 5.0
 _MOST_STRANGERS = 32  # handshakes under way with those who connected to us
 _REDIAL_S = 0.1
+_REDIAL_LOST_S = 1.0  # a rank that may come back
 _LOG_S = 5.0
 _POLL_S = 0.05
 # Probes begin after 5 s without traffic, come every second, and the fifth without answer ends it.
@@ -168,6 +170,12 @@ class Meeting:
         strict: a peer that refuses this rank ends the meeting, rather than being one more reason
             why it is missing.
         tls: this rank's certificate and key; None goes without TLS.
+        patient: where this rank is connected already, that may be a process before this one, whose
+            end is not known yet: try again.
+
+    Attributes:
+        peers: by rank, those that are there.
+        returning: the peers had gone on without this rank, and take it back.
     """
 
     identity: Identity
@@ -176,7 +184,10 @@ class Meeting:
     address_of: AddressOf
     strict: bool = True
     tls: Tls | None = None
+    patient: bool = False
     peers: dict[int, Peer] = field(default_factory=dict)
+    returning: bool = False
+    _without: set[int] = field(default_factory=set)
     _selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
     _talks: dict[socket.socket | TlsSocket, _Talk] = field(default_factory=dict)
     _redial: dict[int, float] = field(default_factory=dict)
@@ -206,8 +217,8 @@ class Meeting:
         self._selector.register(self.listener, selectors.EVENT_READ)
         try:
             while (missing := self._missing()) and time.monotonic() <= end:
-                self._dial_those(rank for rank in missing if rank < self.identity.rank)
-                self._turn()
+                self._dial_those(missing, _REDIAL_S)
+                self._turn(_POLL_S)
         except BaseException:
             for peer in self.peers.values():
                 peer.sock.close()
@@ -215,16 +226,52 @@ class Meeting:
         finally:
             for talk in list(self._talks.values()):
                 self._drop(talk)
-            self._selector.close()
+            self._selector.unregister(self.listener)
         return {rank: self._why_missing(rank) for rank in missing}
+
+    def go_on_without(self, lost: Collection[int], back: Container[int] = ()) -> None:
+        """From now on let these ranks come back, and tell whoever comes which they are.
+
+        Args:
+            lost: the ranks that are done without.
+            back: those among them that are connected again.
+        """
+        self.identity = replace(self.identity, lost=tuple(sorted(lost)))
+        for rank in lost:
+            if rank not in back:
+                self.peers.pop(rank, None)
+        if self.listener not in self._selector.get_map():
+            self._selector.register(self.listener, selectors.EVENT_READ)
+
+    def look(self) -> None:
+        """(After `go_on_without`.) Go on with the handshakes of ranks that come back; never blocks.
+
+        What is no rank of ours, or of another plan, is refused with a line of log.
+        """
+        try:
+            self._dial_those(self._missing(), _REDIAL_LOST_S)
+            for _ in range(_MOST_STRANGERS):
+                if not self._turn(0.0):
+                    break
+        except InputError as error:
+            self._log_refusal("a rank that would come back", str(error))
+
+    def close(self) -> None:
+        """Stop listening. May be called more than once."""
+        for talk in list(self._talks.values()):
+            self._drop(talk)
+        self._selector.close()
+        self.listener.close()
 
     def _missing(self) -> list[int]:
         ranks = range(self.identity.world_size)
-        return [rank for rank in ranks if rank not in self.peers and rank != self.identity.rank]
+        here = {self.identity.rank, *self.peers, *self._without}
+        return [rank for rank in ranks if rank not in here]
 
-    def _turn(self) -> None:
-        """Whatever can go on now."""
-        for key, _ in self._selector.select(_POLL_S):
+    def _turn(self, most_s: float) -> bool:
+        """Whatever can go on now, or within `most_s` seconds; False if nothing could."""
+        ready = self._selector.select(most_s)
+        for key, _ in ready:
             if key.fileobj is self.listener:
                 self._accept()
             else:
@@ -234,18 +281,20 @@ class Meeting:
         now = time.monotonic()
         for talk in [t for t in self._talks.values() if t.until < now]:
             self._failed(talk, "it did not answer")
+        return bool(ready)
 
-    def _dial_those(self, ranks: Iterable[int]) -> None:
+    def _dial_those(self, ranks: Iterable[int], again_s: float) -> None:
+        """Those of `ranks` that are below this one, each at most every `again_s` seconds."""
         dialled = {talk.dialled for talk in self._talks.values()}
         now = time.monotonic()
         for rank in ranks:
-            if rank in dialled or self._redial.get(rank, 0.0) > now:
+            if rank > self.identity.rank or rank in dialled or self._redial.get(rank, 0.0) > now:
                 continue
             address = self.address_of(rank)
             if address is None:
                 self._why[rank] = "it has not said where it listens"
                 continue
-            self._redial[rank] = now + _REDIAL_S
+            self._redial[rank] = now + again_s
             try:
                 family, _, _, _, where = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
             except OSError as error:
@@ -286,7 +335,8 @@ class Meeting:
             self._failed(talk, text or str(error) or type(error).__name__)
             return
         except InputError as error:
-            if talk.dialled is None or not self.strict:
+            again = self.patient and isinstance(error, TakenError)
+            if talk.dialled is None or not self.strict or again:
                 # Whoever connects can say anything until it has proved that it knows the token.
                 self._failed(talk, str(error))
                 self._refusals.add(talk.dialled)
@@ -325,6 +375,9 @@ class Meeting:
             raise
         _tune(talk.sock)
         self.peers[theirs.rank] = Peer(theirs.rank, talk.host, talk.sock)
+        if self.identity.rank in theirs.lost:
+            self.returning = True
+            self._without.update(theirs.lost)
 
     def _failed(self, talk: _Talk, why: str) -> None:
         self._drop(talk)
@@ -332,14 +385,16 @@ class Meeting:
             if talk.dialled not in self._refusals:  # says more than that it is gone by now
                 self._why[talk.dialled] = f"{talk.host}: {why}"
             return
+        self._log_refusal(f"a connection from {talk.host}", why)
+
+    def _log_refusal(self, who: str, why: str) -> None:
+        """One line, but not for each of a flood."""
         self._refused += 1
         self._refused_why = why
         now = time.monotonic()
         if now - self._logged > _LOG_S:
             self._logged = now
-            _log.warning(
-                "a connection from %s was refused: %s (%d so far)", talk.host, why, self._refused
-            )
+            _log.warning("%s was refused: %s (%d so far)", who, why, self._refused)
 
     def _forget(self, talk: _Talk) -> None:
         self._selector.unregister(talk.sock)
