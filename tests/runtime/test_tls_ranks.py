@@ -207,6 +207,7 @@ def test_doctors_say_who_goes_without_tls(setup: Setup) -> None:
     assert "it does not use TLS, and this rank does: start all ranks with --tls, or none" in out
 
 
+@pytest.mark.slow
 def test_a_lost_rank_comes_back_over_tls(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
