@@ -18,6 +18,7 @@ from disco.errors import InputError, TransportError
 from disco.program.message_layout import WIRE_DTYPES
 from disco.runtime.children import WorkerError
 from disco.runtime.joined import MEETING_S
+from disco.runtime.keys import DAYS
 from disco.runtime.mpi import abort_job
 from disco.runtime.survival import ON_PEER_LOSS
 from disco.runtime.tcp.transport import SILENCE_S
@@ -114,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_worker(subparsers)
     _add_doctor(subparsers)
     _add_token_command(subparsers)
+    _add_keys(subparsers)
     _add_verify(subparsers)
     _add_bench(subparsers)
     _add_lab(subparsers)
@@ -314,6 +316,12 @@ def _add_token(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="the secret that all ranks share (default: the variable DISCO_TOKEN)",
     )
+    parser.add_argument(
+        "--tls",
+        type=Path,
+        metavar="DIR",
+        help="tcp: encrypt, with this rank's folder of `disco keys`; for all ranks or none",
+    )
 
 
 def _add_doctor(subparsers: Any) -> None:
@@ -348,6 +356,25 @@ def _add_token_command(subparsers: Any) -> None:
     )
     token.add_argument("file", type=Path, help="must not exist")
     token.set_defaults(handler=running.token)
+
+
+def _add_keys(subparsers: Any) -> None:
+    keys = subparsers.add_parser(
+        "keys",
+        help="make the certificates and keys that ranks encrypt with",
+        description="Make a certificate authority of the cluster's own, and a certificate and key "
+        "a rank: ca.pem, cert.pem and key.pem in DIR/rank-<r>, for the node of rank r and its "
+        "--tls. DIR/ca-key.pem stays here. Needs the extra `tls`; the nodes do not.",
+        epilog="example:\n  disco keys keys/ --peers peers.yaml",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    keys.add_argument("directory", type=Path, metavar="DIR", help="a new one")
+    keys.add_argument("--peers", type=Path, required=True, metavar="FILE", help="as for run")
+    keys.add_argument(
+        "--days", type=int, default=DAYS, help="that they are valid (default: %(default)s)"
+    )
+    keys.add_argument("--overwrite", action="store_true", help="replace old keys")
+    keys.set_defaults(handler=running.keys)
 
 
 def _add_verify(subparsers: Any) -> None:

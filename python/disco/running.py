@@ -1,4 +1,7 @@
-"""The commands that run a partition: `run`, `worker` and `doctor`. Called by `disco.cli`."""
+"""The commands that run a partition: `run`, `worker`, `doctor`; and `token` and `keys` for them.
+
+Called by `disco.cli`.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,9 @@ from disco.runtime.joined import (
     place_from_launcher,
     started_by_launcher,
 )
+from disco.runtime.keys import CA_KEY_FILE, make_keys
 from disco.runtime.peers import Peers
+from disco.runtime.tcp.meeting import name_of
 from disco.runtime.token import make_token
 
 RunOne = Callable[[Tensor], Answer]
@@ -39,6 +44,8 @@ def run(args: argparse.Namespace) -> bool:
     check_json(args.json)
     if args.peers is None and not started_by_launcher():
         _refuse(args, "--rank", args.rank, "which is for a list of peers: give --peers, too")
+        why = "and ranks of one machine talk over loopback, which never leaves it: leave it out"
+        _refuse(args, "--tls", args.tls, why)
         return _run_here(args)
     joined = _join(args)
     if not joined.leads:
@@ -61,7 +68,7 @@ def doctor(args: argparse.Namespace) -> bool:
     """`disco doctor`; False if a pair of nodes cannot talk."""
     check_json(args.json)
     peers = Peers.from_yaml(args.peers)
-    report = examine(peers, args.rank, args.token_file, args.timeout)
+    report = examine(peers, args.rank, args.token_file, args.timeout, args.tls)
     say(str(report))
     write_json(args.json, report.to_json())
     return report.healthy
@@ -71,6 +78,16 @@ def token(args: argparse.Namespace) -> None:
     """`disco token`."""
     make_token(args.file)
     say(f"{args.file}: copy it to every node, and keep it to yourself")
+
+
+def keys(args: argparse.Namespace) -> None:
+    """`disco keys`."""
+    peers = Peers.from_yaml(args.peers)
+    until = make_keys(args.directory, peers, days=args.days, overwrite=args.overwrite)
+    for rank, (host, port) in enumerate(peers.addresses):
+        say(f"{args.directory / f'rank-{rank}'}: for rank {rank} at {name_of((host, port))}")
+    say(f"{args.directory / CA_KEY_FILE}: makes certificates that all ranks trust; keep it here")
+    say(f"valid until {until:%Y-%m-%d %H:%M} UTC; copy each folder to its node, and no other")
 
 
 def _run_here(args: argparse.Namespace) -> bool:
@@ -98,14 +115,14 @@ def _run_here(args: argparse.Namespace) -> bool:
 
 def _lead(args: argparse.Namespace, joined: JoinedRank) -> bool:
     with ExitStack() as stack:
-        name = joined.place.transport
+        name = joined.place.transport_text
         return _run_images(args, lambda: stack.enter_context(joined), joined.run, name, False)
 
 
 def _follow(args: argparse.Namespace, joined: JoinedRank) -> bool:
     place = joined.place
     print(
-        f"rank {place.rank} of {place.world_size} over {place.transport}, led by rank "
+        f"rank {place.rank} of {place.world_size} over {place.transport_text}, led by rank "
         f"{joined.leader}",
         flush=True,
     )
@@ -128,6 +145,7 @@ def _join(args: argparse.Namespace) -> JoinedRank:
         token_file=args.token_file,
         meeting_s=args.meeting,
         silence_s=args.deadline,
+        tls=args.tls,
         on_peer_loss=args.on_peer_loss,
     )
     if args.peers is None:

@@ -14,6 +14,7 @@ from disco.runtime.peers import Peers
 from disco.runtime.tcp import Identity, Meeting, TcpTransport, listen
 from disco.runtime.tcp.handshake import DOCTOR
 from disco.runtime.tcp.meeting import name_of
+from disco.runtime.tcp.tls import Tls
 from disco.runtime.token import read_token
 
 _ROW_BYTES = 1 << 14
@@ -66,7 +67,11 @@ class Report:
 
 
 def examine(
-    peers: Peers, rank: int, token_file: str | os.PathLike[str] | None, timeout_s: float
+    peers: Peers,
+    rank: int,
+    token_file: str | os.PathLike[str] | None,
+    timeout_s: float,
+    tls: str | os.PathLike[str] | None = None,
 ) -> Report:
     """Try this node's pairs, and collect what the others found.
 
@@ -75,14 +80,17 @@ def examine(
         rank: of this node.
         token_file: None for the variable ``DISCO_TOKEN``.
         timeout_s: how long to try to reach the doctors on the other nodes, in seconds.
+        tls: folder with this rank's certificate and key; None goes without TLS.
 
     Raises:
-        InputError: no token, no such rank, or the node's own address cannot be listened on.
+        InputError: no token, no such rank, keys that cannot be used, or the node's own address
+            cannot be listened on.
     """
     peers.check_rank(rank)
     identity = Identity(rank, peers.world_size, "", DOCTOR)
     token = read_token(token_file)
-    meeting = Meeting(identity, token, listen(*peers(rank)), peers, strict=False)
+    keys = None if tls is None else Tls.load(tls, rank)
+    meeting = Meeting(identity, token, listen(*peers(rank)), peers, strict=False, tls=keys)
     try:
         missing = meeting.attempt(timeout_s)
         transport = TcpTransport(rank, peers.world_size, meeting)

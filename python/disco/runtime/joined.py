@@ -27,6 +27,7 @@ from disco.runtime.rendezvous import StoreAddresses, agree
 from disco.runtime.survival import check_on_peer_loss, check_survivable
 from disco.runtime.tcp import Meeting, TcpTransport, listen
 from disco.runtime.tcp.handshake import check_agreement
+from disco.runtime.tcp.tls import Tls
 from disco.runtime.tcp.transport import SILENCE_S
 from disco.runtime.token import TOKEN_VARIABLE, read_token
 from disco.runtime.transports import TRANSPORTS, identity_of
@@ -43,6 +44,7 @@ class Place:
         launcher: "peers", "torchrun" or "mpi".
         open: connects the transport, given this rank's shard.
         transport: its name.
+        encrypted: the ranks use TLS.
     """
 
     rank: int
@@ -50,6 +52,12 @@ class Place:
     launcher: str
     transport: str
     open: Callable[[Shard], Transport]
+    encrypted: bool = False
+
+    @property
+    def transport_text(self) -> str:
+        """The transport in words."""
+        return f"{self.transport} with TLS" if self.encrypted else self.transport
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,8 @@ class Options:
         meeting_s: how long to wait for all ranks, in seconds.
         deadline_s: for every message of a peer that is alive, in seconds.
         silence_s: over tcp: a peer that is waited for and silent for so long is lost.
+        tls: over tcp: folder with this rank's certificate and key (`disco keys`), which encrypts
+            and authenticates all that ranks send each other; None for all ranks does without.
         on_peer_loss: "fail" ends it all; "degrade" (over tcp, with a survivable plan) lets the
             ranks that are left answer from the channels that they own, and lost ones come back.
     """
@@ -71,6 +81,7 @@ class Options:
     meeting_s: float = MEETING_S
     deadline_s: float = 30.0
     silence_s: float = SILENCE_S
+    tls: str | os.PathLike[str] | None = None
     on_peer_loss: str = "fail"
 
     @property
@@ -82,6 +93,10 @@ class Options:
         if self.transport not in TRANSPORTS:
             raise InputError(
                 f"transport {self.transport!r} was given; there are {', '.join(TRANSPORTS)}"
+            )
+        if self.tls is not None and self.transport not in ("auto", "tcp"):
+            raise InputError(
+                f"--tls was given with transport {self.transport!r}, which cannot encrypt: use tcp"
             )
 
 
@@ -118,13 +133,14 @@ def place_among(peers: Peers, rank: int, options: Options) -> Place:
             f"start the ranks with torchrun for torch, with mpiexec for mpi"
         )
     token = read_token(options.token_file)
+    tls = _tls(options, rank)
 
     def connect(shard: Shard) -> Transport:
         _check_world_size(shard, peers.world_size, "the list of peers")
-        meeting = Meeting(identity_of(shard), token, listen(*peers(rank)), peers)
+        meeting = Meeting(identity_of(shard), token, listen(*peers(rank)), peers, tls=tls)
         return _tcp(meeting, options)
 
-    return Place(rank, peers.world_size, "peers", "tcp", connect)
+    return Place(rank, peers.world_size, "peers", "tcp", connect, tls is not None)
 
 
 def place_from_launcher(options: Options) -> Place:
@@ -137,6 +153,8 @@ def _place_in_mpi(options: Options) -> Place:
         raise InputError(
             f"transport {options.transport!r} was given under mpiexec: use mpi or auto there"
         )
+    if options.tls is not None:
+        raise InputError("--tls was given under mpiexec, and MPI cannot encrypt: use --peers")
     world = load_mpi().COMM_WORLD
 
     def connect(shard: Shard) -> Transport:
@@ -155,12 +173,13 @@ def _place_in_torchrun(options: Options) -> Place:
     name = options.transport
     if name == "auto":
         has_token = options.token_file is not None or TOKEN_VARIABLE in os.environ
-        name = "tcp" if has_token else "torch"
+        name = "tcp" if has_token or options.tls is not None else "torch"
     if name == "mpi":
         raise InputError("transport 'mpi' was given under torchrun: use mpiexec for it")
     store, rank, world_size = next(iter(rendezvous("env://")))
     store = PrefixStore("disco", store)
     host = _address_towards(os.environ["MASTER_ADDR"])
+    tls = _tls(options, rank)
 
     def connect(shard: Shard) -> Transport:
         _check_world_size(shard, world_size, "torchrun")
@@ -175,9 +194,9 @@ def _place_in_torchrun(options: Options) -> Place:
         addresses = StoreAddresses(store)
         addresses.publish(rank, *listener.getsockname()[:2])
         token = read_token(options.token_file)
-        return _tcp(Meeting(identity_of(shard), token, listener, addresses), options)
+        return _tcp(Meeting(identity_of(shard), token, listener, addresses, tls=tls), options)
 
-    return Place(rank, world_size, "torchrun", name, connect)
+    return Place(rank, world_size, "torchrun", name, connect, tls is not None)
 
 
 class JoinedRank:
@@ -269,10 +288,9 @@ class JoinedRank:
         begin = time.perf_counter()
         retries = 0
         while True:
-            before = transport.bytes_sent
             try:
                 self._take_back()
-                outputs = self._attempt(args, kwargs)
+                outputs, sent = self._attempt(transport, args, kwargs)
             except PeerLostError as error:
                 if not self._options.degrades:
                     raise
@@ -280,7 +298,6 @@ class JoinedRank:
                 retries += 1
                 continue
             latency_ms = (time.perf_counter() - begin) * 1e3
-            sent = transport.bytes_sent - before
             return Answer(outputs, latency_ms, sent, transport.lost, retries)
 
     def follow(self) -> int:
@@ -302,14 +319,17 @@ class JoinedRank:
                     raise
         return count
 
-    def _attempt(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Tell the others, and compute this rank's part."""
+    def _attempt(
+        self, transport: Transport, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, int]:
+        """Tell the others, and compute this rank's part: outputs, and bytes sent for them."""
         number = self._request
         self._request += 1
         self._calls.tell(args, kwargs, number)
         self._executor.skip_to(number)
+        before = transport.bytes_sent
         with torch.inference_mode():
-            return self._executor(*args, **kwargs)
+            return self._executor(*args, **kwargs), transport.bytes_sent - before
 
     def _losses(self, error: PeerLostError) -> frozenset[int]:
         assert isinstance(self._transport, TcpTransport)
@@ -335,6 +355,10 @@ class JoinedRank:
             assert isinstance(self._transport, TcpTransport)
             self._transport.agree(call.lost, call.request, self._options.deadline_s)
         self._executor.skip_to(call.request)
+
+
+def _tls(options: Options, rank: int) -> Tls | None:
+    return None if options.tls is None else Tls.load(options.tls, rank)
 
 
 def _tcp(meeting: Meeting, options: Options) -> TcpTransport:

@@ -11,6 +11,9 @@ handshake frames are not authenticated one by one: that, and secrecy, is what TL
 
 Both ends are generators that yield `bytes` to send or an `int`, how many bytes they want next:
 whoever drives them decides how to wait.
+
+All of it goes through TLS where that is used (`tls`). A rank that uses it and one that does not
+find out from the first bytes, and tell each other.
 """
 
 from __future__ import annotations
@@ -30,11 +33,19 @@ DOCTOR = "doctor"
 MAGIC = b"disco\x00tp"
 PROTOCOL = 1
 _NONCE_BYTES = 32
-_HELLO = struct.Struct(f"<{len(MAGIC)}sHxx{_NONCE_BYTES}s")
+# magic, version, what else the sender wants to say, nonce
+_HELLO = struct.Struct(f"<{len(MAGIC)}sHH{_NONCE_BYTES}s")
+_NO_REMARK, _I_USE_TLS = 0, 1
 _PROOF = struct.Struct("<HH32s")
 _MOST_IDENTITY_BYTES = 4096
 
 _OK, _WRONG_TOKEN, _TAKEN = 0, 1, 2
+
+# What a rank that uses TLS answers to a hello without: it goes no further.
+TLS_ONLY = _HELLO.pack(MAGIC, PROTOCOL, _I_USE_TLS, bytes(_NONCE_BYTES))
+# A record of TLS's handshake; two more bytes, the length of the rest, follow a minor version.
+_TLS_BEGINS = b"\x16\x03"
+_TLS_RECORD = struct.Struct(">BHH")
 
 Handshake = Generator["bytes | int", "bytes", "Identity"]
 
@@ -128,7 +139,10 @@ def accept(token: bytes, mine: Identity, taken: Container[int]) -> Handshake:
         StrangerError: it does not know the token, or is no dialler of ours.
     """
     nonce = secrets.token_bytes(_NONCE_BYTES)
-    other = _read_hello((yield _HELLO.size))
+    hello = yield _HELLO.size
+    if hello.startswith(_TLS_BEGINS):
+        yield from _refuse_tls(hello)
+    other = _read_hello(hello)
     yield _hello(nonce)
     try:
         theirs = yield from _read_proof(token, b"dial", other, nonce)
@@ -143,12 +157,22 @@ def accept(token: bytes, mine: Identity, taken: Container[int]) -> Handshake:
     return theirs
 
 
+def _refuse_tls(begin: bytes) -> Generator[bytes | int, bytes, None]:
+    """Let a dialler that uses TLS know that this end does not."""
+    # Closing a socket with unread bytes would take the answer back.
+    rest = _TLS_RECORD.size + _TLS_RECORD.unpack_from(begin)[2] - len(begin)
+    if rest > 0:
+        yield rest
+    yield _hello(bytes(_NONCE_BYTES))
+    raise StrangerError("it uses TLS, and this rank does not: start all ranks with --tls, or none")
+
+
 def _hello(nonce: bytes) -> bytes:
-    return _HELLO.pack(MAGIC, PROTOCOL, nonce)
+    return _HELLO.pack(MAGIC, PROTOCOL, _NO_REMARK, nonce)
 
 
 def _read_hello(data: bytes) -> bytes:
-    magic, version, nonce = _HELLO.unpack(data)
+    magic, version, remark, nonce = _HELLO.unpack(data)
     if magic != MAGIC:
         raise StrangerError("it does not speak this protocol")
     if version != PROTOCOL:
@@ -156,6 +180,8 @@ def _read_hello(data: bytes) -> bytes:
             f"the other end speaks version {version} of the protocol, this one version "
             f"{PROTOCOL}: install one release on all nodes"
         )
+    if remark == _I_USE_TLS:
+        raise InputError("it uses TLS, and this rank does not: start all ranks with --tls, or none")
     return bytes(nonce)
 
 

@@ -26,6 +26,8 @@ from disco.runtime.tcp.handshake import (
     check_agreement,
     dial,
 )
+from disco.runtime.tcp.tls import Tls
+from disco.runtime.tcp.tls_socket import TlsSocket, name_rank
 
 Address = tuple[str, int]
 AddressOf = Callable[[int], "Address | None"]
@@ -34,6 +36,7 @@ _HANDSHAKE_S = 5.0
 _MOST_STRANGERS = 32  # handshakes under way with those who connected to us
 _REDIAL_S = 0.1
 _LOOK_S = 0.01  # at most, while a run goes on
+_ANEW_S = 5.0
 _REDIAL_LOST_S = 1.0  # a rank that may come back
 _LOG_S = 5.0
 _POLL_S = 0.05
@@ -74,7 +77,7 @@ def name_of(address: Address) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _tune(sock: socket.socket) -> None:
+def _tune(sock: socket.socket | TlsSocket) -> None:
     """Small messages leave at once; a peer whose machine is gone is noticed even between calls."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -89,14 +92,14 @@ class Peer:
 
     rank: int
     host: str
-    sock: socket.socket
+    sock: socket.socket | TlsSocket
 
 
 @dataclass
 class _Talk:
     """A handshake under way over one socket."""
 
-    sock: socket.socket
+    sock: socket.socket | TlsSocket
     host: str
     talk: Handshake
     until: float
@@ -150,6 +153,10 @@ class _Talk:
 
     @property
     def events(self) -> int:
+        if self.connected and isinstance(self.sock, TlsSocket):
+            events = self.sock.handshake_events
+            if events is not None:
+                return events
         sends = self.unsent or not self.connected
         return selectors.EVENT_WRITE if sends else selectors.EVENT_READ
 
@@ -165,6 +172,7 @@ class Meeting:
         address_of: where a rank listens; None while that is not known.
         strict: a peer that refuses this rank ends the meeting, rather than being one more reason
             why it is missing.
+        tls: this rank's certificate and key; None goes without TLS.
         patient: where this rank is connected already, that may be a process before this one, whose
             end is not known yet: try again.
 
@@ -178,16 +186,19 @@ class Meeting:
     listener: socket.socket
     address_of: AddressOf
     strict: bool = True
+    tls: Tls | None = None
     patient: bool = False
     peers: dict[int, Peer] = field(default_factory=dict)
     returning: bool = False
+    _anew: float = 0.0
     _without: set[int] = field(default_factory=set)
     _selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
-    _talks: dict[socket.socket, _Talk] = field(default_factory=dict)
+    _talks: dict[socket.socket | TlsSocket, _Talk] = field(default_factory=dict)
     _redial: dict[int, float] = field(default_factory=dict)
     _why: dict[int, str] = field(default_factory=dict)
     _refusals: set[int | None] = field(default_factory=set)
     _refused: int = 0
+    _refused_why: str = ""
     _logged: float = 0.0
 
     def meet(self, timeout_s: float) -> dict[int, Peer]:
@@ -210,6 +221,7 @@ class Meeting:
         self._selector.register(self.listener, selectors.EVENT_READ)
         try:
             while (missing := self._missing()) and time.monotonic() <= end:
+                self._begin_anew_if_late()
                 self._dial_those(missing, _REDIAL_S)
                 self._turn(_POLL_S)
         except BaseException:
@@ -221,6 +233,17 @@ class Meeting:
                 self._drop(talk)
             self._selector.unregister(self.listener)
         return {rank: self._why_missing(rank) for rank in missing}
+
+    def _begin_anew_if_late(self) -> None:
+        """Of ranks that come back, one may wait for another that has been lost since the others
+        said who is there. Ask them again."""
+        if not self.returning or time.monotonic() < self._anew:
+            return
+        for peer in self.peers.values():
+            peer.sock.close()
+        self.peers.clear()
+        self._without.clear()
+        self.returning = False
 
     def go_on_without(self, lost: Collection[int], back: Container[int] = ()) -> None:
         """From now on let these ranks come back, and tell whoever comes which they are.
@@ -294,20 +317,22 @@ class Meeting:
             except OSError as error:
                 self._why[rank] = f"{name_of(address)}: {error.strerror}"
                 continue
-            sock = socket.socket(family, socket.SOCK_STREAM)
-            sock.setblocking(False)
-            sock.connect_ex(where)
+            plain = socket.socket(family, socket.SOCK_STREAM)
+            plain.setblocking(False)
+            plain.connect_ex(where)
+            sock = plain if self.tls is None else self.tls.dialled(plain, address[0], rank)
             talk = dial(self.token, self.identity)
             self._add(_Talk(sock, name_of(address), talk, 0.0, dialled=rank, connected=False))
 
     def _accept(self) -> None:
         try:
-            sock, address = self.listener.accept()
+            plain, address = self.listener.accept()
         except OSError as error:  # gone already, or no descriptor is left
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 time.sleep(_POLL_S)  # it stays ready to be accepted
             return
-        sock.setblocking(False)
+        plain.setblocking(False)
+        sock = plain if self.tls is None else self.tls.accepted(plain)
         strangers = [talk for talk in self._talks.values() if talk.dialled is None]
         if len(strangers) >= _MOST_STRANGERS:
             self._failed(strangers[0], "too many connect at once")
@@ -347,6 +372,13 @@ class Meeting:
         if (theirs.program == DOCTOR) != (self.identity.program == DOCTOR):
             self._failed(talk, "a run and a doctor do not meet: both see that they can talk")
             return
+        if isinstance(talk.sock, TlsSocket) and talk.sock.certified_rank != theirs.rank:
+            certified = name_rank(talk.sock.certified_rank)
+            self._failed(
+                talk,
+                f"it says that it is rank {theirs.rank}, and its certificate is of {certified}",
+            )
+            return
         self._forget(talk)
         try:
             check_agreement(self.identity, theirs, talk.host)
@@ -363,6 +395,8 @@ class Meeting:
         _tune(talk.sock)
         self.peers[theirs.rank] = Peer(theirs.rank, talk.host, talk.sock)
         if self.identity.rank in theirs.lost:
+            if not self.returning:
+                self._anew = time.monotonic() + _ANEW_S
             self.returning = True
             self._without.update(theirs.lost)
 
@@ -377,6 +411,7 @@ class Meeting:
     def _log_refusal(self, who: str, why: str) -> None:
         """One line, but not for each of a flood."""
         self._refused += 1
+        self._refused_why = why
         now = time.monotonic()
         if now - self._logged > _LOG_S:
             self._logged = now
@@ -396,7 +431,9 @@ class Meeting:
 
     def _who_is_missing(self, missing: Mapping[int, str], timeout_s: float) -> str:
         parts = [f"rank {rank} ({why})" for rank, why in missing.items()]
-        refused = f"; {self._refused} connections were refused" if self._refused else ""
+        refused = ""
+        if self._refused:
+            refused = f"; {self._refused} connections were refused, the last: {self._refused_why}"
         return (
             f"rank {self.identity.rank} of {self.identity.world_size} missed "
             f"{', '.join(parts)} after {timeout_s:g} s{refused}"
