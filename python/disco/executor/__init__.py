@@ -3,7 +3,7 @@
 from disco.executor.executor import DEADLINE_S, Executor
 from disco.executor.in_process import InProcessHub, InProcessTransport
 from disco.executor.pipelined import run_pipelined
-from disco.executor.timeline import Span, Timeline
+from disco.executor.timeline import Recorder, Span, Timeline, Transfer
 from disco.executor.together import run_together
 from disco.executor.transport import Handle, Transport
 
@@ -13,8 +13,10 @@ __all__ = [
     "Handle",
     "InProcessHub",
     "InProcessTransport",
+    "Recorder",
     "Span",
     "Timeline",
+    "Transfer",
     "Transport",
     "run_pipelined",
     "run_together",

@@ -33,6 +33,11 @@ class Handle(ABC):
         Never blocks. May raise TransportError if the exchange failed.
         """
 
+    @property
+    @abstractmethod
+    def finished_ns(self) -> int:
+        """When this rank saw that it was done (`time.perf_counter_ns`); 0 as long as it is not."""
+
 
 class Transport(ABC):
     """Point-to-point, non-blocking exchange of contiguous buffers between `world_size` ranks.

@@ -34,6 +34,10 @@ class _Nothing(Handle):
     def done(self) -> bool:
         return True
 
+    @property
+    def finished_ns(self) -> int:
+        return 1  # before anything began
+
 
 _NOTHING = _Nothing()
 
