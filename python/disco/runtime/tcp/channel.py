@@ -46,6 +46,7 @@ class TcpHandle(Handle):
     """One send or receive. Keeps its buffer alive until it is done."""
 
     __slots__ = ("buffer", "channel", "exchange", "finished_ns", "num_bytes", "view")
+    finished_ns: int
 
     def __init__(self, channel: Channel, buffer: Tensor, exchange: int) -> None:
         self.channel = channel
