@@ -168,7 +168,7 @@ def test_an_error_names_its_request_and_ends_all(partitioned: disco.Partitioned)
     closed: list[int] = []
     start = executors[0].start
 
-    def watched(inputs: Sequence[Tensor], transport: InProcessTransport, number: int, *record: Any):  # type: ignore[no-untyped-def]
+    def watched(inputs: Sequence[Tensor], transport: InProcessTransport, number: int, *record):  # type: ignore[no-untyped-def]
         def run():  # type: ignore[no-untyped-def]
             try:
                 return (yield from start(inputs, transport, number, *record))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
@@ -93,7 +93,10 @@ class Timeline:
 
     def shifted(self, by_ns: int) -> Timeline:
         """The same on another clock, which shows `by_ns` more."""
-        return Timeline([_shifted(s, by_ns) for s in self.spans], shifted(self.transfers, by_ns))
+        return Timeline(
+            [_shifted(span, by_ns) for span in self.spans],
+            [_shifted(transfer, by_ns) for transfer in self.transfers],
+        )
 
     def to_plain(self) -> dict[str, Any]:
         """As lists of numbers and strings, for JSON."""
@@ -109,11 +112,6 @@ class Timeline:
             [Span(*span) for span in plain["spans"]],
             [Transfer(*transfer) for transfer in plain["transfers"]],
         )
-
-
-def shifted(transfers: Iterable[Transfer], by_ns: int) -> list[Transfer]:
-    """The same on another clock, which shows `by_ns` more."""
-    return [_shifted(transfer, by_ns) for transfer in transfers]
 
 
 def _shifted(what: Any, by_ns: int) -> Any:

@@ -102,6 +102,25 @@ class Children:
                 break  # it died; its end is in the inbox, with the reason
         return self._gather(members, timeout_s, "answer")
 
+    def tell(self, command: Message) -> None:
+        """Send one command to all children, and do not wait for replies."""
+        for process in self._processes:
+            assert process.stdin is not None
+            try:
+                write_message(process.stdin, command)
+            except BrokenPipeError:
+                return  # as in `ask`
+
+    def next_reply(self, timeout_s: float) -> tuple[int, Message]:
+        """The next reply of any child, and its index; raises as soon as any child fails."""
+        try:
+            index, message = self._inbox.get(timeout=timeout_s)
+        except queue.Empty:
+            raise WorkerError(f"nobody answered within {timeout_s:g} s") from None
+        if message is None or message.get("event") == "error":
+            raise self._failure(index, message)
+        return index, message
+
     def _start(self, index: int, spec: ChildSpec) -> None:
         env = dict(os.environ)
         # The child runs the code that the launcher runs, wherever that was imported from.

@@ -36,6 +36,7 @@ class Launched(ABC):
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._children: Children | None = None
         self._failure: str | None = None
+        self._streaming = False
 
     @abstractmethod
     def specs(self, folder: str) -> list[ChildSpec]:
@@ -63,6 +64,7 @@ class Launched(ABC):
             folder.cleanup()
             raise
         self._folder, self._children, self._failure = folder, children, None
+        self._streaming = False
         return self
 
     def __exit__(
@@ -87,6 +89,17 @@ class Launched(ABC):
         )
         return [max(times) for times in zip(*(r["latency_ms"] for r in replies), strict=True)]
 
+    def _check_usable(self) -> None:
+        if self._failure is not None:
+            raise WorkerError(
+                "the processes ended with an earlier error and have to be started again (in a new "
+                f"with block); it was: {self._failure}"
+            )
+        if self._streaming:
+            raise InputError(
+                "a stream of requests is under way: take its results to the end or close it first"
+            )
+
     def _ask(
         self,
         args: Sequence[Any],
@@ -95,11 +108,7 @@ class Launched(ABC):
         kwargs: Mapping[str, Any] | None = None,
     ) -> list[Message]:
         assert self._children is not None and self._folder is not None, "use it in a with block"
-        if self._failure is not None:
-            raise WorkerError(
-                "the processes ended with an earlier error and have to be started again (in a new "
-                f"with block); it was: {self._failure}"
-            )
+        self._check_usable()
         path = os.path.join(self._folder.name, "inputs.safetensors")
         tensors: list[Tensor] = []
         try:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from disco.errors import InputError
-from disco.executor.timeline import Span, Timeline
+from disco.executor.timeline import Timeline
 from disco.partition.shards import load_manifest
+from disco.runtime.accounts import Account, RankReport, reports
 from disco.runtime.children import ChildSpec
 from disco.runtime.launched import Launched
-from disco.runtime.messages import load_tensors, unflatten
+from disco.runtime.messages import Message, load_tensors, unflatten
+from disco.runtime.rank_streams import ProcessRanks
+from disco.runtime.streams import Item, check_in_flight, run_in_order
 from disco.runtime.tcp.transport import SILENCE_S
 from disco.runtime.token import make_token
 from disco.runtime.transports import LOOPBACK, TOKEN_FILE, choose_transport
@@ -40,13 +43,20 @@ class RunResult:
     Attributes:
         outputs: per rank what the model returned there; every rank has the whole output.
         bytes_sent, bytes_received: per rank the payload bytes that its transport handed over.
-        latency_ms: of the slowest rank, from its inputs to its outputs.
+        latency_ms: of the slowest rank, from its inputs to its outputs. In a stream the request
+            stood behind others meanwhile.
+        ranks: per rank where its time went.
+        timelines: per rank step by step, if that was asked for; on one clock.
+        clock_error_ns: per rank, how far its times may be off those of the others.
     """
 
     outputs: tuple[Any, ...]
     bytes_sent: tuple[int, ...]
     bytes_received: tuple[int, ...]
     latency_ms: float
+    ranks: tuple[RankReport, ...] = ()
+    timelines: tuple[Timeline, ...] = ()
+    clock_error_ns: tuple[int, ...] = ()
 
 
 class RankProcesses(Launched):
@@ -121,7 +131,58 @@ class RankProcesses(Launched):
             bytes_sent=tuple(r["bytes_sent"] for r in replies),
             bytes_received=tuple(r["bytes_received"] for r in replies),
             latency_ms=max(r["latency_ms"] for r in replies),
+            ranks=reports([Account.from_plain(r["account"]) for r in replies]),
         )
+
+    def run_stream(
+        self, inputs: Iterable[Item], in_flight: int = 1, *, profile: bool = False
+    ) -> Iterator[RunResult | InputError]:
+        """Passes over all ranks for a stream of inputs, `in_flight` of them under way at a time.
+
+        While one waits for payloads another computes. Outputs are those of `run`, bit for bit.
+
+        Args:
+            inputs: per pass a tensor, if that is all the model takes, or a
+                `disco.runtime.streams.Call`. An InputError among them is handed through.
+            in_flight: 1 to 16; each has memory of its own on every rank.
+            profile: give results their `timelines`.
+
+        Returns:
+            one result for each of the inputs, in their order; where the model does not take an
+            input, the InputError that says so stands in its place, and the rest go on. Closing the
+            iterator ends the stream; nothing else can be asked of the ranks before.
+
+        Raises:
+            InputError: `in_flight` cannot be.
+            WorkerError: a rank failed; the processes have to be started again.
+        """
+        assert self._children is not None and self._folder is not None, "use it in a with block"
+        check_in_flight(in_flight)
+        self._check_usable()
+        children = self._children
+        ranks = ProcessRanks(
+            children,
+            self._folder.name,
+            {"in_flight": in_flight, "spans": profile},
+            self.timeout_s * (in_flight + 1),
+            partial(_result, profile=profile),
+            self._fail,
+            lambda: self._children is children and self._failure is None,
+        )
+        return self._stream(run_in_order(inputs, ranks, in_flight))
+
+    def _stream(
+        self, results: Iterator[RunResult | InputError]
+    ) -> Iterator[RunResult | InputError]:
+        self._check_usable()
+        self._streaming = True
+        try:
+            yield from results
+        finally:
+            self._streaming = False
+
+    def _fail(self, why: str) -> None:
+        self._failure = why
 
     def measure_stream(
         self, *inputs: Any, in_flight: int, warmup: int, repeats: int
@@ -146,7 +207,7 @@ class RankProcesses(Launched):
     def profile(self, *inputs: Any, warmup: int = 3) -> list[Timeline]:
         """Per rank where the time of one pass went. All clocks are this machine's one."""
         replies = self._ask(inputs, {"command": "profile", "warmup": warmup}, warmup + 1)
-        return [Timeline([Span(*span) for span in reply["spans"]]) for reply in replies]
+        return [Timeline.from_plain(reply) for reply in replies]
 
     def specs(self, folder: str) -> list[ChildSpec]:
         """One worker a rank."""
@@ -172,6 +233,21 @@ class RankProcesses(Launched):
         return (
             spec if self._hosts is None else replace(spec, popen=partial(self._hosts.popen, rank))
         )
+
+
+def _result(replies: Sequence[Message], profile: bool) -> RunResult:
+    """Of one request of a stream. All clocks are this machine's one."""
+    accounts = [Account.from_plain(reply["account"]) for reply in replies]
+    found = reports(accounts)
+    return RunResult(
+        outputs=tuple(unflatten(r["structure"], load_tensors(r["outputs"])) for r in replies),
+        bytes_sent=tuple(rank.bytes_sent for rank in found),
+        bytes_received=tuple(rank.bytes_received for rank in found),
+        latency_ms=max(rank.latency_ms for rank in found),
+        ranks=found,
+        timelines=tuple(account.timeline for account in accounts) if profile else (),
+        clock_error_ns=(0,) * len(found),
+    )
 
 
 def available_cores() -> int:
