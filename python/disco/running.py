@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from torch import Tensor
 
-from disco.bench.classes import is_logits, top_classes
 from disco.command_output import check_json, say, write_json
 from disco.errors import InputError
 from disco.images import Preprocessing, find_images, load_image
 from disco.partition.shards import load_manifest
 from disco.recipe import Recipe
-from disco.runtime import RankProcesses
+from disco.runtime import RankProcesses, RunResult
 from disco.runtime.doctor import examine
 from disco.runtime.joined import (
     JoinedRank,
@@ -26,10 +26,18 @@ from disco.runtime.joined import (
     started_by_launcher,
 )
 from disco.runtime.peers import Peers
+from disco.runtime.profile import Profile, check_profile, write_profile
+from disco.runtime.streams import check_in_flight
 from disco.runtime.token import make_token
+from disco.stream_report import StreamReport
 
-# An image in; the output, the latency in ms and the payload bytes out.
-RunOne = Callable[[Tensor], "tuple[Any, float, int]"]
+
+class RunStream(Protocol):
+    """`run_stream` of `RankProcesses` and `JoinedRank`."""
+
+    def __call__(
+        self, inputs: Iterable[Tensor | InputError], in_flight: int, *, profile: bool
+    ) -> Iterator[RunResult | InputError]: ...
 
 
 def run(args: argparse.Namespace) -> bool:
@@ -84,20 +92,20 @@ def _run_here(args: argparse.Namespace) -> bool:
         silence_s=args.deadline,
     )
 
-    def run_one(image: Tensor) -> tuple[Any, float, int]:
-        done = processes.run(image)
-        return done.outputs[0], done.latency_ms, sum(done.bytes_sent)
-
     with ExitStack() as stack:
         return _run_images(
-            args, lambda: stack.enter_context(processes), run_one, processes.transport, True
+            args,
+            lambda: stack.enter_context(processes),
+            processes.run_stream,
+            f"{processes.transport} over loopback",
         )
 
 
 def _lead(args: argparse.Namespace, joined: JoinedRank) -> bool:
     with ExitStack() as stack:
-        name = joined.place.transport
-        return _run_images(args, lambda: stack.enter_context(joined), joined.run, name, False)
+        return _run_images(
+            args, lambda: stack.enter_context(joined), joined.run_stream, joined.place.transport
+        )
 
 
 def _follow(joined: JoinedRank) -> bool:
@@ -137,52 +145,53 @@ def _join(args: argparse.Namespace) -> JoinedRank:
 
 
 def _run_images(
-    args: argparse.Namespace,
-    start: Callable[[], object],
-    run_one: RunOne,
-    transport: str,
-    on_one_machine: bool,
+    args: argparse.Namespace, start: Callable[[], object], run_stream: RunStream, transport: str
 ) -> bool:
-    """Each image in turn. A bad one is one line, and the rest go on; False if there was one.
+    """A stream of images. A bad one is one line, and the rest go on; False if there was one.
 
     Args:
         args: of the command.
-        start: begins what `run_one` needs.
-        run_one: an image in; the output, the latency in ms and the payload bytes out.
+        start: begins what `run_stream` needs.
+        run_stream: of `RankProcesses` or `JoinedRank`.
         transport: to be named.
-        on_one_machine: whether all ranks are here.
     """
     if args.input is None:
         raise InputError("--input was not given: name an image, or a folder of images")
-    recipe = Recipe.from_description(load_manifest(args.directory).model, args.directory)
+    check_profile(args.profile)
+    check_in_flight(args.in_flight)
+    manifest = load_manifest(args.directory)
+    recipe = Recipe.from_description(manifest.model, args.directory)
     preprocessing = recipe.preprocessing
     if args.image_size is not None:
         preprocessing = Preprocessing.for_size(args.image_size)
     images = find_images(args.input)
-    loaded = ((path, _load(path, preprocessing)) for path in images)
     # Nothing is started for images of which none can be read.
-    first = next(((path, x) for path, x in loaded if isinstance(x, Tensor)), None)
+    first = next(
+        (x for path in images if isinstance(x := _load(path, preprocessing), Tensor)), None
+    )
     if first is None:
         raise InputError(str(_load(images[0], preprocessing)))
     start()
-    say(f"transport: {transport}" + (" over loopback" if on_one_machine else ""))
-    run_one(first[1])  # the first pass is slow
-    results: list[dict[str, Any]] = []
-    for path in images:
-        image = _load(path, preprocessing)
-        try:
-            if isinstance(image, InputError):
-                raise image
-            results.append(_show(path, *run_one(image), args.top))
-        except InputError as error:
-            say(f"{path}: {error}")
-    bad = len(images) - len(results)
+    say(f"transport: {transport}")
+    # The first pass in each memory is slow.
+    for warm in run_stream([first] * 2 * args.in_flight, args.in_flight, profile=False):
+        if isinstance(warm, InputError):
+            raise warm
+    report = StreamReport(args.top, Profile(manifest.plan, transport, args.in_flight))
+    inputs = (_load(path, preprocessing) for path in images)
+    begin = time.perf_counter()
+    results = run_stream(inputs, args.in_flight, profile=args.profile is not None)
+    for path, result in zip(images, results, strict=True):
+        report.add(path, result)
+    report.end(time.perf_counter() - begin)
     if recipe.weights_sha256 is None:
         say("(the weights are random, so the classes mean nothing)")
-    if bad:
-        say(f"{bad} of {len(images)} images could not be used")
-    write_json(args.json, results)
-    return not bad
+    if report.refused:
+        say(f"{len(report.refused)} of {len(images)} images could not be used")
+    write_json(args.json, report.to_json())
+    if args.profile is not None:
+        write_profile(report.profile, args.profile)
+    return not report.refused
 
 
 def _load(path: Path, preprocessing: Preprocessing) -> Tensor | InputError:
@@ -191,23 +200,6 @@ def _load(path: Path, preprocessing: Preprocessing) -> Tensor | InputError:
         return load_image(path, preprocessing)
     except InputError as error:
         return error
-
-
-def _show(path: Path, output: Any, latency_ms: float, num_bytes: int, top: int) -> dict[str, Any]:
-    result: dict[str, Any] = {
-        "image": str(path),
-        "latency_ms": latency_ms,
-        "bytes_exchanged": num_bytes,
-    }
-    say(f"{path}  ({latency_ms:.1f} ms)")
-    if is_logits(output):
-        guesses = top_classes(output, top)
-        result["top"] = [vars(guess) for guess in guesses]
-        for guess in guesses:
-            say(f"  {guess}")
-    else:
-        say("  (not a classifier's output; `disco verify` compares it)")
-    return result
 
 
 def _refuse(args: argparse.Namespace, option: str, value: object, why: str) -> None:

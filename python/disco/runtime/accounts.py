@@ -109,12 +109,17 @@ class Account:
     def from_plain(cls, plain: Message) -> Account:
         """The inverse. Raises TransportError for what is none."""
         try:
+            begin_ns, end_ns, compute_ms, pack_ms, wait_ms = plain["numbers"]
             return cls(
-                *plain["numbers"],
+                begin_ns,
+                end_ns,
+                compute_ms,
+                pack_ms,
+                wait_ms,
                 tuple(Transfer(*each) for each in plain["transfers"]),
                 tuple(Span(*each) for each in plain["spans"]),
             )
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, ValueError) as error:
             raise TransportError(f"a rank's account cannot be read: {error}") from None
 
 

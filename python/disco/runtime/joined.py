@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,9 +20,12 @@ from disco.executor import Executor, Transport
 from disco.partition.shards import Shard, load_shard
 from disco.runtime.calls import Calls
 from disco.runtime.gloo import GlooTransport
+from disco.runtime.joined_streams import Following, Leading
 from disco.runtime.mpi import MpiTransport, load_mpi, started_by_mpi
 from disco.runtime.peers import Peers
+from disco.runtime.rank_processes import RunResult
 from disco.runtime.rendezvous import StoreAddresses, agree
+from disco.runtime.streams import Item, check_in_flight, run_in_order
 from disco.runtime.tcp import Meeting, TcpTransport, listen
 from disco.runtime.tcp.handshake import check_agreement
 from disco.runtime.tcp.transport import SILENCE_S
@@ -240,13 +243,44 @@ class JoinedRank:
         latency_ms = (time.perf_counter() - begin) * 1e3
         return outputs, latency_ms, self._transport.bytes_sent - before
 
+    def run_stream(
+        self, inputs: Iterable[Item], in_flight: int = 1, *, profile: bool = False
+    ) -> Iterator[RunResult | InputError]:
+        """(The leader.) As `RankProcesses.run_stream`, over the joined ranks.
+
+        Results have this rank's outputs alone, and the latency here, which begins before the inputs
+        are sent on. The other ranks' accounts come with messages of their own, after the outputs,
+        and their clocks are aligned when the stream begins (`disco.runtime.clocks`).
+
+        Raises:
+            InputError: `in_flight` cannot be; several over gloo, whose messages cannot be asked
+                whether they are there.
+            TransportError: a peer is lost.
+        """
+        assert self._transport is not None and self.leads
+        check_in_flight(in_flight)
+        if in_flight > 1 and isinstance(self._transport, GlooTransport):
+            raise InputError(
+                f"{in_flight} requests in flight were asked for over gloo, which cannot say "
+                f"whether a message is there: use the tcp transport (it needs a token) or mpi"
+            )
+        ranks = Leading(
+            self._executor, self._transport, self._calls, in_flight=in_flight, spans=profile
+        )
+        return run_in_order(inputs, ranks, in_flight)
+
     def follow(self) -> int:
         """(The others.) Take part in the leader's calls until it ends. Returns how many."""
         count = 0
+        assert self._transport is not None
         while (call := self._calls.next()) is not None:
             with torch.inference_mode():
-                self._executor(*call[0], **call[1])
-            count += 1
+                if "stream" in call.options:
+                    followed = Following(self._executor, self._transport, self._calls, self.leader)
+                    count += followed.run(call)
+                else:
+                    self._executor(*call.args, **call.kwargs)
+                    count += 1
         return count
 
 

@@ -1,0 +1,87 @@
+"""What `disco run` says of its images, one by one and all together."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from disco.bench.classes import is_logits, top_classes
+from disco.command_output import say
+from disco.errors import InputError
+from disco.runtime import RunResult
+from disco.runtime.profile import Profile, Profiled
+
+# A trace of more would be slow to open, and shows nothing new.
+MOST_PROFILED = 16
+
+
+@dataclass
+class StreamReport:
+    """Results as they come.
+
+    Attributes:
+        top: classes to show.
+        profile: gets the timelines of the first results that have some.
+        images: per good image its result, for JSON.
+        refused: per bad one why.
+        seconds: from the first image's loading to the last result.
+    """
+
+    top: int
+    profile: Profile
+    images: list[dict[str, Any]] = field(default_factory=list)
+    refused: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def add(self, path: Path, result: RunResult | InputError) -> None:
+        """Say and keep the next one."""
+        if isinstance(result, InputError):
+            say(f"{path}: {result}")
+            self.refused.append({"image": str(path), "error": str(result)})
+            return
+        found: dict[str, Any] = {
+            "image": str(path),
+            "latency_ms": result.latency_ms,
+            "bytes_exchanged": sum(result.bytes_sent),
+            "ranks": [asdict(rank) for rank in result.ranks],
+        }
+        say(f"{path}  ({result.latency_ms:.1f} ms)")
+        output = result.outputs[0]
+        if is_logits(output):
+            guesses = top_classes(output, self.top)
+            found["top"] = [vars(guess) for guess in guesses]
+            for guess in guesses:
+                say(f"  {guess}")
+        else:
+            say("  (not a classifier's output; `disco verify` compares it)")
+        self.images.append(found)
+        if result.timelines and len(self.profile.requests) < MOST_PROFILED:
+            self.profile.requests.append(Profiled(path.name, result.timelines))
+            self.profile.clock_error_ns = result.clock_error_ns
+
+    def end(self, seconds: float) -> None:
+        """Say what the stream was."""
+        self.seconds = seconds
+        if self.images:
+            latency_ms = median(image["latency_ms"] for image in self.images)
+            say(
+                f"{len(self.images)} images in {seconds:.2f} s, loading included: "
+                f"{self.images_per_s:.1f} images/s with {self.profile.in_flight} in flight, median "
+                f"latency {latency_ms:.1f} ms"
+            )
+
+    @property
+    def images_per_s(self) -> float:
+        return len(self.images) / self.seconds
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything."""
+        return {
+            "in_flight": self.profile.in_flight,
+            "seconds": self.seconds,
+            "images_per_s": self.images_per_s,
+            "images": self.images,
+            "refused": self.refused,
+        }
