@@ -11,6 +11,7 @@ from disco.bench.classes import is_logits, top_classes
 from disco.command_output import say
 from disco.errors import InputError
 from disco.runtime import RunResult
+from disco.runtime.accounts import covered_ns
 from disco.runtime.profile import Profile, Profiled
 
 # A trace of more would be slow to open, and shows nothing new.
@@ -27,6 +28,7 @@ class StreamReport:
         images: per good image its result, for JSON.
         refused: per bad one why.
         seconds: from the first image's loading to the last result.
+        under_way: per good image when it was, in ns.
     """
 
     top: int
@@ -34,6 +36,7 @@ class StreamReport:
     images: list[dict[str, Any]] = field(default_factory=list)
     refused: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+    under_way: list[tuple[int, int]] = field(default_factory=list)
 
     def add(self, path: Path, result: RunResult | InputError) -> None:
         """Say and keep the next one."""
@@ -57,6 +60,7 @@ class StreamReport:
         else:
             say("  (not a classifier's output; `disco verify` compares it)")
         self.images.append(found)
+        self.under_way.append((result.begin_ns, result.end_ns))
         if result.timelines and len(self.profile.requests) < MOST_PROFILED:
             self.profile.requests.append(Profiled(path.name, result.timelines))
             self.profile.clock_error_ns = result.clock_error_ns
@@ -67,13 +71,21 @@ class StreamReport:
         if self.images:
             latency_ms = median(image["latency_ms"] for image in self.images)
             say(
-                f"{len(self.images)} images in {seconds:.2f} s, loading included: "
-                f"{self.images_per_s:.1f} images/s with {self.profile.in_flight} in flight, median "
-                f"latency {latency_ms:.1f} ms"
+                f"{len(self.images)} images, {self.profile.in_flight} in flight: "
+                f"{self.images_per_s:.1f} images/s while at least one was under way, "
+                f"{self.images_per_s_loading:.1f} with their loading; median latency "
+                f"{latency_ms:.1f} ms"
             )
 
     @property
     def images_per_s(self) -> float:
+        """While at least one was under way."""
+        busy_ns = covered_ns(self.under_way)
+        return len(self.images) / busy_ns * 1e9 if busy_ns else 0.0
+
+    @property
+    def images_per_s_loading(self) -> float:
+        """Over all the time, loading and decoding images included."""
         return len(self.images) / self.seconds
 
     def to_json(self) -> dict[str, Any]:
@@ -82,6 +94,7 @@ class StreamReport:
             "in_flight": self.profile.in_flight,
             "seconds": self.seconds,
             "images_per_s": self.images_per_s,
+            "images_per_s_with_loading": self.images_per_s_loading,
             "images": self.images,
             "refused": self.refused,
         }

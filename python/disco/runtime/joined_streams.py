@@ -281,4 +281,6 @@ class Leading:
             ranks=found,
             timelines=tuple(account.timeline for account in aligned) if self._spans else (),
             clock_error_ns=tuple(offset.error_ns for offset in self._offsets),
+            begin_ns=min(account.begin_ns for account in aligned),
+            end_ns=max(account.end_ns for account in aligned),
         )

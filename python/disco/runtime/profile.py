@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from disco.errors import InputError
-from disco.executor import Timeline
+from disco.executor import Timeline, Transfer
 from disco.partition.plan import Plan
 
 FORMATS = (".json", ".png")
@@ -22,6 +22,29 @@ class Profiled:
 
     name: str
     timelines: tuple[Timeline, ...]
+
+    @property
+    def begin_ns(self) -> int:
+        """Of the first span of any rank."""
+        return min((t.spans[0].begin_ns for t in self.timelines if t.spans), default=0)
+
+    @property
+    def end_ns(self) -> int:
+        """Of the last span of any rank."""
+        return max((t.spans[-1].end_ns for t in self.timelines if t.spans), default=0)
+
+    def payloads(self) -> Iterator[tuple[int, Transfer, Transfer]]:
+        """Each message: its receiver, how the sender saw it, how the receiver did."""
+        sends = {
+            (rank, t.peer, t.exchange): t
+            for rank, timeline in enumerate(self.timelines)
+            for t in timeline.transfers
+            if t.sent
+        }
+        for receiver, timeline in enumerate(self.timelines):
+            for arrival in timeline.transfers:
+                if not arrival.sent:
+                    yield receiver, sends[arrival.peer, receiver, arrival.exchange], arrival
 
 
 @dataclass
@@ -45,10 +68,7 @@ class Profile:
     @property
     def begin_ns(self) -> int:
         """Of the first span of any rank."""
-        return min(
-            (t.spans[0].begin_ns for one in self.requests for t in one.timelines if t.spans),
-            default=0,
-        )
+        return min((request.begin_ns for request in self.requests), default=0)
 
     def lanes(self, rank: int) -> list[int]:
         """Per request a track of that rank on which no other one is at the same time."""

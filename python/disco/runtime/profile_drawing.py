@@ -1,7 +1,8 @@
-"""A profile as a picture: a row a rank and kind of work, and a line a payload."""
+"""A profile as a picture: a row for each rank and kind of work, and a line for each payload."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,17 +10,18 @@ from disco.errors import InputError
 from disco.executor.timeline import COMPUTE, PACK, PROGRESS, WAIT
 
 if TYPE_CHECKING:
-    from disco.runtime.profile import Profile
+    from disco.runtime.profile import Profile, Profiled
 
 _ROWS = (COMPUTE, PACK, WAIT)
 _COLOURS = {COMPUTE: "tab:blue", PACK: "tab:orange", WAIT: "lightgrey"}
 _INCHES_WIDE = 16.0
 _INCHES_A_ROW = 0.35
 _DPI = 120
+_MOST_PANELS = 6
 
 
 def draw_profile(profile: Profile, path: Path) -> None:
-    """Draw all requests over one time axis, as a PNG.
+    """Draw requests over time, as a PNG: a panel for every stretch in which some were under way.
 
     Payloads are lines from where their sender began to hand them over to where their receiver had
     all of them.
@@ -28,13 +30,34 @@ def draw_profile(profile: Profile, path: Path) -> None:
         InputError: matplotlib is not installed.
     """
     load_matplotlib()
-    from matplotlib.collections import LineCollection
     from matplotlib.figure import Figure
 
-    world_size, origin = profile.plan.world_size, profile.begin_ns
-    height = 1.2 + _INCHES_A_ROW * len(_ROWS) * world_size
+    stretches = _stretches(profile)
+    shown = stretches[:_MOST_PANELS]
+    height = (0.8 + _INCHES_A_ROW * len(_ROWS) * profile.plan.world_size) * len(shown) + 0.4
     figure = Figure(figsize=(_INCHES_WIDE, height), dpi=_DPI, layout="constrained")
-    axes = figure.subplots()
+    figure.suptitle(_title(profile, sum(len(stretch) for stretch in shown)), fontsize=9)
+    for axes, requests in zip(figure.subplots(len(shown), squeeze=False), shown, strict=True):
+        _panel(axes[0], requests, profile.plan.world_size)
+    figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def _stretches(profile: Profile) -> list[list[Profiled]]:
+    """The requests, in groups that were under way at the same time."""
+    found: list[list[Profiled]] = []
+    reached = 0
+    for request in profile.requests:
+        if not found or request.begin_ns > reached:
+            found.append([])
+        found[-1].append(request)
+        reached = max(reached, request.end_ns)
+    return found
+
+
+def _panel(axes: Any, requests: Sequence[Profiled], world_size: int) -> None:
+    from matplotlib.collections import LineCollection
+
+    origin = requests[0].begin_ns
     labels = []
     for rank in range(world_size):
         for kind in _ROWS:
@@ -42,48 +65,38 @@ def draw_profile(profile: Profile, path: Path) -> None:
             labels.append((row, f"rank {rank} {kind}" if kind == _ROWS[0] else kind))
             bars = [
                 ((s.begin_ns - origin) / 1e6, (s.end_ns - s.begin_ns) / 1e6)
-                for request in profile.requests
+                for request in requests
                 for s in request.timelines[rank].spans
                 if (PACK if s.kind == PROGRESS else s.kind) == kind
             ]
             axes.broken_barh(bars, (row - 0.4, 0.8), facecolors=_COLOURS[kind])
-    axes.add_collection(LineCollection(_lines(profile), colors="tab:red", linewidths=0.5))
+    axes.add_collection(LineCollection(_lines(requests, origin), colors="tab:red", linewidths=0.4))
     axes.set_yticks([row for row, _ in labels], [label for _, label in labels])
     axes.invert_yaxis()
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, (max(request.end_ns for request in requests) - origin) / 1e6)
     axes.set_xlabel("ms")
-    axes.set_title(_title(profile), fontsize=9)
-    figure.savefig(path, format="png", metadata={"Software": None})
+    axes.set_title(", ".join(request.name for request in requests), fontsize=8)
 
 
 def _row(rank: int, kind: str) -> float:
     return rank * (len(_ROWS) + 0.5) + _ROWS.index(kind)
 
 
-def _lines(profile: Profile) -> list[Any]:
+def _lines(requests: Sequence[Profiled], origin: int) -> list[Any]:
     lines = []
-    for request in profile.requests:
-        arrivals = {
-            (t.peer, rank, t.exchange): t.end_ns
-            for rank, timeline in enumerate(request.timelines)
-            for t in timeline.transfers
-            if not t.sent
-        }
-        for rank, timeline in enumerate(request.timelines):
-            for t in timeline.transfers:
-                if t.sent:
-                    end_ns = arrivals[rank, t.peer, t.exchange]
-                    begin, end = ((at - profile.begin_ns) / 1e6 for at in (t.begin_ns, end_ns))
-                    lines.append([(begin, _row(rank, PACK)), (end, _row(t.peer, PACK))])
+    for request in requests:
+        for receiver, send, arrival in request.payloads():
+            begin, end = ((at - origin) / 1e6 for at in (send.begin_ns, arrival.end_ns))
+            lines.append([(begin, _row(arrival.peer, PACK)), (end, _row(receiver, PACK))])
     return lines
 
 
-def _title(profile: Profile) -> str:
+def _title(profile: Profile, shown: int) -> str:
     error_us = max(profile.clock_error_ns, default=0) / 1e3
     clocks = f", clocks aligned to {error_us:.1f} us" if error_us else ""
     return (
-        f"{len(profile.requests)} requests, {profile.in_flight} in flight, over "
-        f"{profile.transport}{clocks}; lines are payloads, from their sender to their receiver"
+        f"the first {shown} requests, {profile.in_flight} in flight, {profile.transport}{clocks}; "
+        f"red lines are payloads, from their sender to their receiver"
     )
 
 

@@ -47,7 +47,9 @@ class RunResult:
             stood behind others meanwhile.
         ranks: per rank where its time went.
         timelines: per rank step by step, if that was asked for; on one clock.
-        clock_error_ns: per rank, how far its times may be off those of the others.
+        clock_error_ns: per rank, how far its times may be off the leader's.
+        begin_ns, end_ns: of a request in a stream: when the first rank began and the last one had
+            its outputs, on the timelines' clock.
     """
 
     outputs: tuple[Any, ...]
@@ -57,6 +59,8 @@ class RunResult:
     ranks: tuple[RankReport, ...] = ()
     timelines: tuple[Timeline, ...] = ()
     clock_error_ns: tuple[int, ...] = ()
+    begin_ns: int = 0
+    end_ns: int = 0
 
 
 class RankProcesses(Launched):
@@ -247,6 +251,8 @@ def _result(replies: Sequence[Message], profile: bool) -> RunResult:
         ranks=found,
         timelines=tuple(account.timeline for account in accounts) if profile else (),
         clock_error_ns=(0,) * len(found),
+        begin_ns=min(account.begin_ns for account in accounts),
+        end_ns=max(account.end_ns for account in accounts),
     )
 
 

@@ -82,20 +82,11 @@ def _payloads(profile: Profile) -> Iterator[Event]:
     """Per message a slice at its receiver while it is on the way, and an arrow to who waited."""
     titles = profile.names()
     for number, request in enumerate(profile.requests):
-        sends = {
-            (rank, t.peer, t.exchange): t
-            for rank, timeline in enumerate(request.timelines)
-            for t in timeline.transfers
-            if t.sent
-        }
-        for receiver, timeline in enumerate(request.timelines):
-            for arrival in timeline.transfers:
-                if not arrival.sent:
-                    send = sends[arrival.peer, receiver, arrival.exchange]
-                    title = titles.get(arrival.exchange, "?")
-                    key = f"{number}.{arrival.exchange}.{arrival.peer}.{receiver}"
-                    yield from _payload(profile, receiver, send, arrival, key, title)
-                    yield from _arrow(profile, receiver, number, send, arrival, key)
+        for receiver, send, arrival in request.payloads():
+            title = titles.get(arrival.exchange, "?")
+            key = f"{number}.{arrival.exchange}.{arrival.peer}.{receiver}"
+            yield from _payload(profile, receiver, send, arrival, key, title)
+            yield from _arrow(profile, receiver, number, send, arrival, key)
 
 
 def _payload(
