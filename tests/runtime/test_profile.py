@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -70,7 +71,7 @@ def test_every_request_reports_where_its_time_went(
 def test_spans_lie_in_the_request_and_apart(results: list[RunResult]) -> None:
     for result in results:
         for timeline, report in zip(result.timelines, result.ranks, strict=True):
-            for before, after in zip(timeline.spans, timeline.spans[1:], strict=False):
+            for before, after in itertools.pairwise(timeline.spans):
                 assert before.begin_ns <= before.end_ns <= after.begin_ns
             assert result.begin_ns <= timeline.spans[0].begin_ns
             assert timeline.spans[-1].end_ns <= result.end_ns
@@ -84,7 +85,7 @@ def test_a_rank_computes_one_request_at_a_time(results: list[RunResult]) -> None
     for rank in range(2):
         spans = [s for r in results for s in r.timelines[rank].spans if s.kind != "wait"]
         spans.sort(key=lambda span: span.begin_ns)
-        for before, after in zip(spans, spans[1:], strict=False):
+        for before, after in itertools.pairwise(spans):
             assert before.end_ns <= after.begin_ns
 
 
@@ -226,7 +227,7 @@ def _check_tracks(events: list[dict]) -> None:  # type: ignore[type-arg]
     assert len(tracks) >= 6
     for stretches in tracks.values():
         stretches.sort()
-        for (_, end), (begin, _) in zip(stretches, stretches[1:], strict=False):
+        for (_, end), (begin, _) in itertools.pairwise(stretches):
             assert end <= begin + 1e-3
 
 

@@ -37,8 +37,10 @@ def draw_profile(profile: Profile, path: Path) -> None:
     height = (0.8 + _INCHES_A_ROW * len(_ROWS) * profile.plan.world_size) * len(shown) + 0.4
     figure = Figure(figsize=(_INCHES_WIDE, height), dpi=_DPI, layout="constrained")
     figure.suptitle(_title(profile, sum(len(stretch) for stretch in shown)), fontsize=9)
-    for axes, requests in zip(figure.subplots(len(shown), squeeze=False), shown, strict=True):
-        _panel(axes[0], requests, profile.plan.world_size)
+    if shown:
+        panels = figure.subplots(len(shown), squeeze=False)[:, 0]
+        for axes, requests in zip(panels, shown, strict=True):
+            _panel(axes, requests, profile.plan.world_size)
     figure.savefig(path, format="png", metadata={"Software": None})
 
 
