@@ -94,8 +94,8 @@ def test_only_what_can_be_used_soon_is_taken(processes: RankProcesses) -> None:
     with pytest.raises(InputError, match="a stream of requests is under way"):
         processes.run(_inputs(1)[0])
     with pytest.raises(InputError, match="a stream of requests is under way"):
-        next(processes.run_stream([], 1))
-    stream.close()
+        processes.run_stream([], 1)
+    stream.close()  # type: ignore[attr-defined]
     assert processes.run(_inputs(1)[0]).latency_ms > 0
     assert list(processes.run_stream([], 2)) == []
 
@@ -216,9 +216,17 @@ with JoinedRank(folder, place, options, threads=1, leader=int(leader)) as joined
             })
     except InputError as error:
         told = str(error)
-    # And what comes after a stream.
+    # One that is left in the middle, and what comes after it.
     x = next(iter(load_file(inputs).values()))
+    left = joined.run_stream([x] * 4)
+    next(left)
+    try:
+        joined.run(x)
+    except InputError as error:
+        assert "a stream of requests is under way" in str(error)
+    left.close()
     made["after"] = joined.run(x)[0]
+    next(joined.run_stream([x] * 4))  # left open: it ends with the block
     save_file(made, outputs)
     with open(outputs + ".json", "w") as file:
         json.dump(told, file)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from disco.errors import DeadlineError, InputError, TransportError
+from disco.errors import DeadlineError, InputError, PeerLostError, TransportError
 from disco.executor.executor import Executor
 from disco.executor.timeline import Recorder
 from disco.executor.transport import Handle, Transport
@@ -191,5 +191,11 @@ def _wait(executor: Executor, transport: Transport, under_way: Sequence[_InFligh
 
 
 def _named(error: TransportError, number: int) -> TransportError:
-    kind = DeadlineError if isinstance(error, DeadlineError) else TransportError
-    return kind(f"request {number}: {error}")
+    """The same error, of the same kind, that names the request."""
+    text = f"request {number}: {error}"
+    if isinstance(error, PeerLostError):
+        # Whoever handles it asks for its rank; its own constructor would make another text.
+        lost = PeerLostError.__new__(PeerLostError, text)
+        vars(lost).update(vars(error))
+        return lost
+    return DeadlineError(text) if isinstance(error, DeadlineError) else TransportError(text)

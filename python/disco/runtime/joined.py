@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +25,7 @@ from disco.runtime.mpi import MpiTransport, load_mpi, started_by_mpi
 from disco.runtime.peers import Peers
 from disco.runtime.rank_processes import RunResult
 from disco.runtime.rendezvous import StoreAddresses, agree
-from disco.runtime.streams import Item, check_in_flight, run_in_order
+from disco.runtime.streams import Item, check_idle, check_in_flight, run_in_order
 from disco.runtime.tcp import Meeting, TcpTransport, listen
 from disco.runtime.tcp.handshake import check_agreement
 from disco.runtime.tcp.transport import SILENCE_S
@@ -192,6 +192,7 @@ class JoinedRank:
         self._options = options
         self._threads = threads
         self._transport: Transport | None = None
+        self._stream: Generator[RunResult | InputError, None, None] | None = None  # under way
 
     @property
     def leads(self) -> bool:
@@ -217,6 +218,8 @@ class JoinedRank:
     ) -> None:
         assert self._transport is not None
         try:
+            if self._stream is not None:
+                self._stream.close()  # it uses the transport
             if kind is None and self.leads:
                 self._calls.end()
         finally:
@@ -234,6 +237,7 @@ class JoinedRank:
             TransportError: a peer is lost.
         """
         assert self._transport is not None and self.leads
+        check_idle(self._stream)
         self._executor.check_call(args, kwargs)
         begin = time.perf_counter()
         self._calls.tell(args, kwargs)
@@ -267,7 +271,9 @@ class JoinedRank:
         ranks = Leading(
             self._executor, self._transport, self._calls, in_flight=in_flight, spans=profile
         )
-        return run_in_order(inputs, ranks, in_flight)
+        check_idle(self._stream)
+        self._stream = run_in_order(inputs, ranks, in_flight)
+        return self._stream
 
     def follow(self) -> int:
         """(The others.) Take part in the leader's calls until it ends. Returns how many."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from disco.errors import InputError
 from disco.runtime.children import Children, ChildSpec, WorkerError
 from disco.runtime.messages import Message, flatten, save_tensors
+from disco.runtime.streams import check_idle
 
 START_TIMEOUT_S = 180.0  # importing torch and packing weights, on slow storage
 
@@ -36,7 +37,7 @@ class Launched(ABC):
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._children: Children | None = None
         self._failure: str | None = None
-        self._streaming = False
+        self._stream: Generator[Any, None, None] | None = None
 
     @abstractmethod
     def specs(self, folder: str) -> list[ChildSpec]:
@@ -64,7 +65,7 @@ class Launched(ABC):
             folder.cleanup()
             raise
         self._folder, self._children, self._failure = folder, children, None
-        self._streaming = False
+        self._stream = None
         return self
 
     def __exit__(
@@ -95,10 +96,7 @@ class Launched(ABC):
                 "the processes ended with an earlier error and have to be started again (in a new "
                 f"with block); it was: {self._failure}"
             )
-        if self._streaming:
-            raise InputError(
-                "a stream of requests is under way: take its results to the end or close it first"
-            )
+        check_idle(self._stream)
 
     def _ask(
         self,

@@ -173,17 +173,8 @@ class RankProcesses(Launched):
             self._fail,
             lambda: self._children is children and self._failure is None,
         )
-        return self._stream(run_in_order(inputs, ranks, in_flight))
-
-    def _stream(
-        self, results: Iterator[RunResult | InputError]
-    ) -> Iterator[RunResult | InputError]:
-        self._check_usable()
-        self._streaming = True
-        try:
-            yield from results
-        finally:
-            self._streaming = False
+        self._stream = run_in_order(inputs, ranks, in_flight)
+        return self._stream
 
     def _fail(self, why: str) -> None:
         self._failure = why

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -56,9 +57,17 @@ def check_in_flight(in_flight: int) -> None:
         )
 
 
+def check_idle(stream: Generator[Any, None, None] | None) -> None:
+    """Raises InputError if there is one that has not ended: two would mix their messages."""
+    if stream is not None and inspect.getgeneratorstate(stream) != inspect.GEN_CLOSED:
+        raise InputError(
+            "a stream of requests is under way: take its results to the end or close it first"
+        )
+
+
 def run_in_order(
     inputs: Iterable[Item], ranks: AbstractContextManager[Ranks[Result]], in_flight: int
-) -> Iterator[Result | InputError]:
+) -> Generator[Result | InputError, None, None]:
     """A result for each of the inputs, in their order; an InputError stands in its place.
 
     Args:
