@@ -24,6 +24,7 @@ from disco.runtime.survival import ON_PEER_LOSS
 from disco.runtime.tcp.transport import SILENCE_S
 from disco.runtime.transports import TRANSPORTS
 from disco.sparsify import GROUP_SIZES
+from disco.stream_report import MOST_PROFILED
 from disco_kernels import WINOGRAD, BackendUnavailable
 
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
@@ -240,7 +241,8 @@ def _add_run(subparsers: Any) -> None:
         "rank. The leader reads the images and sends them to the others.",
         epilog="examples:\n  disco run out/ --input photos/\n"
         "  disco run out/ --peers peers.yaml --rank 0 --token-file token --input photos/\n"
-        "  mpiexec -n 2 disco run out/ --input photos/",
+        "  mpiexec -n 2 disco run out/ --input photos/\n"
+        "  disco run out/ --input photos/ --in-flight 2 --profile trace.json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     run.add_argument("directory", type=Path, help="made by `disco partition`")
@@ -250,6 +252,21 @@ def _add_run(subparsers: Any) -> None:
         "--image-size",
         type=int,
         help="of a partition made with --dynamic-size (default: the one it was made with)",
+    )
+    run.add_argument(
+        "--in-flight",
+        type=int,
+        default=1,
+        metavar="N",
+        help="images under way at a time: while one waits for payloads another one is computed, "
+        "which gives more images a second and a longer latency of each (default: %(default)s)",
+    )
+    run.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FILE",
+        help=f"write where the time of the first {MOST_PROFILED} images went: .json for Perfetto "
+        "(ui.perfetto.dev) and chrome://tracing, .png for a picture (needs the extra `plot`)",
     )
     run.add_argument("--top", type=int, default=5, help="classes to show (default: %(default)s)")
     _add_member_options(run)

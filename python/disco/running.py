@@ -6,23 +6,23 @@ Called by `disco.cli`.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from torch import Tensor
 
-from disco.bench.classes import is_logits, top_classes
 from disco.command_output import check_json, say, write_json
 from disco.errors import InputError, PeerLostError
 from disco.images import Preprocessing, find_images, load_image
 from disco.partition.shards import load_manifest
 from disco.recipe import Recipe
-from disco.runtime import RankProcesses
+from disco.runtime import RankProcesses, RunResult
 from disco.runtime.doctor import examine
 from disco.runtime.joined import (
-    Answer,
     JoinedRank,
     Options,
     place_among,
@@ -31,10 +31,19 @@ from disco.runtime.joined import (
 )
 from disco.runtime.keys import CA_KEY_FILE, make_keys
 from disco.runtime.peers import Peers
+from disco.runtime.profile import Profile, check_profile, write_profile
+from disco.runtime.streams import check_in_flight
 from disco.runtime.tcp.meeting import name_of
 from disco.runtime.token import make_token
+from disco.stream_report import StreamReport
 
-RunOne = Callable[[Tensor], Answer]
+
+class RunStream(Protocol):
+    """`run_stream` of `RankProcesses` and `JoinedRank`."""
+
+    def __call__(
+        self, inputs: Iterable[Tensor | InputError], in_flight: int, *, profile: bool
+    ) -> Iterator[RunResult | InputError]: ...
 
 
 def run(args: argparse.Namespace) -> bool:
@@ -102,21 +111,55 @@ def _run_here(args: argparse.Namespace) -> bool:
         on_peer_loss=args.on_peer_loss,
     )
 
-    def run_one(image: Tensor) -> Answer:
-        done = processes.run(image)
-        sent = sum(done.bytes_sent)
-        return Answer(done.answer, done.latency_ms, sent, frozenset(done.lost), done.retries)
-
+    survives = args.on_peer_loss != "fail"
     with ExitStack() as stack:
         return _run_images(
-            args, lambda: stack.enter_context(processes), run_one, processes.transport, True
+            args,
+            lambda: stack.enter_context(processes),
+            _one_by_one(processes.run) if survives else processes.run_stream,
+            f"{processes.transport} over loopback",
         )
 
 
 def _lead(args: argparse.Namespace, joined: JoinedRank) -> bool:
+    def run_one(image: Tensor) -> RunResult:
+        answer = joined.run(image)
+        return RunResult(
+            outputs=(answer.outputs,),
+            bytes_sent=(answer.bytes_sent,),
+            bytes_received=(),
+            latency_ms=answer.latency_ms,
+            lost=tuple(sorted(answer.lost)),
+            retries=answer.retries,
+        )
+
+    survives = args.on_peer_loss != "fail"
     with ExitStack() as stack:
-        name = joined.place.transport_text
-        return _run_images(args, lambda: stack.enter_context(joined), joined.run, name, False)
+        return _run_images(
+            args,
+            lambda: stack.enter_context(joined),
+            _one_by_one(run_one) if survives else joined.run_stream,
+            joined.place.transport_text,
+        )
+
+
+def _one_by_one(run_one: Callable[[Tensor], RunResult]) -> RunStream:
+    """Passes that are begun again by themselves where a rank is lost."""
+
+    def run_stream(
+        inputs: Iterable[Tensor | InputError], in_flight: int, *, profile: bool
+    ) -> Iterator[RunResult | InputError]:
+        for given in inputs:
+            begin_ns = time.perf_counter_ns()
+            try:
+                if isinstance(given, InputError):
+                    raise given
+                done = run_one(given)
+                yield replace(done, begin_ns=begin_ns, end_ns=time.perf_counter_ns())
+            except InputError as error:
+                yield error
+
+    return run_stream
 
 
 def _follow(args: argparse.Namespace, joined: JoinedRank) -> bool:
@@ -165,56 +208,58 @@ def _join(args: argparse.Namespace) -> JoinedRank:
 
 
 def _run_images(
-    args: argparse.Namespace,
-    start: Callable[[], object],
-    run_one: RunOne,
-    transport: str,
-    on_one_machine: bool,
+    args: argparse.Namespace, start: Callable[[], object], run_stream: RunStream, transport: str
 ) -> bool:
-    """Each image in turn. A bad one is one line, and the rest go on; False if there was one.
+    """A stream of images. A bad one is one line, and the rest go on; False if there was one.
 
     Args:
         args: of the command.
-        start: begins what `run_one` needs.
-        run_one: an image in, what it came to out.
+        start: begins what `run_stream` needs.
+        run_stream: of `RankProcesses` or `JoinedRank`.
         transport: to be named.
-        on_one_machine: whether all ranks are here.
     """
     if args.input is None:
         raise InputError("--input was not given: name an image, or a folder of images")
-    recipe = Recipe.from_description(load_manifest(args.directory).model, args.directory)
+    check_profile(args.profile)
+    check_in_flight(args.in_flight)
+    if args.on_peer_loss != "fail" and (args.in_flight > 1 or args.profile is not None):
+        raise InputError(
+            f"--on-peer-loss {args.on_peer_loss} runs one image at a time and keeps no timelines: "
+            f"leave --in-flight and --profile out"
+        )
+    manifest = load_manifest(args.directory)
+    recipe = Recipe.from_description(manifest.model, args.directory)
     preprocessing = recipe.preprocessing
     if args.image_size is not None:
         preprocessing = Preprocessing.for_size(args.image_size)
     images = find_images(args.input)
-    loaded = ((path, _load(path, preprocessing)) for path in images)
     # Nothing is started for images of which none can be read.
-    first = next(((path, x) for path, x in loaded if isinstance(x, Tensor)), None)
+    first = next(
+        (x for path in images if isinstance(x := _load(path, preprocessing), Tensor)), None
+    )
     if first is None:
         raise _none_usable(args.input, images, preprocessing)
     start()
-    say(f"transport: {transport}" + (" over loopback" if on_one_machine else ""))
-    run_one(first[1])  # the first pass is slow
-    results: list[dict[str, Any]] = []
-    losses = _Losses()
-    for path in images:
-        image = _load(path, preprocessing)
-        try:
-            if isinstance(image, InputError):
-                raise image
-            answer = run_one(image)
-            losses.note(answer)
-            results.append(_show(path, answer, args.top))
-        except InputError as error:
-            say(f"{path}: {error}")
-    bad = len(images) - len(results)
-    losses.sum_up()
+    say(f"transport: {transport}")
+    # The first pass in each memory is slow.
+    for warm in run_stream([first] * 2 * args.in_flight, args.in_flight, profile=False):
+        if isinstance(warm, InputError):
+            raise warm
+    report = StreamReport(args.top, Profile(manifest.plan, transport, args.in_flight))
+    inputs = (_load(path, preprocessing) for path in images)
+    begin = time.perf_counter()
+    results = run_stream(inputs, args.in_flight, profile=args.profile is not None)
+    for path, result in zip(images, results, strict=True):
+        report.add(path, result)
+    report.end(time.perf_counter() - begin)
     if recipe.weights_sha256 is None:
         say("(the weights are random, so the classes mean nothing)")
-    if bad:
-        say(f"{bad} of {len(images)} images could not be used")
-    write_json(args.json, results)
-    return not bad
+    if report.refused:
+        say(f"{len(report.refused)} of {len(images)} images could not be used")
+    write_json(args.json, report.to_json())
+    if args.profile is not None:
+        write_profile(report.profile, args.profile)
+    return not report.refused
 
 
 def _load(path: Path, preprocessing: Preprocessing) -> Tensor | InputError:
@@ -233,54 +278,6 @@ def _none_usable(given: Path, images: list[Path], preprocessing: Preprocessing) 
     for path, reason in zip(images, reasons, strict=True):
         say(f"{path}: {reason}")
     return InputError(f"none of the {len(images)} images in {given} could be used: give others")
-
-
-class _Losses:
-    """Tells of ranks that are lost and come back."""
-
-    def __init__(self) -> None:
-        self._lost: frozenset[int] = frozenset()
-        self._degraded = self._retries = 0
-
-    def note(self, answer: Answer) -> None:
-        """One answer more."""
-        if answer.lost - self._lost:
-            say(f"lost rank {_listed(answer.lost - self._lost)}: going on without")
-        if self._lost - answer.lost:
-            say(f"rank {_listed(self._lost - answer.lost)} is back: answers are exact again")
-        self._lost = answer.lost
-        self._degraded += bool(answer.lost)
-        self._retries += answer.retries
-
-    def sum_up(self) -> None:
-        """How many requests suffered, if any did."""
-        if self._degraded or self._retries:
-            say(f"{self._degraded} answers are degraded; {self._retries} requests were begun again")
-
-
-def _listed(ranks: Iterable[int]) -> str:
-    return ", ".join(map(str, sorted(ranks)))
-
-
-def _show(path: Path, answer: Answer, top: int) -> dict[str, Any]:
-    output = answer.outputs
-    result: dict[str, Any] = {
-        "image": str(path),
-        "latency_ms": answer.latency_ms,
-        "bytes_exchanged": answer.bytes_sent,
-        "degraded": bool(answer.lost),
-        "lost_ranks": sorted(answer.lost),
-    }
-    degraded = f", degraded: without rank {_listed(answer.lost)}" if answer.lost else ""
-    say(f"{path}  ({answer.latency_ms:.1f} ms{degraded})")
-    if is_logits(output):
-        guesses = top_classes(output, top)
-        result["top"] = [vars(guess) for guess in guesses]
-        for guess in guesses:
-            say(f"  {guess}")
-    else:
-        say("  (not a classifier's output; `disco verify` compares it)")
-    return result
 
 
 def _refuse(args: argparse.Namespace, option: str, value: object, why: str) -> None:

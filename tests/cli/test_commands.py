@@ -78,13 +78,60 @@ def test_run_classifies_every_image_of_a_folder(
     done = disco("run", partitioned, "--input", folder, "--top", "3", "--json", result)
     assert done.code == 0, done.err
     assert "the weights are random" in done.out
-    images = json.loads(result.read_text())
+    stream = json.loads(result.read_text())
+    images = stream["images"]
     assert [Path(image["image"]).name for image in images] == ["a.jpg", "b.jpg"]
+    assert stream["in_flight"] == 1 and stream["refused"] == []
+    assert stream["images_per_s"] >= stream["images_per_s_with_loading"] > 0
     plan = api.load(partitioned).plan
     for image in images:
         assert len(image["top"]) == 3 and image["top"][0]["name"]
         assert image["bytes_exchanged"] == plan.bytes_per_image
+        for rank, sent in zip(image["ranks"], plan.bytes_matrix, strict=True):
+            assert rank["bytes_sent"] == sum(sent)
+            parts = rank["compute_ms"] + rank["pack_ms"] + rank["wait_ms"]
+            assert 0 < rank["compute_ms"] < parts <= rank["latency_ms"] <= image["latency_ms"]
     assert images[0]["top"] == images[1]["top"]
+
+
+@pytest.mark.parametrize("ending", ["json", "png"])
+def test_run_keeps_several_in_flight_and_profiles(
+    disco: Command, partitioned: Path, photo: Path, tmp_path: Path, ending: str
+) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("a.jpg", "b.jpg", "d.jpg"):
+        shutil.copy(photo, folder / name)
+    (folder / "c.jpg").write_text("no image")
+    profile, result = tmp_path / f"profile.{ending}", tmp_path / "run.json"
+    outputs = ["--profile", profile, "--json", result]
+    done = disco("run", partitioned, "--input", folder, "--in-flight", "2", *outputs)
+    assert done.code == 1 and "1 of 4 images could not be used" in done.out, done.err
+    assert done.out.index("b.jpg") < done.out.index("c.jpg is not") < done.out.index("d.jpg")
+    assert "3 images, 2 in flight" in done.out
+    stream = json.loads(result.read_text())
+    assert [Path(image["image"]).name for image in stream["refused"]] == ["c.jpg"]
+    assert [Path(image["image"]).name for image in stream["images"]] == ["a.jpg", "b.jpg", "d.jpg"]
+    if ending == "png":
+        assert profile.read_bytes().startswith(b"\x89PNG")
+    else:
+        trace = json.loads(profile.read_text())
+        assert trace["otherData"]["requests"] == ["a.jpg", "b.jpg", "d.jpg"]
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_profiles_and_numbers_that_cannot_be(
+    disco: Command, partitioned: Path, photo: Path, tmp_path: Path
+) -> None:
+    for options, message in (
+        (["--profile", tmp_path / "a.svg"], "a profile ends in .json or .png"),
+        (["--profile", tmp_path / "none" / "a.json"], "give a file in a folder that exists"),
+        (["--profile", tmp_path], "ends in .json or .png"),
+        (["--in-flight", "0"], "0 requests in flight were asked for; give 1 to 16"),
+        (["--in-flight", "17"], "17 requests in flight were asked for; give 1 to 16"),
+    ):
+        done = disco("run", partitioned, "--input", photo, *options)
+        assert done.code == 2 and message in done.err and done.err.count("\n") == 1
 
 
 def test_verify_accepts_what_is_equal(

@@ -141,6 +141,7 @@ def test_a_request_ends_when_its_messages_are_taken(partitioned: disco.Partition
 
     class Pending(Handle):
         done = False  # type: ignore[assignment]
+        finished_ns = 0  # type: ignore[assignment]
 
     (x,) = _inputs(1)
     hub = InProcessHub(3)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import disco
-from disco.errors import DeadlineError, InputError, TransportError
+from disco.errors import DeadlineError, InputError, PeerLostError, TransportError
 from disco.executor import (
     Executor,
     Handle,
@@ -168,10 +168,10 @@ def test_an_error_names_its_request_and_ends_all(partitioned: disco.Partitioned)
     closed: list[int] = []
     start = executors[0].start
 
-    def watched(inputs: Sequence[Tensor], transport: InProcessTransport, number: int):  # type: ignore[no-untyped-def]
+    def watched(inputs: Sequence[Tensor], transport: InProcessTransport, number: int, *record):  # type: ignore[no-untyped-def]
         def run():  # type: ignore[no-untyped-def]
             try:
-                return (yield from start(inputs, transport, number))
+                return (yield from start(inputs, transport, number, *record))
             finally:
                 closed.append(number)
 
@@ -249,3 +249,15 @@ def test_any_message_ends_the_waiting(kind: type[InProcessTransport]) -> None:
         sender.send(torch.ones(1), 0, 2, 0)
         waiting.result()
     assert [handle.done for handle in handles] == [False, False, True]
+
+
+def test_a_lost_peer_keeps_its_name(partitioned: disco.Partitioned) -> None:
+    class Losing(InProcessTransport):
+        def wait_any(self, handles: Sequence[Handle], deadline_s: float) -> None:
+            raise PeerLostError(1, "10.0.0.7:7077", "it closed the connection", 4)
+
+    executors = executors_of(partitioned)
+    transport = Losing(InProcessHub(WORLD), 0)
+    with pytest.raises(PeerLostError, match=r"request 0: rank 1 \(10.0.0.7:7077\) is lost") as lost:
+        list(run_pipelined(executors[0], transport, inputs_of(1), 2))
+    assert (lost.value.rank, lost.value.host, lost.value.exchange) == (1, "10.0.0.7:7077", 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 import disco
 from disco.executor import Executor, InProcessHub, Span, Timeline
+from disco.partition import Plan
 
 
 def test_sums_by_kind() -> None:
@@ -57,12 +59,32 @@ def test_a_profiled_call() -> None:
         assert timeline is not None
         for before, after in zip(timeline.spans, timeline.spans[1:], strict=False):
             assert before.begin_ns <= before.end_ns <= after.begin_ns
-        steps = [span.name for span in timeline.spans if span.kind != "wait"]
+        steps = [span.name for span in timeline.spans if span.kind in ("compute", "pack")]
         assert steps == [step.name for step in executor._steps]
         sent = sum(span.bytes for span in timeline.spans if span.kind == "pack")
         assert sent == 2 * sum(partitioned.plan.bytes_matrix[rank]) > 0
         parts = timeline.compute_ms + timeline.pack_ms + timeline.wait_ms
         assert 0 < parts <= timeline.total_ms
+        _check_messages(partitioned.plan, rank, timeline)
+        assert Timeline.from_plain(json.loads(json.dumps(timeline.to_plain()))) == timeline
+        later = timeline.shifted(1_000_000)
+        assert later.spans[0].begin_ns == timeline.spans[0].begin_ns + 1_000_000
+        assert (later.wait_ms, later.total_ms) == (timeline.wait_ms, timeline.total_ms)
+
+
+def _check_messages(plan: Plan, rank: int, timeline: Timeline) -> None:
+    """Those of the plan for two images, with exchange and peer, and every wait is for one."""
+    found = {(t.exchange, t.sent, t.peer): t for t in timeline.transfers}
+    assert len(found) == len(timeline.transfers)
+    for exchange in plan.exchanges:
+        for sent, pair in ((True, (1 - rank, rank)), (False, (rank, 1 - rank))):
+            transfer = found.pop((exchange.number, sent, 1 - rank))
+            assert transfer.bytes == exchange.bytes_between(*pair, batch=2) > 0
+            assert transfer.begin_ns < transfer.end_ns
+    assert not found
+    for span in timeline.spans:
+        if span.kind == "wait":
+            assert span.peer == 1 - rank and span.exchange is not None and span.bytes > 0
 
 
 def test_nothing_is_written_unless_asked() -> None:

@@ -47,6 +47,7 @@ def resident():
 
 class Done(Handle):
     done = True
+    finished_ns = 1
 
 class Silent(Transport):
     '''Peers that send zeros at once.'''

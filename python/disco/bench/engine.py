@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--folder", required=True, help="private; outputs are written there")
     args = parser.parse_args(argv)
-    return serve(lambda: prepare(args))
+    return serve(lambda _: prepare(args))
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def prepare_exchange(op: Op, prepare: Preparation) -> Step:
             if messages
         ]
 
-    return Step(op.name, run, prepare.slot(op.name), kind="pack")
+    return Step(op.name, run, prepare.slot(op.name), kind="pack", exchange=number)
 
 
 def _make_buffers(parts: Sequence[_Part], tensors: Sequence[Tensor]) -> KeptExchange:

@@ -22,7 +22,7 @@ from disco.executor.losses import (
 )
 from disco.executor.request import BufferPool, Request, ShapeKey
 from disco.executor.steps import REQUEST_SLOT, Preparation, Step, Values, prepare_pure
-from disco.executor.timeline import Timeline, timed
+from disco.executor.timeline import PROGRESS, WAIT, Recorder, Timeline
 from disco.executor.transport import Handle, Transport
 from disco.executor.two_passes import first_pass
 from disco.program import (
@@ -78,7 +78,9 @@ class Executor:
     Attributes:
         packed_bytes: of the packed weights.
         profile: set it to True to have calls leave their `Timeline` in `last_timeline`.
-        last_timeline: of the last call that was profiled and returned.
+        last_record: of the last call that was profiled and returned, as it was taken down.
+        last_timeline: the same made sense of; it is made when it is asked for, and costs nothing
+            before.
 
     Raises:
         InputError: the program cannot be prepared, or its packed weights do not fit.
@@ -137,9 +139,8 @@ class Executor:
         buffers = plan_buffers(program, kept)
         self._buffer_of = {prepare.slot(name): number for name, number in buffers.items()}
         self._buffers = BufferPool(self._buffer_of)
-        self._timed_steps = timed(self._steps)
         self.profile = False
-        self.last_timeline: Timeline | None = None
+        self._last_record: Recorder | None = None
         self._requests = itertools.count()
         self._turn = threading.Lock()
 
@@ -173,6 +174,14 @@ class Executor:
         """Give the next request this number; ranks agree on one after a request that failed."""
         self._requests = itertools.count(number)
 
+    @property
+    def last_record(self) -> Recorder | None:
+        return self._last_record
+
+    @property
+    def last_timeline(self) -> Timeline | None:
+        return None if self._last_record is None else self._last_record.timeline()
+
     def next_request(self) -> int:
         """A number that no request over this executor's transport had; ranks that run the same
         requests in the same order get the same."""
@@ -191,15 +200,15 @@ class Executor:
         self._check(self.flat_inputs(args, kwargs))
 
     def _run(self, inputs: Sequence[Tensor], transport: Transport | None, request: int) -> Any:
-        timeline = Timeline() if self.profile else None
-        running = self.start(inputs, transport, request, timeline)
+        record = Recorder() if self.profile else None
+        running = self.start(inputs, transport, request, record)
         with torch.no_grad():
             while True:
                 try:
                     handle = next(running)
                 except StopIteration as finished:
-                    if timeline is not None:
-                        self.last_timeline = timeline
+                    if record is not None:
+                        self._last_record = record
                     return finished.value
                 assert transport is not None
                 transport.wait(handle, self.deadline_s)
@@ -209,7 +218,7 @@ class Executor:
         inputs: Sequence[Tensor],
         transport: Transport | None,
         number: int,
-        timeline: Timeline | None = None,
+        record: Recorder | None = None,
     ) -> Generator[Handle, None, Any]:
         """One request as a generator: yields a handle when it must wait, returns the outputs.
 
@@ -221,14 +230,14 @@ class Executor:
             inputs: as from `flat_inputs`.
             transport: to the other ranks.
             number: the same on all ranks, of no other request under way (`next_request`).
-            timeline: to write into, or None.
+            record: to write into, or None.
 
         Raises:
             InputError: inputs that do not fit the program.
         """
         symbols = self._check(inputs)
         shapes = tuple(tuple(x.shape) for x in inputs)
-        request = Request(number, transport, symbols, self._buffers.take(shapes), timeline)
+        request = Request(number, transport, symbols, self._buffers.take(shapes), record)
         return self._through_steps(inputs, request, shapes)
 
     def _through_steps(
@@ -242,30 +251,39 @@ class Executor:
             values[slot] = x
         request.post_receives()
 
-        timeline = request.timeline
-        for step in self._steps if timeline is None else self._timed_steps:
+        record, clock = request.record, time.perf_counter_ns
+        begin = end = 0
+        for step in self._steps:
             for slot in step.awaits:
                 handle = request.arriving[slot]
                 if not handle.done:
-                    begin = time.perf_counter_ns()
+                    begin = clock()
                     yield handle
-                    if timeline is not None:
-                        timeline.waited(step.name, begin, values[slot].nbytes)
-            value = values[step.out] = step.run(values)
+                    if record is not None:
+                        record.marks.append((step.name, WAIT, begin, clock(), None, handle))
+            if record is None:
+                value = values[step.out] = step.run(values)
+            else:
+                begin = clock()
+                value = values[step.out] = step.run(values)
+                end = clock()
+                record.marks.append((step.name, step.kind, begin, end, step.exchange, None))
             if first and step.out in self._buffer_of:
                 layout[step.out] = (value.shape, value.stride(), value.dtype, value.device)
             for slot in step.free:
                 values[slot] = None
             if step.progress and request.transport is not None:
                 request.transport.progress()
+                if record is not None:
+                    record.marks.append((step.name, PROGRESS, end, clock(), None, None))
 
         outputs = map_leaves(self._outputs, lambda fetch: fetch(values))
         for handle in request.handles:
             if not handle.done:
-                begin = time.perf_counter_ns()
+                begin = clock()
                 yield handle
-                if timeline is not None:
-                    timeline.waited("end", begin, 0)
+                if record is not None:
+                    record.marks.append(("end", WAIT, begin, clock(), None, handle))
         self._buffers.give_back(shapes, request.kept, layout)
         return outputs
 

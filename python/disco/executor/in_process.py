@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,17 +18,21 @@ _Address = tuple[int, int, int, int]
 
 
 class _InProcessHandle(Handle):
-    __slots__ = ("_done",)
+    __slots__ = ("_finished_ns",)
 
     def __init__(self) -> None:
-        self._done = False
+        self._finished_ns = 0
 
     @property
     def done(self) -> bool:
-        return self._done
+        return self._finished_ns != 0
+
+    @property
+    def finished_ns(self) -> int:
+        return self._finished_ns
 
     def finish(self) -> None:
-        self._done = True
+        self._finished_ns = time.perf_counter_ns()
 
 
 @dataclass

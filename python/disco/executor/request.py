@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from disco.executor.activations import Activations, Layout
-from disco.executor.timeline import Timeline
+from disco.executor.timeline import Recorder
 from disco.executor.transport import NOTHING, Handle, Transport
 from disco_kernels.memory import return_freed_memory
 
@@ -62,9 +63,8 @@ class Request:
         arriving: by slot of a payload, the receive that fills it.
         begun: slots of layers whose first pass has run and whose second has not.
         activations: where kernels write their results.
-        timeline: where its time goes, if that was asked for.
-        bytes_sent: payload bytes that it has handed over.
         lost: ranks that it does without.
+        record: takes down where its time goes, if that was asked for.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Request:
         transport: Transport | None,
         symbols: dict[str, int],
         kept: Kept,
-        timeline: Timeline | None = None,
+        record: Recorder | None = None,
     ) -> None:
         self.number = number
         self.transport = transport
@@ -82,9 +82,8 @@ class Request:
         self.arriving: dict[int, Handle] = {}
         self.begun: set[int] = set()
         self._posted: dict[tuple[int, int], Handle] = {}
-        self.timeline = timeline
-        self.bytes_sent = 0
         self.lost: frozenset[int] = frozenset() if transport is None else transport.lost
+        self.record = record
         self.kept = kept
         self.activations = kept.activations
 
@@ -102,24 +101,32 @@ class Request:
     def receive(self, buffer: Tensor, peer: int, exchange: int) -> Handle:
         """The receive of one message into a buffer of `buffer`, posted now if it is not yet."""
         posted = self._posted.pop((exchange, peer), None)
-        return self._post(buffer, peer, exchange) if posted is None else posted
-
-    def send(self, buffer: Tensor, peer: int, exchange: int) -> None:
-        """Start sending one message."""
-        assert self.transport is not None
-        if peer in self.lost:
-            return
-        self.handles.append(self.transport.send(buffer, peer, exchange, self.number))
-        self.bytes_sent += buffer.nbytes
+        if posted is not None:
+            return posted
+        return self._post(buffer, peer, exchange)
 
     def _post(self, buffer: Tensor, peer: int, exchange: int) -> Handle:
         assert self.transport is not None
         if peer in self.lost:
             buffer.zero_()
             return NOTHING
+        begin = time.perf_counter_ns()
         handle = self.transport.post_receive(buffer, peer, exchange, self.number)
         self.handles.append(handle)
+        if self.record is not None:
+            self.record.messages.append((False, exchange, peer, buffer.nbytes, begin, handle))
         return handle
+
+    def send(self, buffer: Tensor, peer: int, exchange: int) -> None:
+        """Start sending one message."""
+        assert self.transport is not None
+        if peer in self.lost:
+            return
+        begin = time.perf_counter_ns()
+        handle = self.transport.send(buffer, peer, exchange, self.number)
+        self.handles.append(handle)
+        if self.record is not None:
+            self.record.messages.append((True, exchange, peer, buffer.nbytes, begin, handle))
 
 
 @dataclass

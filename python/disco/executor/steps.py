@@ -33,6 +33,7 @@ class Step:
             last argument is the residual.
         local: of a layer over payloads, what does not have to wait for them.
         kind: what its time counts as.
+        exchange: of an exchange, its number.
         progress: True for ops that take long enough to move messages along after them.
     """
 
@@ -45,6 +46,7 @@ class Step:
     writes_out: bool = False
     local: LocalPart | None = None
     kind: str = "compute"
+    exchange: int | None = None
 
 
 @dataclass

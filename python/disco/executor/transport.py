@@ -33,6 +33,11 @@ class Handle(ABC):
         Never blocks. May raise TransportError if the exchange failed.
         """
 
+    @property
+    @abstractmethod
+    def finished_ns(self) -> int:
+        """When this rank saw that it was done (`time.perf_counter_ns`); 0 as long as it is not."""
+
 
 class _Nothing(Handle):
     """Of a message that is none."""
@@ -42,6 +47,10 @@ class _Nothing(Handle):
     @property
     def done(self) -> bool:
         return True
+
+    @property
+    def finished_ns(self) -> int:
+        return 1  # before anything began
 
 
 NOTHING = _Nothing()

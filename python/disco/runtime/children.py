@@ -178,6 +178,22 @@ class Children:
             if index not in self._given_up and pid == self._processes[index].pid:
                 return index, message
 
+    def tell(self, command: Message) -> None:
+        """Send one command to all children, and do not wait for replies."""
+        for index in range(len(self._processes)):
+            if not self._tell(index, command):
+                return  # as in `ask`
+
+    def next_reply(self, timeout_s: float) -> tuple[int, Message]:
+        """The next reply of any child, and its index; raises as soon as any child fails."""
+        found = self._next(time.monotonic() + timeout_s)
+        if found is None:
+            raise WorkerError(f"nobody answered within {timeout_s:g} s")
+        index, message = found
+        if message is None or message.get("event") == "error":
+            raise self._failure(index, message)
+        return index, message
+
     def _start(self, index: int, spec: ChildSpec) -> None:
         env = dict(os.environ)
         # The child runs the code that the launcher runs, wherever that was imported from.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -23,23 +24,28 @@ _LONGEST_S = 1e6  # gloo counts milliseconds
 class GlooHandle(Handle):
     """One gloo operation. Holds its buffer and its Work: gloo may crash if they go too early."""
 
-    __slots__ = ("_done", "buffer", "is_receive", "peer", "work")
+    __slots__ = ("_finished_ns", "buffer", "is_receive", "peer", "work")
 
     def __init__(self, work: Work | None, buffer: Tensor, peer: int, is_receive: bool) -> None:
         self.work = work
         self.buffer = buffer
         self.peer = peer
         self.is_receive = is_receive
-        self._done = work is None
+        self._finished_ns = 0 if work is not None else 1  # nothing to wait for
 
     @property
     def done(self) -> bool:
         """True once `GlooTransport.wait` has seen the end: gloo cannot be asked without waiting."""
-        return self._done
+        return self._finished_ns != 0
+
+    @property
+    def finished_ns(self) -> int:
+        """When that was."""
+        return self._finished_ns
 
     def finish(self) -> None:
         """Record the end and let the Work go."""
-        self._done = True
+        self._finished_ns = time.perf_counter_ns()
         self.work = None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,13 +18,16 @@ from torch.distributed.rendezvous import rendezvous
 from disco.errors import InputError, PeerLostError
 from disco.executor import Executor, Transport
 from disco.partition.shards import Shard, load_manifest, load_shard
-from disco.runtime.calls import Call, Calls
+from disco.runtime.calls import Calls, LedCall
 from disco.runtime.gloo import GlooTransport
+from disco.runtime.joined_streams import Following, Leading
 from disco.runtime.memory_check import check_rank_fits
 from disco.runtime.mpi import MpiTransport, load_mpi, started_by_mpi
 from disco.runtime.peers import Peers
+from disco.runtime.rank_processes import RunResult
 from disco.runtime.rendezvous import StoreAddresses, agree
-from disco.runtime.survival import check_on_peer_loss, check_survivable
+from disco.runtime.streams import Item, check_idle, check_in_flight, run_in_order
+from disco.runtime.survival import check_on_peer_loss, check_streams, check_survivable
 from disco.runtime.tcp import Meeting, TcpTransport, listen
 from disco.runtime.tcp.handshake import check_agreement
 from disco.runtime.tcp.tls import Tls
@@ -238,7 +241,7 @@ class JoinedRank:
         self._options = options
         self._threads = threads
         self._transport: Transport | None = None
-        self._request = 0
+        self._stream: Generator[RunResult | InputError, None, None] | None = None  # under way
 
     @property
     def leads(self) -> bool:
@@ -267,6 +270,8 @@ class JoinedRank:
     ) -> None:
         assert self._transport is not None
         try:
+            if self._stream is not None:
+                self._stream.close()  # it uses the transport
             if kind is None and self.leads:
                 self._calls.end()
         finally:
@@ -284,6 +289,7 @@ class JoinedRank:
         """
         transport = self._transport
         assert transport is not None and self.leads
+        check_idle(self._stream)
         self._executor.check_call(args, kwargs)
         begin = time.perf_counter()
         retries = 0
@@ -300,6 +306,35 @@ class JoinedRank:
             latency_ms = (time.perf_counter() - begin) * 1e3
             return Answer(outputs, latency_ms, sent, transport.lost, retries)
 
+    def run_stream(
+        self, inputs: Iterable[Item], in_flight: int = 1, *, profile: bool = False
+    ) -> Iterator[RunResult | InputError]:
+        """(The leader.) As `RankProcesses.run_stream`, over the joined ranks.
+
+        Results have this rank's outputs alone, and the latency here, which begins before the inputs
+        are sent on. The other ranks' accounts come with messages of their own, after the outputs,
+        and their clocks are aligned when the stream begins (`disco.runtime.clocks`).
+
+        Raises:
+            InputError: `in_flight` cannot be; several over gloo, whose messages cannot be asked
+                whether they are there.
+            TransportError: a peer is lost.
+        """
+        assert self._transport is not None and self.leads
+        check_in_flight(in_flight)
+        check_streams(self._options.on_peer_loss)
+        if in_flight > 1 and isinstance(self._transport, GlooTransport):
+            raise InputError(
+                f"{in_flight} requests in flight were asked for over gloo, which cannot say "
+                f"whether a message is there: use the tcp transport (it needs a token) or mpi"
+            )
+        ranks = Leading(
+            self._executor, self._transport, self._calls, in_flight=in_flight, spans=profile
+        )
+        check_idle(self._stream)
+        self._stream = run_in_order(inputs, ranks, in_flight)
+        return self._stream
+
     def follow(self) -> int:
         """(The others.) Take part in the leader's calls until it ends. Returns how many.
 
@@ -307,12 +342,12 @@ class JoinedRank:
             TransportError: the leader is lost, or another rank and losses are not survived.
         """
         count = 0
+        assert self._transport is not None
         while (call := self._calls.next()) is not None:
             try:
                 self._catch_up(call)
                 with torch.inference_mode():
-                    self._executor(*call.args, **call.kwargs)
-                count += 1
+                    count += self._part_of(call)
             except PeerLostError as error:
                 # The leader tells who is left, with the next call.
                 if not self._options.degrades or error.rank == self.leader:
@@ -323,9 +358,9 @@ class JoinedRank:
         self, transport: Transport, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[Any, int]:
         """Tell the others, and compute this rank's part: outputs, and bytes sent for them."""
-        number = self._request
-        self._request += 1
-        self._calls.tell(args, kwargs, number)
+        number = self._executor.next_request()
+        told = {"request": number, "lost": sorted(transport.lost)}
+        self._calls.tell(args, kwargs, told)
         self._executor.skip_to(number)
         before = transport.bytes_sent
         with torch.inference_mode():
@@ -346,15 +381,30 @@ class JoinedRank:
 
     def _go_on(self, lost: frozenset[int]) -> None:
         assert isinstance(self._transport, TcpTransport)
-        self._transport.go_on(lost, self._request, self._options.deadline_s)
+        self._calls.give_up()
+        number = self._executor.next_request()
+        self._executor.skip_to(number)
+        self._transport.go_on(lost, number, self._options.deadline_s)
 
-    def _catch_up(self, call: Call) -> None:
-        """Do without the ranks that the leader does without."""
+    def _part_of(self, call: LedCall) -> int:
+        """Take part in a call, or in the stream that it begins. Returns how many calls it was."""
         assert self._transport is not None
+        if "stream" in call.options:
+            following = Following(self._executor, self._transport, self._calls, self.leader)
+            return following.run(call)
+        self._executor(*call.args, **call.kwargs)
+        return 1
+
+    def _catch_up(self, call: LedCall) -> None:
+        """Do without the ranks that the leader does without."""
+        if "request" not in call.options:
+            return
+        request = call.options["request"]
         if self._options.degrades:
             assert isinstance(self._transport, TcpTransport)
-            self._transport.agree(call.lost, call.request, self._options.deadline_s)
-        self._executor.skip_to(call.request)
+            lost = frozenset(call.options["lost"])
+            self._transport.agree(lost, request, self._options.deadline_s)
+        self._executor.skip_to(request)
 
 
 def _tls(options: Options, rank: int) -> Tls | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ from torch import Tensor
 from disco.errors import InputError
 from disco.runtime.children import Children, ChildSpec, WorkerError
 from disco.runtime.messages import Message, flatten, save_tensors
+from disco.runtime.streams import check_idle
 
 START_TIMEOUT_S = 180.0  # importing torch and packing weights, on slow storage
 
@@ -37,6 +38,7 @@ class Launched(ABC):
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._children: Children | None = None
         self._failure: str | None = None
+        self._stream: Generator[Any, None, None] | None = None
 
     @abstractmethod
     def specs(self, folder: str) -> list[ChildSpec]:
@@ -64,6 +66,7 @@ class Launched(ABC):
             folder.cleanup()
             raise
         self._folder, self._children, self._failure = folder, children, None
+        self._stream = None
         return self
 
     def __exit__(
@@ -87,6 +90,14 @@ class Launched(ABC):
             warmup + repeats,
         )
         return [max(times) for times in zip(*(r["latency_ms"] for r in replies), strict=True)]
+
+    def _check_usable(self) -> None:
+        if self._failure is not None:
+            raise WorkerError(
+                "the processes ended with an earlier error and have to be started again (in a new "
+                f"with block); it was: {self._failure}"
+            )
+        check_idle(self._stream)
 
     def _ask(
         self,
@@ -119,11 +130,7 @@ class Launched(ABC):
             InputError: inputs that no model takes.
         """
         assert self._folder is not None, "use it in a with block"
-        if self._failure is not None:
-            raise WorkerError(
-                "the processes ended with an earlier error and have to be started again (in a new "
-                f"with block); it was: {self._failure}"
-            )
+        self._check_usable()
         path = os.path.join(self._folder.name, "inputs.safetensors")
         tensors: list[Tensor] = []
         try:

@@ -7,6 +7,7 @@ safetensors files in a private folder. Nothing is executed that came in a messag
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from typing import IO, Any
 
@@ -51,6 +52,16 @@ def load_tensors(path: str) -> list[Tensor]:
     """The inverse of `save_tensors`."""
     loaded = load_file(path)
     return [loaded[str(i)] for i in range(len(loaded))]
+
+
+def save_outputs(path: str, value: Any) -> Any:
+    """Write what a model returned, over what was there before at once; returns its structure."""
+    tensors: list[Tensor] = []
+    structure = flatten(value, tensors)
+    part = f"{path}.part"
+    save_tensors(part, tensors)
+    os.replace(part, path)
+    return structure
 
 
 def flatten(value: Any, tensors: list[Tensor]) -> Any:

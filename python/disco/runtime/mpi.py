@@ -54,7 +54,7 @@ def abort_job(code: int) -> None:
 class MpiHandle(Handle):
     """One MPI request, and the buffer that it uses."""
 
-    __slots__ = ("_done", "buffer", "is_receive", "peer", "request", "transport")
+    __slots__ = ("_finished_ns", "buffer", "is_receive", "peer", "request", "transport")
 
     def __init__(
         self, transport: MpiTransport, request: Any, buffer: Tensor, peer: int, is_receive: bool
@@ -64,19 +64,24 @@ class MpiHandle(Handle):
         self.buffer = buffer
         self.peer = peer
         self.is_receive = is_receive
-        self._done = request is None
+        self._finished_ns = 0 if request is not None else 1  # nothing to wait for
 
     @property
     def done(self) -> bool:
         """Asks MPI, which moves data along by being asked."""
-        if not self._done and self.request.Test():
-            self._done = True
+        if not self._finished_ns and self.request.Test():
+            self._finished_ns = time.perf_counter_ns()
             if self.is_receive:
                 self.transport.bytes_received += self.buffer.nbytes
             else:
                 self.transport.bytes_sent += self.buffer.nbytes
                 self.transport.sends.discard(self)
-        return self._done
+        return self._finished_ns != 0
+
+    @property
+    def finished_ns(self) -> int:
+        """When MPI was asked and it was done."""
+        return self._finished_ns
 
 
 class MpiTransport(Transport):

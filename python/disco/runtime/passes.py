@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from disco.errors import InputError
-from disco.runtime.messages import Message, flatten, load_tensors, save_tensors, unflatten
+from disco.runtime.messages import Message, load_tensors, save_outputs, unflatten
 from disco.runtime.serve import Handlers
 
 
@@ -34,7 +33,7 @@ class Passes:
         return {"run": self.run, "measure": self.measure}
 
     def run(self, command: Message) -> Message:
-        """One pass: inputs from a file, outputs to a file, the latency in ms and the counters.
+        """One pass: inputs from a file, outputs to a file, when it ran, the counters.
 
         Inputs that the model does not take are refused before anything is exchanged, so that the
         next pass may be right.
@@ -42,22 +41,20 @@ class Passes:
         args, kwargs = unflatten(command["structure"], load_tensors(command["inputs"]))
         before = self.counters()
         with torch.inference_mode():
-            begin = time.perf_counter()
+            began_ns = time.perf_counter_ns()
             try:
                 value = self.function(*args, **kwargs)
             except InputError as error:
                 return {"refused": str(error)}
-            latency_ms = (time.perf_counter() - begin) * 1e3
+            ended_ns = time.perf_counter_ns()
         growth = {name: total - before[name] for name, total in self.counters().items()}
-        outputs: list[torch.Tensor] = []
-        structure = flatten(value, outputs)
-        part = f"{self.outputs_path}.part"
-        save_tensors(part, outputs)
-        os.replace(part, self.outputs_path)
+        structure = save_outputs(self.outputs_path, value)
         return {
             "outputs": self.outputs_path,
             "structure": structure,
-            "latency_ms": latency_ms,
+            "latency_ms": (ended_ns - began_ns) / 1e6,
+            "began_ns": began_ns,
+            "ended_ns": ended_ns,
             **growth,
         }
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from disco.errors import InputError
-from disco.executor.timeline import Span, Timeline
+from disco.executor.timeline import Timeline
 from disco.partition.shards import load_manifest
+from disco.runtime.accounts import Account, RankReport, reports
 from disco.runtime.children import ChildSpec, WorkerError
 from disco.runtime.launched import Launched
 from disco.runtime.memory_check import check_all_fit
 from disco.runtime.messages import Message, load_tensors, unflatten
-from disco.runtime.survival import check_on_peer_loss, check_survivable
+from disco.runtime.rank_streams import ProcessRanks
+from disco.runtime.streams import Item, check_in_flight, run_in_order
+from disco.runtime.survival import check_on_peer_loss, check_streams, check_survivable
 from disco.runtime.tcp.transport import SILENCE_S
 from disco.runtime.token import make_token
 from disco.runtime.transports import LOOPBACK, TOKEN_FILE, choose_transport
@@ -42,10 +45,16 @@ class RunResult:
     Attributes:
         outputs: per rank what the model returned there; every rank has the whole output.
         bytes_sent, bytes_received: per rank the payload bytes that its transport handed over.
-        latency_ms: of the slowest rank, from its inputs to its outputs.
         lost: ranks whose channels are missing in the outputs, which are exact if there are none. Of
-            them outputs are None and bytes 0.
+            them outputs are None and bytes 0, and there are no accounts then.
         retries: how often the pass was begun again because a rank was lost.
+        latency_ms: of the slowest rank, from its inputs to its outputs. In a stream the request
+            stood behind others meanwhile.
+        ranks: per rank where its time went.
+        timelines: per rank step by step, if that was asked for; on one clock.
+        clock_error_ns: per rank, how far its times may be off the leader's.
+        begin_ns, end_ns: of a request in a stream: when the first rank began and the last one had
+            its outputs, on the timelines' clock.
     """
 
     outputs: tuple[Any, ...]
@@ -54,11 +63,16 @@ class RunResult:
     latency_ms: float
     lost: tuple[int, ...] = ()
     retries: int = 0
+    ranks: tuple[RankReport, ...] = ()
+    timelines: tuple[Timeline, ...] = ()
+    clock_error_ns: tuple[int, ...] = ()
+    begin_ns: int = 0
+    end_ns: int = 0
 
     @property
     def answer(self) -> Any:
-        """The outputs of the first rank that is there; all ranks have the same."""
-        return next(o for rank, o in enumerate(self.outputs) if rank not in self.lost)
+        """The outputs of the first rank of which there are some; all ranks have the same."""
+        return next(outputs for outputs in self.outputs if outputs is not None)
 
 
 class RankProcesses(Launched):
@@ -155,6 +169,7 @@ class RankProcesses(Launched):
             bytes_sent=tuple(r["bytes_sent"] if r else 0 for r in there),
             bytes_received=tuple(r["bytes_received"] if r else 0 for r in there),
             latency_ms=max(r["latency_ms"] for r in replies.values()),
+            ranks=_accounts(list(replies.values())) if not self.lost else (),
             lost=tuple(sorted(self.lost)),
             retries=retries,
         )
@@ -200,6 +215,49 @@ class RankProcesses(Launched):
         self._request += passes
         return {**command, "request": first, "lost": sorted(self.lost)}
 
+    def run_stream(
+        self, inputs: Iterable[Item], in_flight: int = 1, *, profile: bool = False
+    ) -> Iterator[RunResult | InputError]:
+        """Passes over all ranks for a stream of inputs, `in_flight` of them under way at a time.
+
+        While one waits for payloads another computes. Outputs are those of `run`, bit for bit.
+
+        Args:
+            inputs: per pass a tensor, if that is all the model takes, or a
+                `disco.runtime.streams.Call`. An InputError among them is handed through.
+            in_flight: 1 to 16; each has memory of its own on every rank.
+            profile: give results their `timelines`.
+
+        Returns:
+            one result for each of the inputs, in their order; where the model does not take an
+            input, the InputError that says so stands in its place, and the rest go on. Closing the
+            iterator ends the stream; nothing else can be asked of the ranks before.
+
+        Raises:
+            InputError: `in_flight` cannot be, or lost ranks are to be survived, which streams do
+                not.
+            WorkerError: a rank failed; the processes have to be started again.
+        """
+        check_streams(self.on_peer_loss)
+        assert self._children is not None and self._folder is not None, "use it in a with block"
+        check_in_flight(in_flight)
+        self._check_usable()
+        children = self._children
+        ranks = ProcessRanks(
+            children,
+            self._folder.name,
+            {"in_flight": in_flight, "spans": profile},
+            self.timeout_s * (in_flight + 1),
+            partial(_result, profile=profile),
+            self._fail,
+            lambda: self._children is children and self._failure is None,
+        )
+        self._stream = run_in_order(inputs, ranks, in_flight)
+        return self._stream
+
+    def _fail(self, why: str) -> None:
+        self._failure = why
+
     def measure_stream(
         self, *inputs: Any, in_flight: int, warmup: int, repeats: int
     ) -> tuple[float, ...]:
@@ -223,7 +281,7 @@ class RankProcesses(Launched):
     def profile(self, *inputs: Any, warmup: int = 3) -> list[Timeline]:
         """Per rank where the time of one pass went. All clocks are this machine's one."""
         replies = self._ask(inputs, {"command": "profile", "warmup": warmup}, warmup + 1)
-        return [Timeline([Span(*span) for span in reply["spans"]]) for reply in replies]
+        return [Timeline.from_plain(reply) for reply in replies]
 
     def specs(self, folder: str) -> list[ChildSpec]:
         """One worker a rank."""
@@ -253,6 +311,27 @@ class RankProcesses(Launched):
         return (
             spec if self._hosts is None else replace(spec, popen=partial(self._hosts.popen, rank))
         )
+
+
+def _result(replies: Sequence[Message], profile: bool) -> RunResult:
+    """Of one request of a stream. All clocks are this machine's one."""
+    accounts = [Account.from_plain(reply["account"]) for reply in replies]
+    found = reports(accounts)
+    return RunResult(
+        outputs=tuple(unflatten(r["structure"], load_tensors(r["outputs"])) for r in replies),
+        bytes_sent=tuple(rank.bytes_sent for rank in found),
+        bytes_received=tuple(rank.bytes_received for rank in found),
+        latency_ms=max(rank.latency_ms for rank in found),
+        ranks=found,
+        timelines=tuple(account.timeline for account in accounts) if profile else (),
+        clock_error_ns=(0,) * len(found),
+        begin_ns=min(account.begin_ns for account in accounts),
+        end_ns=max(account.end_ns for account in accounts),
+    )
+
+
+def _accounts(replies: Sequence[Message]) -> tuple[RankReport, ...]:
+    return reports([Account.from_plain(reply["account"]) for reply in replies])
 
 
 def available_cores() -> int:

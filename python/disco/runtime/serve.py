@@ -22,15 +22,55 @@ from disco.runtime.messages import Message, read_message, write_message
 Handler = Callable[[Message], Message]
 Handlers = dict[str, Handler]
 
+
+class LauncherGone(Exception):
+    """Nobody is left to ask for anything, or to be told."""
+
+
+class Dialogue:
+    """What a handler needs that takes further commands while it works, and replies several times.
+
+    Args:
+        commands: lines as they come, None at their end.
+        replies: where lines go.
+    """
+
+    def __init__(self, commands: queue.Queue[str | None], replies: IO[str]) -> None:
+        self._commands = commands
+        self._replies = replies
+
+    def next(self) -> Message:
+        """The next command. Raises LauncherGone if there will be none any more."""
+        return self._read(self._commands.get())
+
+    def poll(self) -> Message | None:
+        """The same, or None if there is none now."""
+        try:
+            return self._read(self._commands.get_nowait())
+        except queue.Empty:
+            return None
+
+    @staticmethod
+    def _read(line: str | None) -> Message:
+        if line is None:
+            raise LauncherGone
+        return read_message(line)
+
+    def reply(self, message: Message) -> None:
+        """Tell the launcher."""
+        write_message(self._replies, {"event": "done", **message})
+
+
 _GRACE_S = 2.0  # for what is under way when stdin ends
 
 
-def serve(prepare: Callable[[], tuple[Message, Handlers]]) -> int:
+def serve(prepare: Callable[[Dialogue], tuple[Message, Handlers]]) -> int:
     """Prepare, say that it is done, then answer commands. Returns the process's exit code.
 
     Args:
         prepare: makes everything ready and returns what to tell the launcher, and per command a
-            function from the command to its reply.
+            function from the command to its reply; it is given what a handler needs that wants
+            more than one of each.
 
     A failure of `prepare` or of a command is told to the launcher, and ends the process: after it
     the ranks may disagree about which exchange comes next.
@@ -38,13 +78,14 @@ def serve(prepare: Callable[[], tuple[Message, Handlers]]) -> int:
     replies = _reserve_stdout()
     # Ctrl-C reaches the whole terminal group; only the launcher decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    commands = _watch_stdin()
+    dialogue = Dialogue(_watch_stdin(), replies)
     try:
-        ready, handlers = prepare()
+        ready, handlers = prepare(dialogue)
         write_message(replies, {"event": "ready", **ready})
-        while (line := commands.get()) is not None:
-            command = read_message(line)
-            write_message(replies, {"event": "done", **handlers[command["command"]](command)})
+        while True:
+            command = dialogue.next()
+            dialogue.reply(handlers[command["command"]](command))
+    except LauncherGone:
         return 0
     except InputError as error:
         return _report(replies, "input", str(error), 2)

@@ -20,6 +20,15 @@ def check_on_peer_loss(name: str) -> None:
         raise InputError(f"on_peer_loss {name!r} was given; there are {', '.join(ON_PEER_LOSS)}")
 
 
+def check_streams(on_peer_loss: str) -> None:
+    """Raise InputError where a stream would have to survive losses."""
+    if on_peer_loss != "fail":
+        raise InputError(
+            f"a stream was asked for with on_peer_loss {on_peer_loss!r}: a request that loses a "
+            f"rank is begun again by itself, so give one at a time to `run`"
+        )
+
+
 def check_survivable(plan: Plan, transport: str) -> None:
     """Raise InputError unless ranks of this plan can go on without others over this transport."""
     if not plan.survivable:

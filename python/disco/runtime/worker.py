@@ -12,22 +12,26 @@ import torch
 
 from disco.executor import Executor
 from disco.partition.shards import load_manifest, load_shard
+from disco.runtime.accounts import Account
 from disco.runtime.memory_check import check_rank_fits
 from disco.runtime.messages import Message
 from disco.runtime.passes import Passes
-from disco.runtime.serve import Handlers, serve
+from disco.runtime.serve import Dialogue, Handlers, serve
 from disco.runtime.stream import Stream
 from disco.runtime.survival import Survivor
 from disco.runtime.transports import LOOPBACK, open_local
 from disco_kernels import WINOGRAD
 
 
-def prepare(args: argparse.Namespace, at_end: ExitStack) -> tuple[Message, Handlers]:
+def prepare(
+    args: argparse.Namespace, at_end: ExitStack, dialogue: Dialogue
+) -> tuple[Message, Handlers]:
     """Load this rank's shard and no other, meet the peers, and make the executor.
 
     Args:
         args: of the command line.
         at_end: gets what to do when the process ends, whatever ended it.
+        dialogue: with the launcher.
     """
     torch.set_num_threads(args.threads)
     imported_kb = resident_kb()
@@ -68,12 +72,30 @@ def prepare(args: argparse.Namespace, at_end: ExitStack) -> tuple[Message, Handl
         "transport": args.transport,
         "backends": sorted(set(executor.kernel_backends.values())),
     }
-    stream = Stream(executor, transport)
+    stream = Stream(executor, transport, dialogue)
 
     def memory(command: Message) -> Message:
         return {"imported_kb": imported_kb, "now_kb": resident_kb()}
 
-    more: Handlers = {"stream": stream.measure, "profile": stream.profile, "memory": memory}
+    def run(command: Message) -> Message:
+        executor.profile = True
+        try:
+            reply = passes.run(command)
+        finally:
+            executor.profile = False
+        record = executor.last_record
+        if "refused" not in reply and record is not None:
+            begin_ns, end_ns = reply["began_ns"], reply["ended_ns"]
+            reply["account"] = Account.of(record, begin_ns, end_ns, False).to_plain()
+        return reply
+
+    more: Handlers = {
+        "run": run,
+        "stream": stream.measure,
+        "requests": stream.requests,
+        "profile": stream.profile,
+        "memory": memory,
+    }
     handlers = {**passes.handlers(), **more}
     return ready, handlers if survivor is None else survivor.around(handlers)
 
@@ -104,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--timeout-s", type=float, default=30.0, help="for every wait on a peer")
     args = parser.parse_args(argv)
     with ExitStack() as at_end:
-        return serve(lambda: prepare(args, at_end))
+        return serve(lambda dialogue: prepare(args, at_end, dialogue))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,8 @@ class Counts(Protocol):
 class TcpHandle(Handle):
     """One send or receive. Keeps its buffer alive until it is done."""
 
-    __slots__ = ("buffer", "channel", "exchange", "finished", "num_bytes", "view")
+    __slots__ = ("buffer", "channel", "exchange", "finished_ns", "num_bytes", "view")
+    finished_ns: int
 
     def __init__(self, channel: Channel, buffer: Tensor, exchange: int) -> None:
         self.channel = channel
@@ -64,11 +65,11 @@ class TcpHandle(Handle):
         self.exchange = exchange
         self.num_bytes = buffer.nbytes
         self.view = bytes_of(buffer)
-        self.finished = False
+        self.finished_ns = 0
 
     @property
     def done(self) -> bool:
-        return self.finished
+        return self.finished_ns != 0
 
 
 @dataclass
@@ -137,7 +138,7 @@ class Channel:
                     continue  # the socket is full, or has taken the part it could
                 self._outbox.popleft()
                 if handle is not None:
-                    handle.finished = True
+                    handle.finished_ns = time.perf_counter_ns()
                     self.counters.bytes_sent += handle.num_bytes
         except BlockingIOError:
             return
@@ -260,7 +261,7 @@ class Channel:
             raise self.error(handle.exchange)
 
     def _finish(self, handle: TcpHandle) -> None:
-        handle.finished = True
+        handle.finished_ns = time.perf_counter_ns()
         self.counters.bytes_received += handle.num_bytes
 
     # Losing -------------------------------------------------------------------------------------
