@@ -98,7 +98,7 @@ def test_each_is_one_line_and_the_others_go_on(
         lines = [line for line in done.out.splitlines() if line.startswith(f"{bad / name}: ")]
         assert len(lines) == 1 and re.search(why, lines[0]), (name, lines)
     assert f"{len(BAD)} of {len(BAD) + 2} images could not be used" in done.out
-    used = json.loads(result.read_text())
+    used = json.loads(result.read_text())["images"]
     assert [Path(u["image"]).name for u in used] == ["a-good.jpg", "z-good.jpg"]
     assert used[0]["top"] == used[1]["top"]
 

@@ -225,7 +225,7 @@ with JoinedRank(folder, place, options, threads=1, leader=int(leader)) as joined
     except InputError as error:
         assert "a stream of requests is under way" in str(error)
     left.close()
-    made["after"] = joined.run(x)[0]
+    made["after"] = joined.run(x).outputs
     next(joined.run_stream([x] * 4))  # left open: it ends with the block
     save_file(made, outputs)
     with open(outputs + ".json", "w") as file:
