@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from disco import api
+from disco.executor import Executor, InProcessHub, run_together
+from disco.partition.shards import load_shard
 
 SIZE = 24
+THREE = 3
 
 
 class Tiny(nn.Module):
@@ -86,11 +90,42 @@ def three_folder(
 ) -> Path:
     """`tiny` for three ranks; beside it `given.safetensors`: an input `x`, and the output `y`."""
     path = tmp_path_factory.mktemp("three") / "out"
-    api.partition(tiny, (tiny_input,), nodes=3).save(path, model_description={})
+    api.partition(tiny, (tiny_input,), nodes=THREE).save(path, model_description={})
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with torch.inference_mode():
         output = api.load(path)(tiny_input)
     torch.set_num_threads(threads)
     save_file({"x": tiny_input, "y": output}, path.parent / "given.safetensors")
+    return path
+
+
+@pytest.fixture(scope="session")
+def survivable(
+    tmp_path_factory: pytest.TempPathFactory, tiny: nn.Module, tiny_input: Tensor
+) -> Path:
+    """A survivable partition, and beside it an input and what it comes to without any ranks."""
+    path = tmp_path_factory.mktemp("three") / "out"
+    api.partition(tiny, (tiny_input,), nodes=THREE, survivable=True).save(path, {})
+    shards = [load_shard(path, rank) for rank in range(THREE)]
+    executors = [Executor(shard.program, shard.weights) for shard in shards]
+    outputs = {"x": tiny_input}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for count in range(THREE):
+        for lost in itertools.combinations(range(THREE), count):
+            transports = InProcessHub(THREE).transports()
+            for transport in transports:
+                transport.lost = frozenset(lost)
+            left = [rank for rank in range(THREE) if rank not in lost]
+            with torch.inference_mode():
+                found = run_together(
+                    [executors[rank] for rank in left],
+                    (tiny_input,),
+                    [transports[rank] for rank in left],
+                )
+            outputs[".".join(["y", *map(str, lost)])] = found[0].clone()
+    torch.set_num_threads(threads)
+    assert not torch.equal(outputs["y"], outputs["y.1"])
+    save_file(outputs, path.parent / "given.safetensors")
     return path

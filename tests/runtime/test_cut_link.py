@@ -17,6 +17,7 @@ from disco.bench.lab import Lab, LabUnavailable
 from disco.bench.lab.processes import NodeProcess
 from disco.runtime.token import make_token
 from tests.runtime.test_failures import RANK_SCRIPT, RANKS
+from tests.runtime.test_survival import SURVIVOR_SCRIPT
 
 SILENCE_S = 1.0
 
@@ -34,13 +35,19 @@ class LabCluster:
     """A rank a node, each over the lab's links; the leader repeats a call."""
 
     def __init__(
-        self, lab: Lab, folder: Path, tmp_path: Path, leader: int, silence_s: float
+        self,
+        lab: Lab,
+        folder: Path,
+        tmp_path: Path,
+        leader: int,
+        silence_s: float,
+        program: str = RANK_SCRIPT,
     ) -> None:
         peers, token, script = tmp_path / "peers.yaml", tmp_path / "token", tmp_path / "rank.py"
         lines = "".join(f"  - {lab.address(rank)}:7077\n" for rank in range(RANKS))
         peers.write_text("peers:\n" + lines)
         make_token(token)
-        script.write_text(RANK_SCRIPT)
+        script.write_text(program)
         given = folder.parent / "given.safetensors"
         self.leader = leader
         self.processes: list[NodeProcess] = [
@@ -134,3 +141,28 @@ def test_links_that_become_slow_are_not_lost(lab: Lab, three_folder: Path, tmp_p
         lab.shape("1mbit")
         for _ in range(2):
             assert made.line(0)["how"] == "running"
+
+
+def test_a_node_whose_link_is_mended_is_taken_back(
+    lab: Lab, survivable: Path, tmp_path: Path
+) -> None:
+    """Cut off it is done without; then it finds that it was, and comes back by itself."""
+    made = LabCluster(lab, survivable, tmp_path, 0, SILENCE_S, SURVIVOR_SCRIPT)
+    try:
+        for rank in range(RANKS):
+            assert made.line(rank)["how"] == "ready"
+        begin = time.monotonic()
+        lab.cut(2)
+        while (answer := made.line(0))["lost"] != [2]:
+            assert answer["right"] and answer["lost"] == []
+        assert answer["right"] and answer["at"] - begin < SILENCE_S + 1.0
+        assert made.line(2)["how"] == "lost"
+        lab.mend(2)
+        while (answer := made.line(0))["lost"]:
+            assert answer["right"] and time.monotonic() - begin < 60
+        assert answer["right"]
+    finally:
+        for process in made.processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            process.communicate()

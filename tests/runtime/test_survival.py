@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import random
@@ -18,13 +17,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from disco import api
 from disco.errors import InputError
-from disco.executor import Executor, InProcessHub, run_together
-from disco.partition.shards import load_shard
 from disco.runtime import RankProcesses
 from disco.runtime.joined import JoinedRank, Options, place_among
 from disco.runtime.peers import Peers
@@ -33,7 +28,7 @@ from disco.runtime.token import make_token
 RANKS = 3
 # One rank. The leader repeats a call, and says which ranks an answer lacked, when that changes and
 # now and then, and whether all answers were what the ranks that are there come to, bit for bit.
-_RANK = """
+SURVIVOR_SCRIPT = """
 import json, sys, time
 import torch
 from safetensors.torch import load_file
@@ -68,39 +63,10 @@ while True:
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tiny: nn.Module, tiny_input: Tensor) -> Path:
-    """A survivable partition, and beside it an input and what it comes to without any ranks."""
-    path = tmp_path_factory.mktemp("three") / "out"
-    api.partition(tiny, (tiny_input,), nodes=RANKS, survivable=True).save(path, {})
-    shards = [load_shard(path, rank) for rank in range(RANKS)]
-    executors = [Executor(shard.program, shard.weights) for shard in shards]
-    outputs = {"x": tiny_input}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for count in range(RANKS):
-        for lost in itertools.combinations(range(RANKS), count):
-            transports = InProcessHub(RANKS).transports()
-            for transport in transports:
-                transport.lost = frozenset(lost)
-            left = [rank for rank in range(RANKS) if rank not in lost]
-            with torch.inference_mode():
-                found = run_together(
-                    [executors[rank] for rank in left],
-                    (tiny_input,),
-                    [transports[rank] for rank in left],
-                )
-            outputs[".".join(["y", *map(str, lost)])] = found[0].clone()
-    torch.set_num_threads(threads)
-    assert not torch.equal(outputs["y"], outputs["y.1"])
-    save_file(outputs, path.parent / "given.safetensors")
-    return path
-
-
 class Cluster:
     """Three processes, one a rank; any of them can be started again."""
 
-    def __init__(self, folder: Path, tmp_path: Path, leader: int, silence_s: float) -> None:
+    def __init__(self, survivable: Path, tmp_path: Path, leader: int, silence_s: float) -> None:
         sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(RANKS)]
         peers, token, script = (tmp_path / name for name in ("peers.yaml", "token", "rank.py"))
         ports = [made.getsockname()[1] for made in sockets]
@@ -109,11 +75,16 @@ class Cluster:
             made.close()
         token.unlink(missing_ok=True)
         make_token(token)
-        script.write_text(_RANK)
+        script.write_text(SURVIVOR_SCRIPT)
         self.leader = leader
         self._arguments = [
             [
-                *(str(script), str(folder), str(folder.parent / "given.safetensors"), str(peers)),
+                *(
+                    str(script),
+                    str(survivable),
+                    str(survivable.parent / "given.safetensors"),
+                    str(peers),
+                ),
                 *(str(rank), str(leader), str(token), str(silence_s)),
             ]
             for rank in range(RANKS)
@@ -161,9 +132,9 @@ class Cluster:
 
 @contextlib.contextmanager
 def cluster(
-    folder: Path, tmp_path: Path, leader: int = 0, silence_s: float = 1.0
+    survivable: Path, tmp_path: Path, leader: int = 0, silence_s: float = 1.0
 ) -> Iterator[Cluster]:
-    made = Cluster(folder, tmp_path, leader, silence_s)
+    made = Cluster(survivable, tmp_path, leader, silence_s)
     try:
         for rank in range(RANKS):
             assert made.line(rank)["how"] == "ready"
@@ -175,9 +146,9 @@ def cluster(
 
 @pytest.mark.parametrize(("victim", "leader"), [(1, 0), (0, 2)])
 def test_a_killed_rank_is_done_without_and_taken_back(
-    folder: Path, tmp_path: Path, victim: int, leader: int
+    survivable: Path, tmp_path: Path, victim: int, leader: int
 ) -> None:
-    with cluster(folder, tmp_path, leader) as made:
+    with cluster(survivable, tmp_path, leader) as made:
         time.sleep(0.05)
         begin = time.monotonic()
         made.processes[victim].kill()
@@ -193,8 +164,8 @@ def test_a_killed_rank_is_done_without_and_taken_back(
         assert all(process.poll() is None for process in made.processes.values())
 
 
-def test_one_after_the_other_until_the_leader_is_alone(folder: Path, tmp_path: Path) -> None:
-    with cluster(folder, tmp_path, leader=1) as made:
+def test_one_after_the_other_until_the_leader_is_alone(survivable: Path, tmp_path: Path) -> None:
+    with cluster(survivable, tmp_path, leader=1) as made:
         made.processes[0].kill()
         made.answers_until([0])
         made.processes[2].kill()
@@ -205,8 +176,8 @@ def test_one_after_the_other_until_the_leader_is_alone(folder: Path, tmp_path: P
         made.answers_until([])
 
 
-def test_a_stopped_rank_comes_back_without_a_new_process(folder: Path, tmp_path: Path) -> None:
-    with cluster(folder, tmp_path, silence_s=0.7) as made:
+def test_a_stopped_rank_comes_back_without_a_new_process(survivable: Path, tmp_path: Path) -> None:
+    with cluster(survivable, tmp_path, silence_s=0.7) as made:
         begin = time.monotonic()
         os.kill(made.processes[2].pid, signal.SIGSTOP)
         answers = made.answers_until([2])
@@ -217,9 +188,9 @@ def test_a_stopped_rank_comes_back_without_a_new_process(folder: Path, tmp_path:
         made.answers_until([])
 
 
-def test_strangers_do_not_keep_a_rank_out(folder: Path, tmp_path: Path) -> None:
+def test_strangers_do_not_keep_a_rank_out(survivable: Path, tmp_path: Path) -> None:
     """While ranks listen for one that is lost, others connect and talk nonsense."""
-    with cluster(folder, tmp_path) as made:
+    with cluster(survivable, tmp_path) as made:
         made.processes[1].kill()
         made.processes[1].communicate()
         made.answers_until([1])
@@ -243,12 +214,12 @@ def test_strangers_do_not_keep_a_rank_out(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(100))
-def test_kills_at_random_moments(folder: Path, tmp_path: Path, seed: int) -> None:
+def test_kills_at_random_moments(survivable: Path, tmp_path: Path, seed: int) -> None:
     """No hang, and no answer that is wrong or lacks ranks without saying so."""
     chance = random.Random(seed)
     leader = chance.randrange(RANKS)
     victim = chance.choice([rank for rank in range(RANKS) if rank != leader])
-    with cluster(folder, tmp_path, leader) as made:
+    with cluster(survivable, tmp_path, leader) as made:
         time.sleep(chance.random() * 0.2)
         made.processes[victim].kill()
         made.processes[victim].communicate()
@@ -260,12 +231,12 @@ def test_kills_at_random_moments(folder: Path, tmp_path: Path, seed: int) -> Non
         made.answers_until([])
 
 
-def test_processes_of_one_machine(folder: Path, tiny_input: Tensor) -> None:
+def test_processes_of_one_machine(survivable: Path, tiny_input: Tensor) -> None:
     """Any rank, the first one included, is killed or stopped, and started again."""
     from safetensors.torch import load_file
 
-    given = load_file(folder.parent / "given.safetensors")
-    with RankProcesses(folder, threads=1, silence_s=0.7, on_peer_loss="degrade") as ranks:
+    given = load_file(survivable.parent / "given.safetensors")
+    with RankProcesses(survivable, threads=1, silence_s=0.7, on_peer_loss="degrade") as ranks:
 
         def check(lost: tuple[int, ...]) -> None:
             done = ranks.run(tiny_input)
@@ -296,13 +267,15 @@ def test_processes_of_one_machine(folder: Path, tiny_input: Tensor) -> None:
         check((0, 1))
 
 
-def test_what_cannot_survive_is_refused(folder: Path, tiny_folder: Path, tmp_path: Path) -> None:
+def test_what_cannot_survive_is_refused(
+    survivable: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match="--survivable"):
         RankProcesses(tiny_folder, on_peer_loss="degrade")
     with pytest.raises(InputError, match="for tcp"):
-        RankProcesses(folder, transport="torch", on_peer_loss="degrade")
+        RankProcesses(survivable, transport="torch", on_peer_loss="degrade")
     with pytest.raises(InputError, match="fail, degrade"):
-        RankProcesses(folder, on_peer_loss="ignore")
+        RankProcesses(survivable, on_peer_loss="ignore")
     make_token(tmp_path / "token")
     (tmp_path / "peers.yaml").write_text("peers: ['127.0.0.1:1', '127.0.0.1:2']\n")
     options = Options("tcp", tmp_path / "token", on_peer_loss="degrade")

@@ -169,7 +169,7 @@ class RankProcesses(Launched):
             bytes_sent=tuple(r["bytes_sent"] if r else 0 for r in there),
             bytes_received=tuple(r["bytes_received"] if r else 0 for r in there),
             latency_ms=max(r["latency_ms"] for r in replies.values()),
-            ranks=_accounts(list(replies.values())) if not self.lost else (),
+            ranks=_accounts([replies[r] for r in sorted(replies)]) if not self.lost else (),
             lost=tuple(sorted(self.lost)),
             retries=retries,
         )
