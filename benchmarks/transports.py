@@ -26,9 +26,10 @@ import torch
 
 from disco import api
 from disco.bench.machine import describe_machine
-from disco.runtime.joined import JoinedRank, Options, Place, place_among, place_from_launcher
+from disco.runtime.joined import JoinedRank
 from disco.runtime.keys import make_keys
 from disco.runtime.peers import Peers
+from disco.runtime.places import Options, Place, place_among, place_from_launcher
 from disco.runtime.tcp import listen
 from disco.runtime.token import make_token
 from disco.zoo import build_model

@@ -22,15 +22,10 @@ from disco.partition.shards import load_manifest
 from disco.recipe import Recipe
 from disco.runtime import RankProcesses, RunResult
 from disco.runtime.doctor import examine
-from disco.runtime.joined import (
-    JoinedRank,
-    Options,
-    place_among,
-    place_from_launcher,
-    started_by_launcher,
-)
+from disco.runtime.joined import JoinedRank
 from disco.runtime.keys import CA_KEY_FILE, make_keys
 from disco.runtime.peers import Peers
+from disco.runtime.places import Options, place_among, place_from_launcher, started_by_launcher
 from disco.runtime.profile import Profile, check_profile, write_profile
 from disco.runtime.streams import check_in_flight
 from disco.runtime.tcp.meeting import name_of

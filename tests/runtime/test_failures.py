@@ -28,7 +28,8 @@ import json, sys, time
 import torch
 from safetensors.torch import load_file
 from disco.errors import PeerLostError, TransportError
-from disco.runtime.joined import JoinedRank, Options, place_among
+from disco.runtime.joined import JoinedRank
+from disco.runtime.places import Options, place_among
 from disco.runtime.peers import Peers
 folder, inputs, peers, rank, leader, token, silence_s = sys.argv[1:]
 options = Options("tcp", token, meeting_s=60, silence_s=float(silence_s))

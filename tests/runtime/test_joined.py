@@ -20,15 +20,16 @@ from torch import Tensor, nn
 from disco import api
 from disco.errors import InputError
 from disco.runtime import RankProcesses
-from disco.runtime.joined import Options, place_among
 from disco.runtime.peers import Peers
+from disco.runtime.places import Options, place_among
 from disco.runtime.token import make_token, read_token
 
 # Runs as one rank; the leader writes what came out.
 _RANK = """
 import sys, torch
 from safetensors.torch import load_file, save_file
-from disco.runtime.joined import JoinedRank, Options, place_among, place_from_launcher
+from disco.runtime.joined import JoinedRank
+from disco.runtime.places import Options, place_among, place_from_launcher
 from disco.runtime.peers import Peers
 folder, inputs, outputs, transport, leader, *member = sys.argv[1:]
 options = Options(transport=transport, token_file=member[2] if member else None, meeting_s=60)

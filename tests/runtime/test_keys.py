@@ -15,9 +15,9 @@ pytest.importorskip("cryptography", reason="needs the extra `tls`")
 from disco import cli
 from disco.errors import InputError
 from disco.runtime.authority import Authority, Certified
-from disco.runtime.joined import Options, place_among
 from disco.runtime.keys import make_keys
 from disco.runtime.peers import Peers
+from disco.runtime.places import Options, place_among
 from disco.runtime.tcp.tls import Tls
 
 PEERS = Peers((("127.0.0.1", 7000), ("node-b.local", 7001), ("fd00::12", 7002)))

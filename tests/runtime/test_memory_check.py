@@ -177,7 +177,8 @@ _JOIN = """
 import os, resource, sys
 from disco.errors import InputError
 from disco.runtime import RankProcesses
-from disco.runtime.joined import JoinedRank, Options, Place
+from disco.runtime.joined import JoinedRank
+from disco.runtime.places import Options, Place
 folder, how, limit_mb = sys.argv[1:]
 def opened(shard):
     raise AssertionError("the shard was loaded")

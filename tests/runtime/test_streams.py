@@ -180,7 +180,8 @@ import json
 import torch
 from safetensors.torch import load_file, save_file
 from disco.errors import InputError
-from disco.runtime.joined import JoinedRank, Options, place_among, place_from_launcher
+from disco.runtime.joined import JoinedRank
+from disco.runtime.places import Options, place_among, place_from_launcher
 from disco.runtime.peers import Peers
 options = Options(token_file=member[2] if member else None, meeting_s=60, silence_s=1.0)
 if member:

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from disco.errors import InputError
 from disco.runtime import RankProcesses
-from disco.runtime.joined import JoinedRank, Options, place_among
+from disco.runtime.joined import JoinedRank
 from disco.runtime.peers import Peers
+from disco.runtime.places import Options, place_among
 from disco.runtime.token import make_token
 
 RANKS = 3
@@ -33,7 +34,8 @@ import json, sys, time
 import torch
 from safetensors.torch import load_file
 from disco.errors import PeerLostError
-from disco.runtime.joined import JoinedRank, Options, place_among
+from disco.runtime.joined import JoinedRank
+from disco.runtime.places import Options, place_among
 from disco.runtime.peers import Peers
 folder, given, peers, rank, leader, token, silence_s = sys.argv[1:]
 given = load_file(given)

@@ -34,7 +34,8 @@ import json, os, sys, time
 import torch
 from safetensors.torch import load_file
 from disco.errors import PeerLostError
-from disco.runtime.joined import JoinedRank, Options, place_among, place_from_launcher
+from disco.runtime.joined import JoinedRank
+from disco.runtime.places import Options, place_among, place_from_launcher
 from disco.runtime.peers import Peers
 folder, given, token, keys, leader, calls, *member = sys.argv[1:]
 rank = int(member[1] if member else os.environ["RANK"])

@@ -30,7 +30,8 @@ _RANK = """
 import json, sys
 from pathlib import Path
 from safetensors.torch import load_file, save_file
-from disco.runtime.joined import JoinedRank, Options, place_from_launcher
+from disco.runtime.joined import JoinedRank
+from disco.runtime.places import Options, place_from_launcher
 folder, inputs, results = sys.argv[1:]
 options = Options(transport="mpi")
 with JoinedRank(folder, place_from_launcher(options), options, threads=1) as joined:

@@ -1,0 +1,211 @@
+"""This process's place in a cluster that a list of peers, torchrun or MPI makes up."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from disco.errors import InputError
+from disco.executor import Transport
+from disco.partition.shards import Shard
+from disco.runtime.gloo import GlooTransport
+from disco.runtime.mpi import MpiTransport, load_mpi, started_by_mpi
+from disco.runtime.peers import Peers
+from disco.runtime.rendezvous import StoreAddresses, agree
+from disco.runtime.survival import check_on_peer_loss
+from disco.runtime.tcp import Meeting, TcpTransport, listen
+from disco.runtime.tcp.handshake import check_agreement
+from disco.runtime.tcp.tls import Tls
+from disco.runtime.tcp.transport import SILENCE_S
+from disco.runtime.token import TOKEN_VARIABLE, read_token
+from disco.runtime.transports import TRANSPORTS, identity_of
+
+MEETING_S = 150.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process's place in a cluster, and how it reaches the others.
+
+    Attributes:
+        rank, world_size: as of the plan.
+        launcher: "peers", "torchrun" or "mpi".
+        open: connects the transport, given this rank's shard.
+        transport: its name.
+        encrypted: the ranks use TLS.
+    """
+
+    rank: int
+    world_size: int
+    launcher: str
+    transport: str
+    open: Callable[[Shard], Transport]
+    encrypted: bool = False
+
+    @property
+    def transport_text(self) -> str:
+        """The transport in words."""
+        return f"{self.transport} with TLS" if self.encrypted else self.transport
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to meet and to wait.
+
+    Attributes:
+        transport: one of `TRANSPORTS`.
+        token_file: with the shared secret; None for the variable ``DISCO_TOKEN``.
+        meeting_s: how long to wait for all ranks, in seconds.
+        deadline_s: for every message of a peer that is alive, in seconds.
+        silence_s: over tcp: a peer that is waited for and silent for so long is lost.
+        tls: over tcp: folder with this rank's certificate and key (`disco keys`), which encrypts
+            and authenticates all that ranks send each other; None for all ranks does without.
+        on_peer_loss: "fail" ends it all; "degrade" (over tcp, with a survivable plan) lets the
+            ranks that are left answer from the channels that they own, and lost ones come back.
+    """
+
+    transport: str = "auto"
+    token_file: str | os.PathLike[str] | None = None
+    meeting_s: float = MEETING_S
+    deadline_s: float = 30.0
+    silence_s: float = SILENCE_S
+    tls: str | os.PathLike[str] | None = None
+    on_peer_loss: str = "fail"
+
+    @property
+    def degrades(self) -> bool:
+        return self.on_peer_loss == "degrade"
+
+    def __post_init__(self) -> None:
+        check_on_peer_loss(self.on_peer_loss)
+        if self.transport not in TRANSPORTS:
+            raise InputError(
+                f"transport {self.transport!r} was given; there are {', '.join(TRANSPORTS)}"
+            )
+        if self.tls is not None and self.transport not in ("auto", "tcp"):
+            raise InputError(
+                f"--tls was given with transport {self.transport!r}, which cannot encrypt: use tcp"
+            )
+
+
+def started_by_launcher() -> bool:
+    """True in a process that mpiexec or torchrun started."""
+    return started_by_mpi() or "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def place_among(peers: Peers, rank: int, options: Options) -> Place:
+    """Rank `rank` of a static list, over tcp."""
+    peers.check_rank(rank)
+    if options.transport not in ("auto", "tcp"):
+        raise InputError(
+            f"transport {options.transport!r} was given with a list of peers, which is for tcp: "
+            f"start the ranks with torchrun for torch, with mpiexec for mpi"
+        )
+    token = read_token(options.token_file)
+    tls = _tls(options, rank)
+
+    def connect(shard: Shard) -> Transport:
+        _check_world_size(shard, peers.world_size, "the list of peers")
+        meeting = Meeting(identity_of(shard), token, listen(*peers(rank)), peers, tls=tls)
+        return _tcp(meeting, options)
+
+    return Place(rank, peers.world_size, "peers", "tcp", connect, tls is not None)
+
+
+def place_from_launcher(options: Options) -> Place:
+    """The place that mpiexec or torchrun has given this process."""
+    return _place_in_mpi(options) if started_by_mpi() else _place_in_torchrun(options)
+
+
+def _place_in_mpi(options: Options) -> Place:
+    if options.transport not in ("auto", "mpi"):
+        raise InputError(
+            f"transport {options.transport!r} was given under mpiexec: use mpi or auto there"
+        )
+    if options.tls is not None:
+        raise InputError("--tls was given under mpiexec, and MPI cannot encrypt: use --peers")
+    world = load_mpi().COMM_WORLD
+
+    def connect(shard: Shard) -> Transport:
+        transport = MpiTransport()
+        mine = identity_of(shard)
+        for theirs in transport.agree(mine):
+            if theirs.rank != mine.rank:
+                check_agreement(mine, theirs, "over MPI")
+        _check_world_size(shard, transport.world_size, "mpiexec")
+        return transport
+
+    return Place(world.Get_rank(), world.Get_size(), "mpi", "mpi", connect)
+
+
+def _place_in_torchrun(options: Options) -> Place:
+    name = options.transport
+    if name == "auto":
+        has_token = options.token_file is not None or TOKEN_VARIABLE in os.environ
+        name = "tcp" if has_token or options.tls is not None else "torch"
+    if name == "mpi":
+        raise InputError("transport 'mpi' was given under torchrun: use mpiexec for it")
+    store, rank, world_size = next(iter(rendezvous("env://")))
+    store = PrefixStore("disco", store)
+    host = _address_towards(os.environ["MASTER_ADDR"])
+    tls = _tls(options, rank)
+
+    def connect(shard: Shard) -> Transport:
+        _check_world_size(shard, world_size, "torchrun")
+        if name == "torch":
+            agree(store, rank, world_size, shard.plan_digest, options.meeting_s)
+            gloo = GlooTransport(
+                rank, world_size, store, address=host, timeout_s=options.deadline_s
+            )
+            gloo.connect()
+            return gloo
+        listener = listen(host)
+        addresses = StoreAddresses(store)
+        addresses.publish(rank, *listener.getsockname()[:2])
+        token = read_token(options.token_file)
+        return _tcp(Meeting(identity_of(shard), token, listener, addresses, tls=tls), options)
+
+    return Place(rank, world_size, "torchrun", name, connect, tls is not None)
+
+
+def _tls(options: Options, rank: int) -> Tls | None:
+    return None if options.tls is None else Tls.load(options.tls, rank)
+
+
+def _tcp(meeting: Meeting, options: Options) -> TcpTransport:
+    identity = meeting.identity
+    meeting.patient = options.degrades
+    transport = TcpTransport(
+        identity.rank,
+        identity.world_size,
+        meeting,
+        meeting_s=options.meeting_s,
+        silence_s=options.silence_s,
+        survives=options.degrades,
+    )
+    transport.connect()
+    return transport
+
+
+def _check_world_size(shard: Shard, world_size: int, where: str) -> None:
+    if shard.world_size != world_size:
+        raise InputError(
+            f"the plan is for {shard.world_size} ranks, and {where} has {world_size}: start as "
+            f"many as the plan has, or partition the model again"
+        )
+
+
+def _address_towards(host: str) -> str:
+    """This machine's address on the way to `host`: no packet is sent."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise InputError(f"there is no way to the master's address {host}: {error}") from None
