@@ -33,7 +33,8 @@ from disco.runtime.tcp.frames import (
     pack_header,
 )
 from disco.runtime.tcp.handshake import Handshake, StrangerError, accept, dial
-from tests.runtime.test_tcp import TOKEN, Ranks, at_once
+from tests.runtime.at_once import at_once
+from tests.runtime.test_tcp import TOKEN, Ranks
 
 RANK_0, RANK_1 = (Identity(rank, 2, "a" * 64, "1") for rank in range(2))
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,27 +12,9 @@ import torch
 from disco.errors import DeadlineError, InputError, TransportError
 from disco.runtime.gloo import GlooTransport
 from disco.runtime.rendezvous import agree, file_store
+from tests.runtime.at_once import at_once
 
 Pair = tuple[GlooTransport, GlooTransport]
-
-
-def both(*functions: Callable[[], object]) -> list[BaseException | None]:
-    """Run one function a rank, each in its thread; what each raised."""
-    errors: list[BaseException | None] = [None] * len(functions)
-
-    def guarded(index: int) -> None:
-        try:
-            functions[index]()
-        except BaseException as error:  # noqa: BLE001 - the caller looks at it
-            errors[index] = error
-
-    threads = [threading.Thread(target=guarded, args=(i,)) for i in range(len(functions))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=30)
-        assert not thread.is_alive(), "a rank hangs"
-    return errors
 
 
 @pytest.fixture
@@ -42,7 +23,7 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
         GlooTransport(rank, 2, file_store(str(tmp_path / "store"), 2), timeout_s=5)
         for rank in range(2)
     ]
-    assert both(*(transport.connect for transport in made)) == [None, None]
+    assert at_once(*(transport.connect for transport in made)) == [None, None]
     yield made[0], made[1]
     for transport in made:
         transport.close()
@@ -130,7 +111,7 @@ def test_listens_on_loopback_only(pair: Pair) -> None:
 
 def test_ranks_of_different_plans_refuse_each_other(tmp_path: Path) -> None:
     store = str(tmp_path / "store")
-    errors = both(
+    errors = at_once(
         lambda: agree(file_store(store, 2), 0, 2, "a" * 64, 5),
         lambda: agree(file_store(store, 2), 1, 2, "b" * 64, 5),
     )
@@ -141,7 +122,7 @@ def test_ranks_of_different_plans_refuse_each_other(tmp_path: Path) -> None:
 
 def test_ranks_of_another_world_size_refuse_each_other(tmp_path: Path) -> None:
     store = str(tmp_path / "store")
-    errors = both(
+    errors = at_once(
         lambda: agree(file_store(store, 2), 0, 2, "a" * 64, 5),
         lambda: agree(file_store(store, 2), 1, 3, "a" * 64, 1),
     )

@@ -7,7 +7,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,29 +18,9 @@ import torch
 from disco.errors import DeadlineError, InputError, PeerLostError, TransportError
 from disco.runtime.tcp import Identity, Meeting, TcpTransport, listen
 from disco.runtime.tcp.frames import DATA, pack_header
+from tests.runtime.at_once import at_once
 
 TOKEN = b"a token for tests, long enough"
-
-
-def at_once(
-    *functions: Callable[[], object], timeout_s: float = 30.0
-) -> list[BaseException | None]:
-    """Run one function a rank, each in its thread; what each raised."""
-    errors: list[BaseException | None] = [None] * len(functions)
-
-    def guarded(index: int) -> None:
-        try:
-            functions[index]()
-        except BaseException as error:  # noqa: BLE001 - the caller looks at it
-            errors[index] = error
-
-    threads = [threading.Thread(target=guarded, args=(i,)) for i in range(len(functions))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=timeout_s)
-        assert not thread.is_alive(), "a rank hangs"
-    return errors
 
 
 class Ranks:

@@ -18,7 +18,8 @@ from disco.runtime.tcp.frames import HEADER_BYTES
 from disco.runtime.tcp.handshake import MAGIC
 from disco.runtime.tcp.tls import Tls
 from disco.runtime.tcp.tls_socket import RECORD_BYTES
-from tests.runtime.tls_cluster import TOKEN, Proxy, Ranks, at_once, keys_for, load_all
+from tests.runtime.at_once import at_once
+from tests.runtime.tls_cluster import TOKEN, Proxy, Ranks, keys_for, load_all
 
 Pair = tuple[TcpTransport, TcpTransport]
 

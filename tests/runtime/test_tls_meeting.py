@@ -23,8 +23,9 @@ from disco.runtime.authority import Authority
 from disco.runtime.tcp import Meeting
 from disco.runtime.tcp.handshake import MAGIC
 from disco.runtime.tcp.tls import Tls, _context
+from tests.runtime.at_once import at_once
 from tests.runtime.test_keys import days, write
-from tests.runtime.tls_cluster import HOST, Ranks, at_once, keys_for, load_all
+from tests.runtime.tls_cluster import HOST, Ranks, keys_for, load_all
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from disco.runtime.keys import make_keys
 from disco.runtime.peers import Peers
 from disco.runtime.tcp import Identity, Meeting, TcpTransport, listen
 from disco.runtime.tcp.tls import Tls
+from tests.runtime.at_once import at_once
 
 TOKEN = b"a token for tests, long enough"
 HOST = "127.0.0.1"
@@ -27,25 +28,6 @@ def keys_for(folder: Path, world_size: int, host: str = HOST) -> Path:
 
 def load_all(folder: Path, world_size: int) -> list[Tls]:
     return [Tls.load(folder / f"rank-{rank}", rank) for rank in range(world_size)]
-
-
-def at_once(*functions: Callable[[], object]) -> list[BaseException | None]:
-    """Run each in a thread; what each raised."""
-    errors: list[BaseException | None] = [None] * len(functions)
-
-    def guarded(index: int) -> None:
-        try:
-            functions[index]()
-        except BaseException as error:  # noqa: BLE001 - the caller looks at it
-            errors[index] = error
-
-    threads = [threading.Thread(target=guarded, args=(i,)) for i in range(len(functions))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-        assert not thread.is_alive(), "a rank hangs"
-    return errors
 
 
 class Ranks:
