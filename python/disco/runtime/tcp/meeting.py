@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import selectors
 import socket
 import time
@@ -18,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from disco.errors import InputError, TransportError
 from disco.runtime.tcp.handshake import (
     DOCTOR,
-    Handshake,
     Identity,
     StrangerError,
     TakenError,
@@ -26,6 +24,7 @@ from disco.runtime.tcp.handshake import (
     check_agreement,
     dial,
 )
+from disco.runtime.tcp.talk import Talk
 from disco.runtime.tcp.tls import Tls
 from disco.runtime.tcp.tls_socket import TlsSocket, name_rank
 
@@ -96,72 +95,6 @@ class Peer:
 
 
 @dataclass
-class _Talk:
-    """A handshake under way over one socket."""
-
-    sock: socket.socket | TlsSocket
-    host: str
-    talk: Handshake
-    until: float
-    dialled: int | None = None
-    unsent: bytes = b""
-    wanted: int = 0
-    got: bytes = b""
-    connected: bool = True
-    result: Identity | None = None
-    fresh: bool = True
-
-    def advance(self) -> bool:
-        """Go on as far as the socket lets it; True once it is over.
-
-        Raises:
-            OSError, StrangerError, InputError: it failed.
-        """
-        if not self.connected:
-            error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if error:
-                raise OSError(error, os.strerror(error))
-            self.connected = True
-        try:
-            if self.fresh:
-                self.fresh = False
-                self._take(next(self.talk))
-            while True:
-                if self.unsent:
-                    self.unsent = self.unsent[self.sock.send(self.unsent) :]
-                    if not self.unsent:
-                        self._take(next(self.talk))
-                elif len(self.got) == self.wanted:
-                    data, self.got = self.got, b""
-                    self._take(self.talk.send(data))
-                else:
-                    data = self.sock.recv(self.wanted - len(self.got))
-                    if not data:
-                        raise StrangerError("it closed the connection in the handshake")
-                    self.got += data
-        except BlockingIOError:
-            return False
-        except StopIteration as over:
-            self.result = over.value
-            return True
-
-    def _take(self, step: bytes | int) -> None:
-        if isinstance(step, bytes):
-            self.unsent = step
-        else:
-            self.wanted = step
-
-    @property
-    def events(self) -> int:
-        if self.connected and isinstance(self.sock, TlsSocket):
-            events = self.sock.handshake_events
-            if events is not None:
-                return events
-        sends = self.unsent or not self.connected
-        return selectors.EVENT_WRITE if sends else selectors.EVENT_READ
-
-
-@dataclass
 class Meeting:
     """Bring this rank and its peers together, or say who is missing and why.
 
@@ -193,7 +126,7 @@ class Meeting:
     _anew: float = 0.0
     _without: set[int] = field(default_factory=set)
     _selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
-    _talks: dict[socket.socket | TlsSocket, _Talk] = field(default_factory=dict)
+    _talks: dict[socket.socket | TlsSocket, Talk] = field(default_factory=dict)
     _redial: dict[int, float] = field(default_factory=dict)
     _why: dict[int, str] = field(default_factory=dict)
     _refusals: set[int | None] = field(default_factory=set)
@@ -322,7 +255,7 @@ class Meeting:
             plain.connect_ex(where)
             sock = plain if self.tls is None else self.tls.dialled(plain, address[0], rank)
             talk = dial(self.token, self.identity)
-            self._add(_Talk(sock, name_of(address), talk, 0.0, dialled=rank, connected=False))
+            self._add(Talk(sock, name_of(address), talk, 0.0, dialled=rank, connected=False))
 
     def _accept(self) -> None:
         try:
@@ -336,17 +269,17 @@ class Meeting:
         strangers = [talk for talk in self._talks.values() if talk.dialled is None]
         if len(strangers) >= _MOST_STRANGERS:
             self._failed(strangers[0], "too many connect at once")
-        talk = _Talk(sock, name_of(address[:2]), accept(self.token, self.identity, self.peers), 0.0)
+        talk = Talk(sock, name_of(address[:2]), accept(self.token, self.identity, self.peers), 0.0)
         self._add(talk)
 
-    def _add(self, talk: _Talk) -> None:
+    def _add(self, talk: Talk) -> None:
         talk.until = time.monotonic() + _HANDSHAKE_S
         self._talks[talk.sock] = talk
         self._selector.register(talk.sock, talk.events)
         if talk.connected:
             self._advance(talk)
 
-    def _advance(self, talk: _Talk) -> None:
+    def _advance(self, talk: Talk) -> None:
         try:
             over = talk.advance()
         except (OSError, StrangerError) as error:
@@ -368,7 +301,7 @@ class Meeting:
         assert talk.result is not None
         self._welcome(talk, talk.result)
 
-    def _welcome(self, talk: _Talk, theirs: Identity) -> None:
+    def _welcome(self, talk: Talk, theirs: Identity) -> None:
         if (theirs.program == DOCTOR) != (self.identity.program == DOCTOR):
             self._failed(talk, "a run and a doctor do not meet: both see that they can talk")
             return
@@ -400,7 +333,7 @@ class Meeting:
             self.returning = True
             self._without.update(theirs.lost)
 
-    def _failed(self, talk: _Talk, why: str) -> None:
+    def _failed(self, talk: Talk, why: str) -> None:
         self._drop(talk)
         if talk.dialled is not None:
             if talk.dialled not in self._refusals:  # says more than that it is gone by now
@@ -417,11 +350,11 @@ class Meeting:
             self._logged = now
             _log.warning("%s was refused: %s (%d so far)", who, why, self._refused)
 
-    def _forget(self, talk: _Talk) -> None:
+    def _forget(self, talk: Talk) -> None:
         self._selector.unregister(talk.sock)
         del self._talks[talk.sock]
 
-    def _drop(self, talk: _Talk) -> None:
+    def _drop(self, talk: Talk) -> None:
         self._forget(talk)
         talk.sock.close()
 
