@@ -32,7 +32,7 @@ demo: $(STAMPS)/demo
 	$(BIN)/disco demo $(DEMO_ARGS)
 
 test: $(STAMPS)/test
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=15
 
 test-slow: $(STAMPS)/test
 	$(BIN)/python -m pytest -m "not gpu"
@@ -75,8 +75,7 @@ selftest-neon:
 	  echo "There is no $$tool. Debian and Ubuntu have it: apt-get install g++-aarch64-linux-gnu qemu-user-static. On an AArch64 machine, make selftest does the same." >&2; \
 	  exit 1; }; done
 	$(call build_selftest,selftest-neon,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(CROSS_CXX))
-	for isa in scalar neon; do \
-	  DISCO_KERNELS_ISA=$$isa $(RUN_SELFTEST) $(QEMU) -L $(CROSS_ROOT) build/selftest-neon/conv_selftest; done
+	DISCO_KERNELS_ISA=scalar,neon $(RUN_SELFTEST) $(QEMU) -L $(CROSS_ROOT) build/selftest-neon/conv_selftest
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info disco_kernels/_C.*.so

@@ -3,17 +3,23 @@
 //   conv_selftest           everything
 //   conv_selftest "layer 7" one case, under the name that a failure gave
 //
-// DISCO_KERNELS_ISA restricts it to one instruction set. Prints what was covered; ends with 1 and
-// the case if anything was wrong.
+// DISCO_KERNELS_ISA restricts it to some instruction sets, with commas between. Prints what was
+// covered; ends with 1 and the case if anything was wrong.
 
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
+#include <sstream>
+#include <string>
+#include <thread>
+#include <vector>
 
 #include "check.h"
 #include "guarded.h"
@@ -110,9 +116,15 @@ std::string run_all(const std::string& only, Report& report) {
          " outputs, the worst at " + worst + " of its bound";
 }
 
-// In a process of its own: an instruction set is chosen once a process, and a fatal access is then
-// reported by this one.
-bool run_isa(const std::string& isa, const std::string& only) {
+// One instruction set in a process of its own: it is chosen once a process, and a fatal access is
+// then reported by this one.
+struct IsaRun {
+  std::string isa;
+  Report* report;
+  pid_t child;
+};
+
+IsaRun start_isa(const std::string& isa, const std::string& only) {
   void* shared =
       mmap(nullptr, sizeof(Report), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
   if (shared == MAP_FAILED) throw std::runtime_error("mmap failed");
@@ -130,13 +142,18 @@ bool run_isa(const std::string& isa, const std::string& only) {
     }
     std::exit(status);
   }
+  return {isa, &report, child};
+}
+
+bool finish_isa(const IsaRun& run) {
+  const Report& report = *run.report;
   int status = 0;
-  if (waitpid(child, &status, 0) != child) throw std::runtime_error("waitpid failed");
+  if (waitpid(run.child, &status, 0) != run.child) throw std::runtime_error("waitpid failed");
   const bool good = WIFEXITED(status) && WEXITSTATUS(status) == 0;
   if (good) {
-    std::printf("%s: %s\n", isa.c_str(), report.summary);
+    std::printf("%s: %s\n", run.isa.c_str(), report.summary);
   } else {
-    std::printf("%s: FAILED in %s\n", isa.c_str(), report.current);
+    std::printf("%s: FAILED in %s\n", run.isa.c_str(), report.current);
     if (WIFSIGNALED(status)) {
       std::printf("  ended by signal %d%s\n", WTERMSIG(status),
                   WTERMSIG(status) == SIGSEGV ? ", as a touched guard page ends it" : "");
@@ -145,7 +162,23 @@ bool run_isa(const std::string& isa, const std::string& only) {
     }
   }
   std::fflush(stdout);
-  munmap(shared, sizeof(Report));
+  munmap(run.report, sizeof(Report));
+  return good;
+}
+
+// As many at a time as there are cores, since most of a run is one thread's work.
+bool run_isas(const std::vector<std::string>& isas, const std::string& only) {
+  const size_t at_once = std::max(1u, std::thread::hardware_concurrency());
+  std::deque<IsaRun> running;
+  bool good = true;
+  for (const std::string& isa : isas) {
+    if (running.size() == at_once) {
+      good &= finish_isa(running.front());
+      running.pop_front();
+    }
+    running.push_back(start_isa(isa, only));
+  }
+  for (const IsaRun& run : running) good &= finish_isa(run);
   return good;
 }
 
@@ -160,9 +193,12 @@ int main(int argc, char** argv) {
     if (!mistake.empty()) throw selftest::CheckFailed(mistake);
     std::vector<std::string> isas = disco::available_isas();
     const char* wanted = std::getenv("DISCO_KERNELS_ISA");
-    if (wanted != nullptr && *wanted != '\0') isas = {wanted};
-    bool good = true;
-    for (const std::string& isa : isas) good &= selftest::run_isa(isa, only);
+    if (wanted != nullptr && *wanted != '\0') {  // one, or several with commas between
+      isas.clear();
+      std::stringstream names(wanted);
+      for (std::string isa; std::getline(names, isa, ',');) isas.push_back(isa);
+    }
+    const bool good = selftest::run_isas(isas, only);
     std::printf("conv_selftest: %s\n", good ? "all passed" : "FAILED");
     return good ? 0 : 1;
   } catch (const std::exception& error) {
