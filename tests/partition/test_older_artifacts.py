@@ -18,7 +18,8 @@ ARTIFACTS = Path(__file__).parent / "artifacts"
 
 
 @pytest.mark.parametrize(
-    ("name", "version"), [("plan-1.0", (1, 0)), ("plan-1.1", (1, 1)), ("plan-1.2", (1, 2))]
+    ("name", "version"),
+    [("plan-1.0", (1, 0)), ("plan-1.1", (1, 1)), ("plan-1.2", (1, 2)), ("plan-1.3", (1, 3))],
 )
 @torch.no_grad()
 def test_they_load_and_run(name: str, version: tuple[int, int]) -> None:
@@ -52,7 +53,7 @@ def test_newer_manifests_are_refused_with_both_versions(
         load_manifest(tmp_path / "out")
 
 
-@pytest.mark.parametrize("version", [[1, 4], [2, 0]])
+@pytest.mark.parametrize("version", [[1, 5], [2, 0]])
 def test_newer_plans_are_refused_with_both_versions(tmp_path: Path, version: list[int]) -> None:
     shutil.copytree(ARTIFACTS / "plan-1.1", tmp_path / "out")
     manifest = tmp_path / "out" / "manifest.json"
@@ -60,5 +61,5 @@ def test_newer_plans_are_refused_with_both_versions(tmp_path: Path, version: lis
     content["plan"]["version"] = version
     manifest.write_text(json.dumps(content))
     given = ".".join(map(str, version))
-    with pytest.raises(InputError, match=rf"plan of version {given}; this release reads 1\.3"):
+    with pytest.raises(InputError, match=rf"plan of version {given}; this release reads 1\.4"):
         load_manifest(tmp_path / "out")

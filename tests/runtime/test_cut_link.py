@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,6 +79,11 @@ class LabCluster:
             assert self.line(rank)["how"] == "ready"
         assert self.line(self.leader)["how"] == "running"
 
+    def kill(self) -> None:
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+
     def end(self, rank: int) -> dict[str, Any]:
         """The last words of a rank."""
         out, _ = self.processes[rank].communicate(timeout=30)
@@ -94,9 +100,8 @@ def running(
         made.wait_until_running()
         yield made
     finally:
+        made.kill()
         for process in made.processes:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
             process.communicate()
 
 
@@ -148,6 +153,8 @@ def test_a_node_whose_link_is_mended_is_taken_back(
 ) -> None:
     """Cut off it is done without; then it finds that it was, and comes back by itself."""
     made = LabCluster(lab, survivable, tmp_path, 0, SILENCE_S, SURVIVOR_SCRIPT)
+    too_late = threading.Timer(90, made.kill)  # a read of their words would wait for ever
+    too_late.start()
     try:
         for rank in range(RANKS):
             assert made.line(rank)["how"] == "ready"
@@ -162,7 +169,7 @@ def test_a_node_whose_link_is_mended_is_taken_back(
             assert answer["right"] and time.monotonic() - begin < 60
         assert answer["right"]
     finally:
+        too_late.cancel()
+        made.kill()
         for process in made.processes:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
             process.communicate()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -186,7 +187,8 @@ def test_a_failing_rank_ends_the_mpi_job(tiny_folder: Path, tmp_path: Path) -> N
         [mpiexec, "-n", "3", *disco], env=env, capture_output=True, text=True, timeout=100
     )
     assert done.returncode != 0 and time.monotonic() - begin < 60
-    assert "rank 2 is outside the plan" in done.stderr
+    # Both ranks 0 (the partition names no model) and 2 fail; who is first ends the job.
+    assert re.search("rank 2 is outside the plan|does not say which model", done.stderr)
 
 
 @pytest.mark.parametrize("transport", ["tcp", "torch"])

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,9 +127,13 @@ class Cluster:
                 return answers
             assert time.monotonic() < end, f"still without {answer['lost']}"
 
-    def close(self) -> None:
+    def kill(self) -> None:
         for process in self.processes.values():
             process.kill()
+
+    def close(self) -> None:
+        self.kill()
+        for process in self.processes.values():
             process.communicate()
 
 
@@ -137,12 +142,15 @@ def cluster(
     survivable: Path, tmp_path: Path, leader: int = 0, silence_s: float = 1.0
 ) -> Iterator[Cluster]:
     made = Cluster(survivable, tmp_path, leader, silence_s)
+    too_late = threading.Timer(180, made.kill)  # a read of their words would wait for ever
+    too_late.start()
     try:
         for rank in range(RANKS):
             assert made.line(rank)["how"] == "ready"
         made.answers_until([])
         yield made
     finally:
+        too_late.cancel()
         made.close()
 
 

@@ -39,6 +39,8 @@ _ANEW_S = 5.0
 _REDIAL_LOST_S = 1.0  # a rank that may come back
 _LOG_S = 5.0
 _POLL_S = 0.05
+# The same where something is on its way, for which there are no probes: unacknowledged for so long.
+_UNACKNOWLEDGED_MS = 10_000
 # Probes begin after 5 s without traffic, come every second, and the fifth without answer ends it.
 _KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 5}
 
@@ -83,6 +85,8 @@ def _tune(sock: socket.socket | TlsSocket) -> None:
     for name, seconds in _KEEPALIVE.items():
         if hasattr(socket, name):  # macOS lacks some
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNACKNOWLEDGED_MS)
 
 
 @dataclass
