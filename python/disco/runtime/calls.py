@@ -54,9 +54,13 @@ class Calls:
         leader: the rank that has the inputs.
         deadline_s: for the messages of one call once it has begun; for the next call a rank waits
             as long as the leader is there.
+        survives: whether ranks go on without others that are lost.
     """
 
-    def __init__(self, transport: Transport, leader: int, deadline_s: float) -> None:
+    def __init__(
+        self, transport: Transport, leader: int, deadline_s: float, survives: bool = False
+    ) -> None:
+        self._survives = survives
         self._transport = transport
         self._leader = leader
         self._deadline_s = deadline_s
@@ -155,7 +159,8 @@ class Calls:
             self._body = self._receive(torch.empty(int(size), dtype=torch.uint8), BODY_EXCHANGE)
         body, handle = self._body
         if wait:
-            self._transport.wait(handle, self._deadline_s)
+            # Others may be lost meanwhile; whether to go on without them is what the call says.
+            self._transport.wait(handle, math.inf if self._survives else self._deadline_s)
         elif not handle.done:
             return None
         self._size = self._body = None

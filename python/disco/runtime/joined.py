@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ from disco.runtime.rank_processes import RunResult
 from disco.runtime.streams import Item, check_idle, check_in_flight, run_in_order
 from disco.runtime.survival import check_streams, check_survivable
 from disco.runtime.tcp import TcpTransport
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class JoinedRank:
         self._executor = Executor(
             shard.program, shard.weights, self._transport, deadline_s=deadline_s
         )
-        self._calls = Calls(self._transport, self.leader, deadline_s)
+        self._calls = Calls(self._transport, self.leader, deadline_s, self._options.degrades)
         return self
 
     def __exit__(
@@ -143,6 +146,7 @@ class JoinedRank:
             except PeerLostError as error:
                 if not self._options.degrades:
                     raise
+                _log.warning("going on without it: %s", error)
                 self._go_on(self._losses(error))
                 retries += 1
                 continue
@@ -195,6 +199,7 @@ class JoinedRank:
                 # The leader tells who is left, with the next call.
                 if not self._options.degrades or error.rank == self.leader:
                     raise
+                _log.warning("waiting for the leader to go on: %s", error)
         return count
 
     def _attempt(
