@@ -25,8 +25,6 @@ from disco.runtime.token import make_token
 from tests.runtime import test_survival
 from tests.runtime.tls_cluster import HOST, keys_for
 
-folder = test_survival.folder  # the fixture
-
 # One rank. The leader calls until it has enough, 0 is forever, and checks what comes out. The last
 # line says how it ended, and when on the clock that all processes share.
 _RANK = """
@@ -210,15 +208,17 @@ def test_doctors_say_who_goes_without_tls(setup: Setup) -> None:
 
 @pytest.mark.slow
 def test_a_lost_rank_comes_back_over_tls(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    survivable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed and started again, and stopped for a while."""
     keys_for(tmp_path / "keys", test_survival.RANKS)
-    plain, degrade = test_survival._RANK, 'on_peer_loss="degrade"'
+    plain, degrade = test_survival.SURVIVOR_SCRIPT, 'on_peer_loss="degrade"'
     assert degrade in plain
     tls = f'tls="{tmp_path / "keys"}/rank-" + rank'
-    monkeypatch.setattr(test_survival, "_RANK", plain.replace(degrade, f"{degrade}, {tls}"))
-    with test_survival.cluster(folder, tmp_path) as made:
+    monkeypatch.setattr(
+        test_survival, "SURVIVOR_SCRIPT", plain.replace(degrade, f"{degrade}, {tls}")
+    )
+    with test_survival.cluster(survivable, tmp_path) as made:
         made.processes[1].kill()
         made.processes[1].communicate()
         made.answers_until([1])
