@@ -63,7 +63,11 @@ def main() -> None:
         )
     print("all outputs are the same bits" if len(bits) == 1 else "OUTPUTS DIFFER")
     if args.json is not None:
-        content = {"machine": describe_machine(("mpi4py",)), "rows": rows}
+        content = {"machine": describe_machine("mpi4py"), "rows": rows}
+        content["machine"]["command"] = (
+            f"python benchmarks/transports.py --model {args.model} --density {args.density:g} "
+            f"--nodes {args.nodes} --rounds {args.rounds} --passes {args.passes} --json FILE"
+        )
         content |= {"model": args.model, "density": args.density, "nodes": args.nodes}
         args.json.write_text(json.dumps(content, indent=1) + "\n")
     if len(bits) > 1:
