@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -135,6 +136,22 @@ def run_with(layer: Layer, tile: Tile | None) -> Tensor:
     return layer.kernel(layer.x, layer.residual, layer.out)
 
 
+def sm90_tiles(layer: Layer) -> list[str]:
+    """Tiles of the CUDA C++ kernel, none where it does not compute this layer."""
+    conv2d = layer.kernel._prepared.sm90  # type: ignore[attr-defined]
+    return [] if conv2d is None else list(conv2d.tiles())
+
+
+def run_sm90(layer: Layer, tile: str) -> Tensor:
+    """The layer with this tile of the CUDA C++ kernel."""
+    conv2d = layer.kernel._prepared.sm90  # type: ignore[attr-defined]
+    conv2d.tile = conv2d.tiles().index(tile)
+    weight = layer.kernel.packed_weight
+    assert conv2d.takes([layer.x], (layer.out, layer.residual))
+    conv2d.run([layer.x], weight, layer.bias, layer.residual, layer.out)
+    return layer.out
+
+
 def relative_error(layer: Layer) -> float:
     """Of what is in ``out``, against a float32 convolution of the same numbers."""
     size = layer.shape
@@ -168,16 +185,20 @@ def measure(shape: ConvShape, batch: int, args: argparse.Namespace, rate: float)
     layer = make_layer(shape, batch, args.density, DTYPES[args.dtype])
     times: dict[str, float] = {}
     worst = 0.0
-    for tile in tiles_for(layer):
+    ways = {str(tile): partial(run_with, layer, tile) for tile in tiles_for(layer)}
+    if args.sm90_alone:
+        ways = {}
+    ways |= {f"sm90 {tile}": partial(run_sm90, layer, tile) for tile in sm90_tiles(layer)}
+    for tile, way in ways.items():
         layer.out.fill_(float("nan"))
         try:
-            run_with(layer, tile)
+            way()
             error = relative_error(layer)
             if not error < 2e-2:
                 print(f"WRONG: {shape} batch {batch} tile {tile}: {error}")
                 continue
             worst = max(worst, error)
-            times[str(tile)] = median_ms(lambda tile=tile: run_with(layer, tile))
+            times[tile] = median_ms(way)
         except Exception as error:  # noqa: BLE001 - a tile may not fit this GPU; the row says so
             print(f"{shape} batch {batch} tile {tile}: {type(error).__name__} {error}"[:200])
     layer.out.fill_(float("nan"))
@@ -190,12 +211,12 @@ def measure(shape: ConvShape, batch: int, args: argparse.Namespace, rate: float)
     dense_ms = median_ms(lambda: F.conv2d(layer.x, layer.weight, None, shape.stride, shape.padding))
     moved = [layer.x, layer.out, layer.kernel.packed_weight]
     moved += [] if layer.residual is None else [layer.residual]
-    best = min(times, key=lambda t: times[t])
+    best = min(times, key=lambda t: times[t]) if times else "none"
     return {
         "shape": asdict(shape),
         "batch": batch,
         "best_tile": best,
-        "best_ms": times[best],
+        "best_ms": times.get(best, float("nan")),
         "chosen_tile": str(chosen),
         "chosen_ms": chosen_ms,
         "cudnn_conv_ms": dense_ms,
@@ -210,17 +231,22 @@ def main() -> None:
     parser.add_argument("--batches", default="1,32,128")
     parser.add_argument("--density", type=float, default=0.1)
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
+    parser.add_argument("--sm90-alone", action="store_true", help="no tiles of Triton's kernel")
+    parser.add_argument("--kernels", default="1,3", help="widths of the windows")
     parser.add_argument("--processes", type=int, default=14)
     parser.add_argument("--json")
     args = parser.parse_args()
     parts = [(list(CANDIDATES[i :: args.processes]), args.dtype) for i in range(args.processes)]
-    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
-        pool.map(warm, parts)
+    if not args.sm90_alone:
+        with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+            pool.map(warm, parts)
     rate = copy_gb_s()
     print(f"{torch.cuda.get_device_name()}, copy {rate:.0f} GB/s")
     rows = []
     for batch in (int(b) for b in args.batches.split(",")):
         for shape in resnet50_shapes():
+            if str(shape.kernel) not in args.kernels.split(","):
+                continue
             row = measure(shape, batch, args, rate)
             rows.append(row)
             print(

@@ -20,6 +20,9 @@
 #include "cpu/global_avg_pool2d.h"
 #include "cpu/line_read.h"
 #include "cpu/max_pool2d.h"
+#ifdef DISCO_HAVE_CUDA
+#include "cuda/conv2d_sm90.h"
+#endif
 
 namespace py = pybind11;
 
@@ -66,6 +69,42 @@ disco::Conv2dGeometry window_of(const std::array<int64_t, 8>& geometry, int32_t 
   made.dtype = static_cast<disco::DataType>(dtype);
   return made;
 }
+
+#ifdef DISCO_HAVE_CUDA
+// first channel, channels, channels before
+using RunArgs = std::tuple<int, int, int>;
+// runs, columns, first output channel, input channels, begin of the weight
+using CudaNodeArgs = std::tuple<std::vector<RunArgs>, int, int, int, int64_t>;
+// data, strides of images, rows and pixels
+using CudaImageArgs = std::tuple<Address, int64_t, int64_t, int64_t>;
+
+std::vector<disco::cuda::Conv2dNode> cuda_nodes(const std::vector<CudaNodeArgs>& given) {
+  std::vector<disco::cuda::Conv2dNode> nodes;
+  for (const auto& [runs, columns, out_begin, num_inputs, weight_begin] : given) {
+    std::vector<disco::cuda::Run> made;
+    for (const auto& [first, count, before] : runs) made.push_back({first, count, before});
+    nodes.push_back({std::move(made), columns, out_begin, num_inputs, weight_begin});
+  }
+  return nodes;
+}
+
+disco::cuda::Window cuda_window(const std::array<int, 7>& given) {
+  return {given[0], given[1], given[2], given[3], given[4], given[5], given[6]};
+}
+
+disco::cuda::Image cuda_image(const CudaImageArgs& given) {
+  return {std::get<0>(given), std::get<1>(given), std::get<2>(given), std::get<3>(given)};
+}
+
+void run_cuda_conv2d(const disco::cuda::Conv2dSm90& conv2d, const CudaImageArgs& x,
+                     const std::array<int, 3>& n_h_w, Address weight, Address bias,
+                     const CudaImageArgs& residual, const CudaImageArgs& out, int activation,
+                     Address stream, int tile) {
+  py::gil_scoped_release release;
+  conv2d.run(cuda_image(x), n_h_w[0], n_h_w[1], n_h_w[2], weight, bias, cuda_image(residual),
+             cuda_image(out), activation, stream, tile);
+}
+#endif
 
 disco::Conv2d make_conv2d(const std::array<int64_t, 8>& geometry,
                           const std::vector<NodeArgs>& nodes, int32_t activation, int32_t algorithm,
@@ -263,6 +302,26 @@ PYBIND11_MODULE(_C, m) {
              conv2d.pack(pointer<const float>(weight), pointer<void>(packed));
            })
       .def("run", &disco::DepthwiseConv2d::run, py::call_guard<py::gil_scoped_release>());
+
+#ifdef DISCO_HAVE_CUDA
+  py::class_<disco::cuda::Conv2dSm90>(m, "Conv2dSm90")
+      .def(py::init([](const std::vector<CudaNodeArgs>& nodes, const std::array<int, 7>& window,
+                       bool is_bfloat16) {
+             using disco::cuda::Half;
+             return disco::cuda::Conv2dSm90(cuda_nodes(nodes), cuda_window(window),
+                                            is_bfloat16 ? Half::kBFloat16 : Half::kFloat16);
+           }),
+           py::arg("nodes"), py::arg("window"), py::arg("is_bfloat16"))
+      .def_static("why_not",
+                  [](const std::vector<CudaNodeArgs>& nodes, const std::array<int, 7>& window) {
+                    return disco::cuda::Conv2dSm90::refusal(cuda_nodes(nodes), cuda_window(window));
+                  })
+      .def("why_not_width",
+           [](const disco::cuda::Conv2dSm90& conv2d, int width) { return conv2d.refusal(width); })
+      .def_static("tiles", &disco::cuda::Conv2dSm90::tiles)
+      .def("choose_tile", &disco::cuda::Conv2dSm90::choose_tile)
+      .def("run", &run_cuda_conv2d);
+#endif
 
   m.def("max_pool2d", &max_pool2d);
   m.def("global_avg_pool2d", &global_avg_pool2d);

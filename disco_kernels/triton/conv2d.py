@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from disco_kernels.triton.epilogue import finish
+from disco_kernels.triton.precision import product
 
 _PLAIN = ["M", "H", "W", "OH", "OW", "num_out_channels", "num_n_tiles", "tiles_per_node", "taps"]
 _PLAIN += ["KW", "SH", "SW", "PH", "PW", "DH", "DW", "record_base", "record_step"]
@@ -88,7 +89,7 @@ def _add_products(
         mask=(k < count)[:, None] & weight_mask[None, :],
         other=0.0,
     )
-    return tl.dot(a.to(b.dtype), b, acc, input_precision=PRECISION)
+    return product(a.to(b.dtype), b, acc, PRECISION)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from disco_kernels.triton.epilogue import finish
+from disco_kernels.triton.precision import product
 
 _PLAIN = ["M", "OH", "OW", "C", "num_out_channels", "taps", "KW", "SH", "SW", "DH", "DW"]
 
@@ -120,7 +121,7 @@ def few_channels_kernel(
             mask=((tap < taps) & (channel < C))[:, None] & (columns < padded_columns)[None, :],
             other=0.0,
         )
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = product(a, b, acc, PRECISION)
     finish(
         acc, rows, row_mask, image, oy, ox, columns, column_mask, bias, residual, residual_strides,
         out, out_strides, messages, message_channels, positions, num_out_channels, NUM_MESSAGES,

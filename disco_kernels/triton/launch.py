@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from disco_kernels.core import FEW_CHANNELS
+from disco_kernels.cuda.conv2d_sm90 import Conv2dSm90
 from disco_kernels.registry import Outgoing, PreparedConv2d
 from disco_kernels.spec import Conv2dDescriptor, ConvSpec
 from disco_kernels.triton.arguments import VECTOR_BYTES, geometry, pixel_strides, strides, wide
@@ -38,6 +39,7 @@ class TritonConv2d(PreparedConv2d):
         self._tables: dict[tuple[int, int, int, torch.device], Tables] = {}
         self._positions: dict[torch.device, Tensor] = {}
         self.tile: Tile | None = None  # instead of the choice
+        self.sm90 = Conv2dSm90.make(self.lists, descriptor.spec, dtype)
 
     @cached_property
     def num_inputs(self) -> int:
@@ -66,6 +68,10 @@ class TritonConv2d(PreparedConv2d):
         batch, num_outputs, height, width = out.shape
         pixels = batch * height * width
         if pixels == 0 or num_outputs == 0:
+            return
+        if self._is_for_sm90(sources, scales, residual, out, accumulate, outgoing):
+            assert self.sm90 is not None
+            self.sm90.run(sources, packed_weight, bias, residual, out)
             return
         spec = self.descriptor.spec
         fused = self._fused(outgoing)
@@ -104,6 +110,23 @@ class TritonConv2d(PreparedConv2d):
             self._run_listed(sources, scales, tile, shared)
         if outgoing is not None and not fused:
             self.separate_pack.run(_as_images(out, outgoing.images), outgoing.messages)
+
+    def _is_for_sm90(
+        self,
+        sources: Sequence[Tensor],
+        scales: Sequence[Tensor | None] | None,
+        residual: Tensor | None,
+        out: Tensor,
+        accumulate: bool,
+        outgoing: Outgoing | None,
+    ) -> bool:
+        """Whether the CUDA C++ kernel computes this call."""
+        if self.sm90 is None or self.tile is not None or accumulate or outgoing is not None:
+            return False
+        pixels = out.numel() // out.shape[1]
+        if not self.sm90.pays(pixels) or (scales and any(s is not None for s in scales)):
+            return False
+        return self.sm90.takes(sources, (out, residual))
 
     def _run_listed(
         self,

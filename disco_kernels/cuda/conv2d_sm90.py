@@ -1,0 +1,148 @@
+"""Convolutions on Hopper's tensor cores, fed by its tensor copy engine (csrc/cuda/conv2d_sm90.cuh).
+
+It computes from the weights that the Triton backend packs, so a layer takes whichever of the two
+kernels suits the call. Which one is fixed by the layer and the number of pixels (`pays`), from
+measurements on an H100 (benchmarks/results).
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from disco_kernels.spec import ConvSpec
+from disco_kernels.triton.arguments import VECTOR_BYTES, pixel_strides
+from disco_kernels.triton.tables import Lists, num_channels, padded_columns
+
+_DTYPES = (torch.bfloat16, torch.float16)
+_CAPABILITY = (9, 0)  # the kernel's instructions are this architecture's own
+_VECTOR = 8  # channels in 16 bytes
+_ACTIVATIONS = ("none", "relu", "gelu")  # as the kernel numbers them
+_FEWEST_PIXELS = 16384
+_NOTHING = (0, 0, 0, 0)
+
+
+@lru_cache(maxsize=1)
+def _kernel_class() -> Any:
+    """The extension's class, or None where it was built without nvcc."""
+    try:
+        extension = importlib.import_module("disco_kernels._C")
+    except ImportError:
+        return None
+    return getattr(extension, "Conv2dSm90", None)
+
+
+@lru_cache(maxsize=64)
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == _CAPABILITY
+
+
+class Conv2dSm90:
+    """One layer. Make it with `make`, ask `takes` before every `run`."""
+
+    def __init__(self, kernel: Any, spec: ConvSpec, lists: Lists) -> None:
+        self._kernel = kernel
+        self._spec = spec
+        self._source = lists.sources[0]
+        self._columns = max(map(len, lists.outputs))
+        self._refused: dict[int, bool] = {}
+        self.tile = -1  # instead of the choice
+
+    @classmethod
+    def make(cls, lists: Lists, spec: ConvSpec, dtype: torch.dtype) -> Conv2dSm90 | None:
+        """None for a layer that the kernel cannot compute, or where there is no kernel."""
+        found = _kernel_class()
+        if found is None or dtype not in _DTYPES or spec.activation not in _ACTIVATIONS:
+            return None
+        if len(set(lists.sources)) != 1 or spec.stride[0] != spec.stride[1]:
+            return None
+        if not lists.out_runs or not all(lists.outputs):
+            return None
+        taps = math.prod(spec.kernel_size)
+        nodes, weight_begin = [], 0
+        for parts, outputs in zip(lists.inputs, lists.outputs, strict=True):
+            runs = [run for part in parts for run in _runs(part.channels, part.before)]
+            inputs, columns = num_channels(parts), padded_columns(len(outputs))
+            nodes.append((runs, len(outputs), outputs[0], inputs, weight_begin))
+            weight_begin += taps * inputs * columns
+        window = (*spec.kernel_size, spec.stride[0], *spec.padding, *spec.dilation)
+        if found.why_not(nodes, window):
+            return None
+        return cls(found(nodes, window, dtype == torch.bfloat16), spec, lists)
+
+    def tiles(self) -> tuple[str, ...]:
+        """Rows of pixels x output channels; ``tile`` is a place in here, or -1."""
+        return tuple(self._kernel.tiles())
+
+    def pays(self, pixels: int) -> bool:
+        """Whether it is faster than the Triton kernel for so many output pixels."""
+        return math.prod(self._spec.kernel_size) > 1 and pixels >= _FEWEST_PIXELS
+
+    def takes(self, sources: Sequence[Tensor], tensors: Iterable[Tensor | None]) -> bool:
+        """Whether these can be read and written: sources, then all else but weights."""
+        x = sources[self._source]
+        if not _is_hopper(x.device) or x.dtype not in _DTYPES or not x.numel():
+            return False
+        for tensor in (x, *tensors):
+            if tensor is None:
+                continue
+            strides = (tensor.stride(0), tensor.stride(2), tensor.stride(3))
+            if tensor.stride(1) != 1 or tensor.data_ptr() % VECTOR_BYTES:
+                return False
+            if any(stride % _VECTOR or stride <= 0 for stride in strides):
+                return False
+        width = x.shape[3]
+        if width not in self._refused:
+            self._refused[width] = bool(self._kernel.why_not_width(width))
+        return not self._refused[width]
+
+    def run(
+        self,
+        sources: Sequence[Tensor],
+        packed_weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        x = sources[self._source]
+        with torch.cuda.device(x.device):
+            self._kernel.run(
+                _place(x),
+                (x.shape[0], x.shape[2], x.shape[3]),
+                packed_weight.data_ptr(),
+                0 if bias is None else bias.data_ptr(),
+                _NOTHING if residual is None else _place(residual),
+                _place(out),
+                _ACTIVATIONS.index(self._spec.activation),
+                torch.cuda.current_stream(x.device).cuda_stream,
+                self.tile,
+            )
+
+
+def _place(x: Tensor) -> tuple[int, int, int, int]:
+    """Address and strides of images, rows and pixels; those of a single one follow the others."""
+    image, row, pixel = pixel_strides(x)
+    if x.shape[3] == 1:
+        pixel = row if x.shape[2] > 1 else image
+    if x.shape[2] == 1:
+        row = x.shape[3] * pixel
+    if x.shape[0] == 1:
+        image = x.shape[2] * row
+    return x.data_ptr(), image, row, pixel
+
+
+def _runs(channels: Sequence[int], before: int) -> list[tuple[int, int, int]]:
+    """Runs of neighbours: first channel, how many, and how many of the node's come before."""
+    runs: list[tuple[int, int, int]] = []
+    begin = 0
+    for end in range(1, len(channels) + 1):
+        if end == len(channels) or channels[end] != channels[end - 1] + 1:
+            runs.append((channels[begin], end - begin, before + begin))
+            begin = end
+    return runs
