@@ -21,6 +21,9 @@
 #include "cpu/line_read.h"
 #include "cpu/max_pool2d.h"
 #ifdef DISCO_HAVE_CUDA
+#include "cuda/launch.h"
+#endif
+#ifdef DISCO_HAVE_CUDA_SM90
 #include "cuda/conv2d_sm90.h"
 #endif
 
@@ -70,7 +73,7 @@ disco::Conv2dGeometry window_of(const std::array<int64_t, 8>& geometry, int32_t 
   return made;
 }
 
-#ifdef DISCO_HAVE_CUDA
+#ifdef DISCO_HAVE_CUDA_SM90
 // first channel, channels, channels before
 using RunArgs = std::tuple<int, int, int>;
 // runs, columns, first output channel, input channels, begin of the weight
@@ -250,10 +253,19 @@ float read_lines(Address x, int64_t stride, int64_t pixels, const std::vector<in
   return disco::read_lines(pointer<const float>(x), stride, pixels, lines, num_threads);
 }
 
+#ifdef DISCO_HAVE_CUDA
+void cuda_launch(const std::string& kernel, uint32_t blocks, Address args, size_t bytes, int device,
+                 Address stream) {
+  py::gil_scoped_release release;
+  disco::cuda_launch(kernel, blocks, pointer<const void>(args), bytes, device,
+                     pointer<void>(stream));
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "CPU kernels of disco_kernels; use them through the package's operators.";
+  m.doc() = "Kernels of disco_kernels; use them through the package's operators.";
   m.attr("__version__") = DISCO_KERNELS_VERSION;
 
   m.attr("few_channels") = disco::kFewChannels;
@@ -303,7 +315,7 @@ PYBIND11_MODULE(_C, m) {
            })
       .def("run", &disco::DepthwiseConv2d::run, py::call_guard<py::gil_scoped_release>());
 
-#ifdef DISCO_HAVE_CUDA
+#ifdef DISCO_HAVE_CUDA_SM90
   py::class_<disco::cuda::Conv2dSm90>(m, "Conv2dSm90")
       .def(py::init([](const std::vector<CudaNodeArgs>& nodes, const std::array<int, 7>& window,
                        bool is_bfloat16) {
@@ -340,4 +352,9 @@ PYBIND11_MODULE(_C, m) {
         return disco::fma_peak_gflops(bursts, static_cast<disco::DataType>(product));
       },
       py::arg("bursts") = 20, py::arg("product") = 0, py::call_guard<py::gil_scoped_release>());
+
+#ifdef DISCO_HAVE_CUDA
+  m.def("cuda_launch", &cuda_launch);
+  m.def("cuda_kernels", &disco::cuda_kernels);
+#endif
 }

@@ -514,7 +514,8 @@ def _gather_pack(
             "out in int8 must begin at a multiple of 4 bytes, where its float32 scales lie, given "
             f"the address {out.data_ptr():#x}"
         )
-    prepared = _backend(backend, x).prepare_gather_pack(index.split(list(splits)))
+    chosen = registry.resolve(backend, x.device, x.dtype, "gather_pack")
+    prepared = registry.get(chosen).prepare_gather_pack(index.split(list(splits)))
     prepared.run(image, out.split(sizes))
 
 

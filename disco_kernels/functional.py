@@ -335,5 +335,5 @@ def gather_pack_(
         ValueError: sizes, dtypes or channels that do not fit.
         RuntimeError: a tensor requires a gradient while gradients are recorded.
     """
-    name = registry.resolve(backend, x.device, x.dtype)
+    name = registry.resolve(backend, x.device, x.dtype, "gather_pack")
     torch.ops.disco_kernels.gather_pack_(x, channel_index, list(splits), out, name)

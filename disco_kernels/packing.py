@@ -114,7 +114,7 @@ class GatherPack:
         ]
 
     def _prepare(self, x: Tensor) -> PreparedGatherPack:
-        chosen = registry.get(registry.resolve(self.backend, x.device, x.dtype))
+        chosen = registry.get(registry.resolve(self.backend, x.device, x.dtype, "gather_pack"))
         prepared = self._prepared[x.dtype, x.device] = chosen.prepare_gather_pack(self.index)
         return prepared
 

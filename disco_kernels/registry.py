@@ -12,6 +12,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +20,10 @@ from torch import Tensor
 from disco_kernels.spec import Conv2dDescriptor, ConvSpec, GroupedDescriptor, Part
 
 BACKEND_VARIABLE = "DISCO_KERNELS_BACKEND"
+
+
+# What a backend is wanted for: a layer of a model, or the messages of an exchange.
+Work = Literal["layer", "gather_pack"]
 
 
 class BackendUnavailable(RuntimeError):
@@ -134,6 +139,10 @@ class Backend(ABC):
         """Whether the automatic choice may take it; an explicit request always may."""
         return True
 
+    def lacks(self, work: Work) -> str | None:
+        """Why it has no kernels for this work, or None if it has."""
+        return None
+
     @abstractmethod
     def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why tensors of this device and dtype cannot be served, or None if they can."""
@@ -214,10 +223,6 @@ class Backend(ABC):
         """For one message of the channels ``index[d]`` (int32) a destination."""
 
 
-# Named even where they do not exist, so that an explicit request gets a reason.
-_PLANNED = {
-    "cuda": "this release has no CUDA kernels",
-}
 # The order in which the automatic choice asks.
 _ORDER = ("cuda", "triton", "cpu", "reference")
 
@@ -243,31 +248,38 @@ def get(name: str) -> Backend:
     return backend
 
 
-def refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why ``name`` refuses tensors of this device and dtype, or None if it takes them."""
+def refusal(
+    name: str, device: torch.device, dtype: torch.dtype, work: Work = "layer"
+) -> str | None:
+    """Why ``name`` refuses such work on tensors of this device and dtype, or None if it does not."""
     backend = _backends.get(name)
-    return _missing(name) if backend is None else backend.refusal(device, dtype)
+    if backend is None:
+        return _missing(name)
+    return backend.lacks(work) or backend.refusal(device, dtype)
 
 
-def resolve(requested: str | None, device: torch.device, dtype: torch.dtype) -> str:
+def resolve(
+    requested: str | None, device: torch.device, dtype: torch.dtype, work: Work = "layer"
+) -> str:
     """Choose a backend.
 
     Args:
         requested: a name, or None for DISCO_KERNELS_BACKEND if set, else the automatic choice.
         device, dtype: of the weights.
+        work: what for.
 
     Raises:
         BackendUnavailable: the requested backend refuses; names every backend and its reason.
     """
     name = requested or os.environ.get(BACKEND_VARIABLE) or None
     if name is not None:
-        reason = refusal(name, device, dtype)
+        reason = refusal(name, device, dtype, work)
         if reason is None:
             return name
-        raise BackendUnavailable(_explain(name, device, dtype))
+        raise BackendUnavailable(_explain(name, device, dtype, work))
     passed_over: list[str] = []
     for candidate in _ORDER:
-        reason = refusal(candidate, device, dtype)
+        reason = refusal(candidate, device, dtype, work)
         if reason is None and get(candidate).automatic:
             if candidate == "reference":
                 _say_once(
@@ -275,9 +287,9 @@ def resolve(requested: str | None, device: torch.device, dtype: torch.dtype) -> 
                     f"({'; '.join(passed_over)})"
                 )
             return candidate
-        if candidate not in _PLANNED and reason is not None:
+        if reason is not None and get(candidate).lacks(work) is None:
             passed_over.append(f"{candidate}: {reason}")
-    raise BackendUnavailable(_explain("any", device, dtype))
+    raise BackendUnavailable(_explain("any", device, dtype, work))
 
 
 def require_int8(name: str) -> None:
@@ -291,16 +303,14 @@ def require_int8(name: str) -> None:
 
 
 def _missing(name: str) -> str:
-    if name in _PLANNED:
-        return _PLANNED[name]
     return f"no such backend; allowed: {', '.join(_ORDER)}"
 
 
-def _explain(name: str, device: torch.device, dtype: torch.dtype) -> str:
+def _explain(name: str, device: torch.device, dtype: torch.dtype, work: Work) -> str:
     lines = [f"backend {name!r} was asked for, but cannot serve {dtype} tensors on {device}:"]
     known = _ORDER if name in _ORDER or name == "any" else (*_ORDER, name)
     for candidate in known:
-        lines.append(f"  {candidate}: {refusal(candidate, device, dtype) or 'available'}")
+        lines.append(f"  {candidate}: {refusal(candidate, device, dtype, work) or 'available'}")
     lines.append(f"ask for an available one (backend= or {BACKEND_VARIABLE}), or for none")
     return "\n".join(lines)
 

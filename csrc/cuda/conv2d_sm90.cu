@@ -256,7 +256,7 @@ std::vector<std::string> Conv2dSm90::tiles() {
   return names;
 }
 
-int Conv2dSm90::choose_tile(int images, int height, int width) const {
+int Conv2dSm90::choose_tile(int height, int width) const {
   int columns = 0;
   for (const Conv2dNode& node : nodes_) columns = std::max(columns, node.columns);
   const int wanted = columns > 64 ? 128 : columns > 32 ? 64 : 32;
@@ -273,7 +273,7 @@ int Conv2dSm90::choose_tile(int images, int height, int width) const {
 void Conv2dSm90::run(const Image& x, int images, int height, int width, uintptr_t weight,
                      uintptr_t bias, const Image& residual, const Image& out, int activation,
                      uintptr_t stream, int number) const {
-  if (number < 0) number = choose_tile(images, height, width);
+  if (number < 0) number = choose_tile(height, width);
   if (number >= kNumTiles) throw std::invalid_argument("there is no such tile");
   const Tile& tile = kTiles[number];
   const bool flat = one_pixel(window_) && is_one_row(x, height, width) &&

@@ -51,7 +51,7 @@ class Conv2dSm90 {
            int tile) const;
 
   static std::vector<std::string> tiles();
-  int choose_tile(int images, int height, int width) const;
+  int choose_tile(int height, int width) const;
 
  private:
   std::vector<Conv2dNode> nodes_;

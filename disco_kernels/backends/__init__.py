@@ -1,5 +1,5 @@
 """The backends; importing them registers them."""
 
-from disco_kernels.backends import cpu, reference, triton
+from disco_kernels.backends import cpu, cuda, reference, triton
 
-__all__ = ["cpu", "reference", "triton"]
+__all__ = ["cpu", "cuda", "reference", "triton"]
