@@ -83,6 +83,13 @@ def _add_member_options(parser: argparse.ArgumentParser) -> None:
         "--transport", choices=TRANSPORTS, default="auto", help="default: %(default)s"
     )
     parser.add_argument(
+        "--device",
+        default="cpu",
+        metavar="cpu|cuda|cuda:N",
+        help="where to compute; with cuda the ranks of a machine take its GPUs in turns (default: "
+        "%(default)s)",
+    )
+    parser.add_argument(
         "--deadline",
         type=float,
         default=SILENCE_S,

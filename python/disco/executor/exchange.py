@@ -141,6 +141,7 @@ def prepare_exchange(op: Op, prepare: Preparation) -> Step:
             pack(values[slot])
         for peer, message in kept.outgoing:
             request.send(message, peer, number)
+        request.transport.flush(number)
         return received
 
     def packs_of(

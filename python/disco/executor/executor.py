@@ -253,7 +253,10 @@ class Executor:
         shapes = tuple(tuple(x.shape) for x in inputs)
         kept = self._buffers.take(shapes)
         request = Request(number, transport, symbols, kept, record, self.device)
-        return self._through_steps(inputs, request, shapes)
+        running = self._through_steps(inputs, request, shapes)
+        if self.device is not None and self.device.type == "cuda":
+            return _with_current_device(running, self.device)
+        return running
 
     def _through_steps(
         self, inputs: Sequence[Tensor], request: Request, shapes: ShapeKey
@@ -373,6 +376,22 @@ class Executor:
             "an Executor holds packed kernels and cannot be pickled; keep the model's state_dict, "
             "or save the partitioned model, and prepare it again"
         )
+
+
+def _with_current_device(
+    running: Generator[Handle, None, Any], device: torch.device
+) -> Generator[Handle, None, Any]:
+    """The same, run with `device` as the current one, which is where kernels are launched."""
+    try:
+        while True:
+            with torch.cuda.device(device):
+                try:
+                    handle = next(running)
+                except StopIteration as finished:
+                    return finished.value
+            yield handle
+    finally:
+        running.close()
 
 
 def _moved(leaf: Any, device: torch.device | None) -> Any:
