@@ -89,6 +89,13 @@ def test_a_member_says_so_before_it_listens(
 
 
 @pytest.mark.usefixtures("two_gpus")
+def test_gpus_are_given_time_to_compile(tiny_folder: Path) -> None:
+    assert RankProcesses(tiny_folder).silence_s == 2.0
+    assert RankProcesses(tiny_folder, device="cuda:0").silence_s == 30.0
+    assert RankProcesses(tiny_folder, device="cuda:0", silence_s=1.5).silence_s == 1.5
+
+
+@pytest.mark.usefixtures("two_gpus")
 def test_going_on_without_ranks_is_for_the_cpu(tiny_folder: Path) -> None:
     with pytest.raises(InputError, match=r"'degrade' was given with device 'cuda'"):
         RankProcesses(tiny_folder, device="cuda", on_peer_loss="degrade")

@@ -8,8 +8,12 @@ import torch
 
 from disco.errors import InputError
 from disco.runtime.free_memory import FreeMemory
+from disco.runtime.tcp.transport import SILENCE_S
 
 CPU = torch.device("cpu")
+# A rank on a GPU compiles a kernel when it first meets a shape, for seconds, and says nothing
+# meanwhile.
+GPU_SILENCE_S = 30.0
 _ALLOWED = "give cpu, cuda (ranks of a machine take its GPUs in turns) or cuda:N"
 
 
@@ -50,6 +54,13 @@ def device_of_rank(name: str, local_index: int) -> torch.device:
 def devices_of_ranks(name: str, world_size: int) -> tuple[torch.device, ...]:
     """As `device_of_rank`, for ranks that are all on this machine."""
     return tuple(device_of_rank(name, rank) for rank in range(world_size))
+
+
+def silence_of(given: float | None, devices: Sequence[torch.device]) -> float:
+    """After how many seconds of silence a peer is lost: as given, else by where ranks compute."""
+    if given is not None:
+        return given
+    return SILENCE_S if all(device.type == "cpu" for device in devices) else GPU_SILENCE_S
 
 
 def identity_of_device(device: torch.device) -> str:

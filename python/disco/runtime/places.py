@@ -14,7 +14,7 @@ from torch.distributed.rendezvous import rendezvous
 from disco.errors import InputError
 from disco.executor import Transport
 from disco.partition.shards import Shard
-from disco.runtime.devices import CPU, device_of_rank, identity_of_device
+from disco.runtime.devices import CPU, device_of_rank, identity_of_device, silence_of
 from disco.runtime.mpi import MpiTransport, load_mpi, started_by_mpi
 from disco.runtime.peers import Peers
 from disco.runtime.rendezvous import StoreAddresses, agree, share
@@ -22,7 +22,6 @@ from disco.runtime.survival import check_in_cpu_memory, check_on_peer_loss
 from disco.runtime.tcp import Meeting, TcpTransport, listen
 from disco.runtime.tcp.handshake import check_agreement
 from disco.runtime.tcp.tls import Tls
-from disco.runtime.tcp.transport import SILENCE_S
 from disco.runtime.token import TOKEN_VARIABLE, read_token
 from disco.runtime.transports import (
     NCCL,
@@ -77,7 +76,9 @@ class Options:
         token_file: with the shared secret; None for the variable ``DISCO_TOKEN``.
         meeting_s: how long to wait for all ranks, in seconds.
         deadline_s: for every message of a peer that is alive, in seconds.
-        silence_s: over tcp: a peer that is waited for and silent for so long is lost.
+        silence_s: over tcp: a peer that is waited for and silent for so long is lost; None for 2 s,
+            and 30 s where this rank computes on a GPU. Its peers need as much, since kernels of a
+            GPU are compiled at a shape's first request.
         tls: over tcp: folder with this rank's certificate and key (`disco keys`), which encrypts
             and authenticates all that ranks send each other; None for all ranks does without.
         on_peer_loss: "fail" ends it all; "degrade" (over tcp, with a survivable plan) lets the
@@ -90,7 +91,7 @@ class Options:
     token_file: str | os.PathLike[str] | None = None
     meeting_s: float = MEETING_S
     deadline_s: float = 30.0
-    silence_s: float = SILENCE_S
+    silence_s: float | None = None
     tls: str | os.PathLike[str] | None = None
     on_peer_loss: str = "fail"
     device: str = "cpu"
@@ -133,7 +134,7 @@ def place_among(peers: Peers, rank: int, options: Options) -> Place:
     def connect(shard: Shard) -> Transport:
         _check_world_size(shard, peers.world_size, "the list of peers")
         meeting = Meeting(identity_of(shard), token, listen(*peers(rank)), peers, tls=tls)
-        return carry_from(_tcp(meeting, options), device)
+        return _tcp(meeting, options, device)
 
     size, encrypted = peers.world_size, tls is not None
     return Place(rank, size, "peers", "tcp", connect, encrypted, device, _staged("tcp", device))
@@ -212,7 +213,7 @@ def _place_in_torchrun(options: Options) -> Place:
         addresses.publish(rank, *listener.getsockname()[:2])
         token = read_token(options.token_file)
         meeting = Meeting(identity_of(shard), token, listener, addresses, tls=tls)
-        return carry_from(_tcp(meeting, options), device)
+        return _tcp(meeting, options, device)
 
     encrypted = tls is not None
     return Place(rank, world_size, "torchrun", name, connect, encrypted, device, carrier)
@@ -226,7 +227,7 @@ def _tls(options: Options, rank: int) -> Tls | None:
     return None if options.tls is None else Tls.load(options.tls, rank)
 
 
-def _tcp(meeting: Meeting, options: Options) -> TcpTransport:
+def _tcp(meeting: Meeting, options: Options, device: torch.device) -> Transport:
     identity = meeting.identity
     meeting.patient = options.degrades
     transport = TcpTransport(
@@ -234,11 +235,11 @@ def _tcp(meeting: Meeting, options: Options) -> TcpTransport:
         identity.world_size,
         meeting,
         meeting_s=options.meeting_s,
-        silence_s=options.silence_s,
+        silence_s=silence_of(options.silence_s, (device,)),
         survives=options.degrades,
     )
     transport.connect()
-    return transport
+    return carry_from(transport, device)
 
 
 def _check_world_size(shard: Shard, world_size: int, where: str) -> None:

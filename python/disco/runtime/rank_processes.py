@@ -15,7 +15,7 @@ from disco.executor.timeline import Timeline
 from disco.partition.shards import load_manifest
 from disco.runtime.accounts import Account, RankReport, reports
 from disco.runtime.children import ChildSpec, WorkerError
-from disco.runtime.devices import devices_of_ranks
+from disco.runtime.devices import devices_of_ranks, silence_of
 from disco.runtime.launched import Launched
 from disco.runtime.memory_check import check_all_fit
 from disco.runtime.messages import Message, load_tensors, unflatten
@@ -27,7 +27,6 @@ from disco.runtime.survival import (
     check_streams,
     check_survivable,
 )
-from disco.runtime.tcp.transport import SILENCE_S
 from disco.runtime.token import make_token
 from disco.runtime.transports import LOOPBACK, TOKEN_FILE, choose_carrier, choose_transport
 
@@ -94,7 +93,8 @@ class RankProcesses(Launched):
         timeout_s: for every wait on a peer that is alive.
         transport: "tcp", "torch" (gloo, or NCCL where each rank has a GPU of its own), or "auto",
             which is NCCL there and tcp otherwise.
-        silence_s: over tcp, a peer that is waited for and silent for so long is lost.
+        silence_s: over tcp, a peer that is waited for and silent for so long is lost; None for 2 s,
+            and 30 s on GPUs, whose kernels are compiled at a shape's first request.
         hosts: starts the ranks; None for simply here, over loopback.
         overlap, winograd: as for `disco.executor.Executor`.
         on_peer_loss: "fail" ends all ranks when one is lost; "degrade" (over tcp, with a survivable
@@ -121,7 +121,7 @@ class RankProcesses(Launched):
         threads: int | None = None,
         timeout_s: float = 30.0,
         transport: str = "auto",
-        silence_s: float = SILENCE_S,
+        silence_s: float | None = None,
         hosts: Hosts | None = None,
         overlap: bool = True,
         winograd: str = "off",
@@ -135,7 +135,6 @@ class RankProcesses(Launched):
         self.lost: set[int] = set()
         self._request = 0
         choose_transport(transport)  # refuses what cannot be, before anything is read
-        self.silence_s = silence_s
         self._hosts = hosts
         self._overlap = overlap
         self._winograd = winograd
@@ -143,6 +142,7 @@ class RankProcesses(Launched):
         self.manifest = load_manifest(given[0])
         self.world_size = self.manifest.plan.world_size
         self.devices = devices_of_ranks(device, self.world_size)
+        self.silence_s = silence_of(silence_s, self.devices)
         self.carrier = choose_carrier(transport, self.devices)
         self.transport = self.carrier.transport
         if on_peer_loss == "degrade":
