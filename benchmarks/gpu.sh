@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, on a machine as it is found: builds, tests, measures. About eight
+# Everything that needs a GPU, on a machine as it is found: builds, tests, measures. About twelve
 # minutes on an H100. Writes JSON and logs to the folder given (default: gpu-results).
 #
 #     bash benchmarks/gpu.sh [FOLDER]
@@ -13,7 +13,7 @@ export DISCO_KERNELS_REQUIRE_GPU=1 PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CH
 
 say() { printf '\n=== %s\n' "$*"; }
 
-wanted() { [[ " ${STEPS:-install tests sanitizer models gather-pack tf32 max-autotune} " == *" $1 "* ]]; }
+wanted() { [[ " ${STEPS:-install tests ranks sanitizer models shard gather-pack tf32 max-autotune} " == *" $1 "* ]]; }
 
 export PYTHONPATH="$PWD/python:$PWD"
 if wanted install; then
@@ -35,6 +35,12 @@ if wanted tests; then
   # shellcheck disable=SC2086
   python3 -m pytest tests/triton/test_kernels.py -m "not slow" -q -p no:cacheprovider $parallel 2>&1 |
     tee "$results/tests.log" | tail -n 5
+fi
+
+if wanted ranks; then
+  say "ranks"
+  timeout 180 python3 -m pytest tests/gpu -q -p no:cacheprovider 2>&1 | tee "$results/ranks.log" | tail -n 5 ||
+    echo "ranks: failed, see $results/ranks.log"
 fi
 
 if wanted sanitizer && command -v compute-sanitizer >/dev/null; then
@@ -59,6 +65,10 @@ if wanted models; then
   run resnet50-bf16 90 bench_gpu_model --batches 1,32,128
   run deit-small-bf16 60 bench_gpu_model "${deit[@]}" --batches 1,32,128
 fi
+if wanted shard; then
+  run resnet50-shard-bf16 120 bench_gpu_shard
+  run deit-small-shard-bf16 120 bench_gpu_shard "${deit[@]}"
+fi
 if wanted gather-pack; then run gather-pack 60 bench_gpu_gather_pack; fi
 if wanted tf32; then
   run resnet50-tf32 90 bench_gpu_model --dtype float32 --tf32 --batches 32,128
@@ -68,4 +78,5 @@ if wanted max-autotune; then
   # cuDNN's time wherever they were tried.
   export TORCHINDUCTOR_MAX_AUTOTUNE_CONV_BACKENDS=ATEN TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS=ATEN
   run resnet50-bf16-max-autotune 150 bench_gpu_model --batches 128 --max-autotune
+  run resnet50-shard-bf16-max-autotune 150 bench_gpu_shard --batches 128 --max-autotune
 fi

@@ -104,6 +104,7 @@ def _run_here(args: argparse.Namespace) -> bool:
         transport=args.transport,
         silence_s=args.deadline,
         on_peer_loss=args.on_peer_loss,
+        device=args.device,
     )
 
     survives = args.on_peer_loss != "fail"
@@ -112,7 +113,9 @@ def _run_here(args: argparse.Namespace) -> bool:
             args,
             lambda: stack.enter_context(processes),
             _one_by_one(processes.run) if survives else processes.run_stream,
-            f"{processes.transport} over loopback",
+            f"{processes.carrier.text} over loopback"
+            if not processes.carrier.nccl
+            else processes.carrier.text,
         )
 
 
@@ -185,6 +188,7 @@ def _join(args: argparse.Namespace) -> JoinedRank:
         silence_s=args.deadline,
         tls=args.tls,
         on_peer_loss=args.on_peer_loss,
+        device=args.device,
     )
     if args.peers is None:
         if not started_by_launcher():

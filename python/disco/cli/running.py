@@ -11,7 +11,6 @@ from disco.cli.options import add_json, add_token
 from disco.runtime.keys import DAYS
 from disco.runtime.places import MEETING_S
 from disco.runtime.survival import ON_PEER_LOSS
-from disco.runtime.tcp.transport import SILENCE_S
 from disco.runtime.transports import TRANSPORTS
 from disco.stream_report import MOST_PROFILED
 
@@ -83,11 +82,18 @@ def _add_member_options(parser: argparse.ArgumentParser) -> None:
         "--transport", choices=TRANSPORTS, default="auto", help="default: %(default)s"
     )
     parser.add_argument(
+        "--device",
+        default="cpu",
+        metavar="cpu|cuda|cuda:N",
+        help="where to compute; with cuda the ranks of a machine take its GPUs in turns (default: "
+        "%(default)s)",
+    )
+    parser.add_argument(
         "--deadline",
         type=float,
-        default=SILENCE_S,
         metavar="S",
-        help="tcp: a peer that is silent for so long is lost (default: %(default)s)",
+        help="tcp: a peer that is silent for so long is lost (default: 2; with --device cuda 30, "
+        "since kernels are compiled at the first image)",
     )
     parser.add_argument(
         "--on-peer-loss",

@@ -141,6 +141,7 @@ def prepare_exchange(op: Op, prepare: Preparation) -> Step:
             pack(values[slot])
         for peer, message in kept.outgoing:
             request.send(message, peer, number)
+        request.transport.flush(number)
         return received
 
     def packs_of(
@@ -202,7 +203,7 @@ def _message(
         for part, x in zip(parts, tensors, strict=True)
     ]
     begin, num_bytes = offsets(sizes, steps)
-    buffer = torch.empty(num_bytes, dtype=torch.uint8)
+    buffer = torch.empty(num_bytes, dtype=torch.uint8, device=tensors[0].device)
     pieces: list[Tensor | None] = []
     for part, x, n, first, size in zip(parts, tensors, counts, begin, sizes, strict=True):
         if n is None:
@@ -298,8 +299,9 @@ def prepare_empty(op: Op, prepare: Preparation) -> Step:
     kind = dtype_of(dtype)
 
     def run(values: Values) -> Tensor:
-        symbols = values[REQUEST_SLOT].symbols
-        return torch.empty([evaluate_dim(size, symbols) for size in sizes], dtype=kind)
+        request: Request = values[REQUEST_SLOT]
+        shape = [evaluate_dim(size, request.symbols) for size in sizes]
+        return torch.empty(shape, dtype=kind, device=request.device)
 
     return Step(op.name, run, prepare.slot(op.name))
 

@@ -74,8 +74,11 @@ class Executor:
             the value that they compute, and what their input's bytes stand for.
         overlap: compute while payloads travel (`disco.executor.two_passes`); the outputs' bits are
             the same without.
+        device: where to compute: weights are moved there, and every request's inputs; its outputs
+            are where its inputs were. None for where the weights are, and inputs have to be.
 
     Attributes:
+        device: where it computes, or None where there is no weight to tell.
         packed_bytes: of the packed weights.
         profile: set it to True to have calls leave their `Timeline` in `last_timeline`.
         last_record: of the last call that was profiled and returned, as it was taken down.
@@ -100,7 +103,12 @@ class Executor:
         packed_bytes: int | None = None,
         input_bytes: Mapping[str, InputBytes] | None = None,
         overlap: bool = True,
+        device: torch.device | None = None,
     ) -> None:
+        if device is not None:
+            weights = {name: weight.to(device) for name, weight in weights.items()}
+        self._moves = device is not None
+        self.device = device or next((w.device for w in weights.values()), None)
         self.inputs = {name: program.values[name] for name in program.inputs}
         self._signature = program.signature
         self._conditions = program.conditions
@@ -109,7 +117,13 @@ class Executor:
         self.deadline_s = deadline_s
         packing = Packing(packed_bytes)
         prepare = Preparation(
-            weights, backend, program.values, winograd, input_bytes or {}, packing
+            weights,
+            backend,
+            program.values,
+            winograd,
+            input_bytes or {},
+            packing,
+            device=self.device,
         )
         self._input_slots = [prepare.slot(name) for name in program.inputs]
         exchanges = {op.name for op in program.ops if op.kind == "disco.exchange"}
@@ -237,8 +251,12 @@ class Executor:
         """
         symbols = self._check(inputs)
         shapes = tuple(tuple(x.shape) for x in inputs)
-        request = Request(number, transport, symbols, self._buffers.take(shapes), record)
-        return self._through_steps(inputs, request, shapes)
+        kept = self._buffers.take(shapes)
+        request = Request(number, transport, symbols, kept, record, self.device)
+        running = self._through_steps(inputs, request, shapes)
+        if self.device is not None and self.device.type == "cuda":
+            return _with_current_device(running, self.device)
+        return running
 
     def _through_steps(
         self, inputs: Sequence[Tensor], request: Request, shapes: ShapeKey
@@ -247,8 +265,9 @@ class Executor:
         layout: dict[int, Placed] = {}
         first = not request.activations.out
         values[REQUEST_SLOT] = request
+        given = inputs[0].device if inputs else None
         for slot, x in zip(self._input_slots, inputs, strict=True):
-            values[slot] = x
+            values[slot] = x.to(self.device) if self._moves else x
         request.post_receives()
 
         record, clock = request.record, time.perf_counter_ns
@@ -278,6 +297,8 @@ class Executor:
                     record.marks.append((step.name, PROGRESS, end, clock(), None, None))
 
         outputs = map_leaves(self._outputs, lambda fetch: fetch(values))
+        if self._moves:
+            outputs = map_leaves(outputs, lambda leaf: _moved(leaf, given))
         for handle in request.handles:
             if not handle.done:
                 begin = clock()
@@ -355,6 +376,26 @@ class Executor:
             "an Executor holds packed kernels and cannot be pickled; keep the model's state_dict, "
             "or save the partitioned model, and prepare it again"
         )
+
+
+def _with_current_device(
+    running: Generator[Handle, None, Any], device: torch.device
+) -> Generator[Handle, None, Any]:
+    """The same, run with `device` as the current one, which is where kernels are launched."""
+    try:
+        while True:
+            with torch.cuda.device(device):
+                try:
+                    handle = next(running)
+                except StopIteration as finished:
+                    return finished.value
+            yield handle
+    finally:
+        running.close()
+
+
+def _moved(leaf: Any, device: torch.device | None) -> Any:
+    return leaf.to(device) if isinstance(leaf, Tensor) else leaf
 
 
 def _fits(dim: str, size: int, symbols: Mapping[str, int]) -> bool:

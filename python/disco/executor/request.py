@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from disco.executor.activations import Activations, Layout
@@ -64,6 +65,7 @@ class Request:
         begun: slots of layers whose first pass has run and whose second has not.
         activations: where kernels write their results.
         lost: ranks that it does without.
+        device: where it computes; None for the CPU.
         record: takes down where its time goes, if that was asked for.
     """
 
@@ -74,6 +76,7 @@ class Request:
         symbols: dict[str, int],
         kept: Kept,
         record: Recorder | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.number = number
         self.transport = transport
@@ -84,6 +87,7 @@ class Request:
         self._posted: dict[tuple[int, int], Handle] = {}
         self.lost: frozenset[int] = frozenset() if transport is None else transport.lost
         self.record = record
+        self.device = device
         self.kept = kept
         self.activations = kept.activations
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from disco.errors import InputError
@@ -65,6 +66,7 @@ class Preparation:
         payloads: slots of what is received.
         sizes: the values that sizes of tensors and arithmetic on them have given so far.
         copies: of the weights that are kept as they are.
+        device: where the program computes, or None for the CPU.
     """
 
     weights: Mapping[str, Tensor]
@@ -78,6 +80,7 @@ class Preparation:
     payloads: set[int] = field(default_factory=set)
     sizes: set[str] = field(default_factory=set)
     copies: dict[str, Tensor] = field(default_factory=dict)
+    device: torch.device | None = None
 
     def sized(self, args: Any) -> bool:
         """Whether all values among the arguments are sizes, so that shapes decide them."""
@@ -147,12 +150,31 @@ _VIEWS = frozenset(
 )
 
 
+# Ops that make a tensor of numbers, on the device that they are told: a program names none.
+_MAKERS = frozenset(
+    {
+        "aten.arange.default",
+        "aten.arange.start",
+        "aten.arange.start_step",
+        "aten.eye.default",
+        "aten.eye.m",
+        "aten.full.default",
+        "aten.linspace.default",
+        "aten.ones.default",
+        "aten.scalar_tensor.default",
+        "aten.zeros.default",
+    }
+)
+
+
 def prepare_pure(op: Op, prepare: Preparation) -> Step:
     """Any op with a pure function: constants are bound now, values looked up by slot."""
     function = pure_function(op.kind)
     out = prepare.slot(op.name)
     args = tuple(bind(arg, op, prepare) for arg in op.args)
     kwargs = {key: bind(value, op, prepare) for key, value in op.kwargs.items()}
+    if op.kind in _MAKERS and prepare.device is not None:
+        kwargs["device"] = prepare.device
     simple = all(not _is_fetch(a) for a in (*args[1:], *kwargs.values()))
     if op.kind == "aten.sym_size.int" or (
         op.kind.startswith("operator.") and prepare.sized(op.args)

@@ -87,6 +87,10 @@ class Transport(ABC):
     def send(self, buffer: Tensor, destination: int, exchange: int, request: int) -> Handle:
         """Start sending `buffer` (contiguous, any dtype) to `destination`."""
 
+    def flush(self, exchange: int) -> None:  # noqa: B027 - most begin at once with what they get
+        """All messages of this exchange have been posted and sent. Called in the same order of
+        exchanges on all ranks, for transports that begin them together."""
+
     @abstractmethod
     def progress(self) -> None:
         """Move pending data along without blocking. Called between kernels."""

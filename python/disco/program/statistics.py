@@ -6,6 +6,8 @@ algorithm for computing sample variances, 1979).
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,7 @@ def normalize(
         eps: added to the variance.
     """
     pairs = moments.unflatten(-1, (len(counts), 2))
-    sizes = torch.tensor(counts, dtype=pairs.dtype, device=x.device)
+    sizes = _constant(counts, pairs.dtype, x.device)
     mean, variance = _together(pairs[..., 0], pairs[..., 1], sizes)
     y = (x - mean.unsqueeze(-1)) * (variance.unsqueeze(-1) + eps).rsqrt()
     if weight is not None:
@@ -59,7 +61,9 @@ def group_moments(x: Tensor, *, groups: tuple[int, ...], num_groups: int) -> Ten
     wide = _wide(x).flatten(2)
     found = wide.new_zeros((x.shape[0], num_groups, 2))
     for group in sorted(set(groups)):
-        members = [i for i, g in enumerate(groups) if g == group]
+        members = _constant(
+            tuple(i for i, g in enumerate(groups) if g == group), torch.int64, x.device
+        )
         found[:, group] = moments(wide[:, members].flatten(1))
     return found.flatten(1)
 
@@ -85,10 +89,10 @@ def group_normalize(
         eps: added to the variance.
     """
     pairs = moments.view(x.shape[0], len(counts), len(counts[0]), 2).transpose(1, 2)
-    sizes = torch.tensor(counts, dtype=pairs.dtype, device=x.device).T * x[0, 0].numel()
+    sizes = _constant(counts, pairs.dtype, x.device).T * x[0, 0].numel()
     mean, variance = _together(pairs[..., 0], pairs[..., 1], sizes)
     shape = (-1, len(groups), *([1] * (x.dim() - 2)))
-    listed = list(groups)
+    listed = _constant(groups, torch.int64, x.device)
     scale = (variance + eps).rsqrt()[:, listed].view(shape)
     y = (x - mean[:, listed].view(shape)) * scale
     if weight is not None:
@@ -106,3 +110,11 @@ def _together(means: Tensor, squares: Tensor, sizes: Tensor) -> tuple[Tensor, Te
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+@cache
+def _constant(numbers: tuple[object, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of these numbers, made once: a copy to a GPU in every request would wait for it, and
+    could not be in a CUDA graph. Never dropped, since a graph may read it; plans have few."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=dtype, device=device)

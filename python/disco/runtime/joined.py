@@ -17,14 +17,23 @@ from disco.errors import InputError, PeerLostError
 from disco.executor import Executor, Transport
 from disco.partition.shards import load_manifest, load_shard
 from disco.runtime.calls import Calls, LedCall
+from disco.runtime.devices import free_memory_on, make_current
 from disco.runtime.gloo import GlooTransport
 from disco.runtime.joined_streams import Following, Leading
 from disco.runtime.memory_check import check_rank_fits
+from disco.runtime.nccl import NcclTransport
 from disco.runtime.places import Options, Place
 from disco.runtime.rank_processes import RunResult
-from disco.runtime.streams import Item, check_idle, check_in_flight, run_in_order
+from disco.runtime.streams import (
+    Item,
+    check_idle,
+    check_in_flight,
+    check_nccl_stream,
+    run_in_order,
+)
 from disco.runtime.survival import check_streams, check_survivable
 from disco.runtime.tcp import TcpTransport
+from disco.runtime.wrapped import engine_of
 
 _log = logging.getLogger(__name__)
 
@@ -96,14 +105,21 @@ class JoinedRank:
     def __enter__(self) -> JoinedRank:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
-        check_rank_fits(load_manifest(self._directory), self.place.rank)
+        device = self.place.device
+        make_current(device)
+        manifest = load_manifest(self._directory)
+        check_rank_fits(manifest, self.place.rank, free_memory_on(device))
         shard = load_shard(self._directory, self.place.rank)
         if self._options.degrades:
-            check_survivable(load_manifest(self._directory).plan, self.place.transport)
+            check_survivable(manifest.plan, self.place.transport)
         self._transport = self.place.open(shard)
         deadline_s = self._options.deadline_s
         self._executor = Executor(
-            shard.program, shard.weights, self._transport, deadline_s=deadline_s
+            shard.program,
+            shard.weights,
+            self._transport,
+            deadline_s=deadline_s,
+            device=device,
         )
         self._calls = Calls(self._transport, self.leader, deadline_s, self._options.degrades)
         return self
@@ -170,7 +186,8 @@ class JoinedRank:
         assert self._transport is not None and self.leads
         check_in_flight(in_flight)
         check_streams(self._options.on_peer_loss)
-        if in_flight > 1 and isinstance(self._transport, GlooTransport):
+        check_nccl_stream(in_flight, isinstance(self._transport, NcclTransport))
+        if in_flight > 1 and isinstance(engine_of(self._transport), GlooTransport):
             raise InputError(
                 f"{in_flight} requests in flight were asked for over gloo, which cannot say "
                 f"whether a message is there: use the tcp transport (it needs a token) or mpi"

@@ -7,23 +7,32 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from disco.errors import InputError
 from disco.executor import Transport
 from disco.partition.shards import Shard
-from disco.runtime.gloo import GlooTransport
+from disco.runtime.devices import CPU, device_of_rank, identity_of_device, silence_of
 from disco.runtime.mpi import MpiTransport, load_mpi, started_by_mpi
 from disco.runtime.peers import Peers
-from disco.runtime.rendezvous import StoreAddresses, agree
-from disco.runtime.survival import check_on_peer_loss
+from disco.runtime.rendezvous import StoreAddresses, agree, share
+from disco.runtime.survival import check_in_cpu_memory, check_on_peer_loss
 from disco.runtime.tcp import Meeting, TcpTransport, listen
 from disco.runtime.tcp.handshake import check_agreement
 from disco.runtime.tcp.tls import Tls
-from disco.runtime.tcp.transport import SILENCE_S
 from disco.runtime.token import TOKEN_VARIABLE, read_token
-from disco.runtime.transports import TRANSPORTS, identity_of
+from disco.runtime.transports import (
+    NCCL,
+    TRANSPORTS,
+    Carrier,
+    carry_from,
+    identity_of,
+    over_torch,
+    staged_carrier,
+    why_no_nccl,
+)
 
 MEETING_S = 150.0
 
@@ -38,6 +47,8 @@ class Place:
         open: connects the transport, given this rank's shard.
         transport: its name.
         encrypted: the ranks use TLS.
+        device: where this rank computes.
+        carrier: how payloads travel; None for the transport as it is.
     """
 
     rank: int
@@ -46,11 +57,14 @@ class Place:
     transport: str
     open: Callable[[Shard], Transport]
     encrypted: bool = False
+    device: torch.device = CPU
+    carrier: Carrier | None = None
 
     @property
     def transport_text(self) -> str:
         """The transport in words."""
-        return f"{self.transport} with TLS" if self.encrypted else self.transport
+        named = self.transport if self.carrier is None else self.carrier.text
+        return f"{named} with TLS" if self.encrypted else named
 
 
 @dataclass(frozen=True)
@@ -62,20 +76,25 @@ class Options:
         token_file: with the shared secret; None for the variable ``DISCO_TOKEN``.
         meeting_s: how long to wait for all ranks, in seconds.
         deadline_s: for every message of a peer that is alive, in seconds.
-        silence_s: over tcp: a peer that is waited for and silent for so long is lost.
+        silence_s: over tcp: a peer that is waited for and silent for so long is lost; None for 2 s,
+            and 30 s where this rank computes on a GPU. Its peers need as much, since kernels of a
+            GPU are compiled at a shape's first request.
         tls: over tcp: folder with this rank's certificate and key (`disco keys`), which encrypts
             and authenticates all that ranks send each other; None for all ranks does without.
         on_peer_loss: "fail" ends it all; "degrade" (over tcp, with a survivable plan) lets the
             ranks that are left answer from the channels that they own, and lost ones come back.
+        device: where this rank computes: "cpu"; "cuda", on which the ranks of a machine take its
+            GPUs in turns; or one GPU, "cuda:N". Ranks need not all have the same.
     """
 
     transport: str = "auto"
     token_file: str | os.PathLike[str] | None = None
     meeting_s: float = MEETING_S
     deadline_s: float = 30.0
-    silence_s: float = SILENCE_S
+    silence_s: float | None = None
     tls: str | os.PathLike[str] | None = None
     on_peer_loss: str = "fail"
+    device: str = "cpu"
 
     @property
     def degrades(self) -> bool:
@@ -83,6 +102,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check_on_peer_loss(self.on_peer_loss)
+        check_in_cpu_memory(self.on_peer_loss, self.device)
         if self.transport not in TRANSPORTS:
             raise InputError(
                 f"transport {self.transport!r} was given; there are {', '.join(TRANSPORTS)}"
@@ -106,15 +126,18 @@ def place_among(peers: Peers, rank: int, options: Options) -> Place:
             f"transport {options.transport!r} was given with a list of peers, which is for tcp: "
             f"start the ranks with torchrun for torch, with mpiexec for mpi"
         )
+    here = [r for r in range(peers.world_size) if peers(r)[0] == peers(rank)[0]]
+    device = device_of_rank(options.device, here.index(rank))
     token = read_token(options.token_file)
     tls = _tls(options, rank)
 
     def connect(shard: Shard) -> Transport:
         _check_world_size(shard, peers.world_size, "the list of peers")
         meeting = Meeting(identity_of(shard), token, listen(*peers(rank)), peers, tls=tls)
-        return _tcp(meeting, options)
+        return _tcp(meeting, options, device)
 
-    return Place(rank, peers.world_size, "peers", "tcp", connect, tls is not None)
+    size, encrypted = peers.world_size, tls is not None
+    return Place(rank, size, "peers", "tcp", connect, encrypted, device, _staged("tcp", device))
 
 
 def place_from_launcher(options: Options) -> Place:
@@ -129,7 +152,11 @@ def _place_in_mpi(options: Options) -> Place:
         )
     if options.tls is not None:
         raise InputError("--tls was given under mpiexec, and MPI cannot encrypt: use --peers")
-    world = load_mpi().COMM_WORLD
+    mpi = load_mpi()
+    world = mpi.COMM_WORLD
+    local = world.Split_type(mpi.COMM_TYPE_SHARED)
+    device = device_of_rank(options.device, local.Get_rank())
+    local.Free()
 
     def connect(shard: Shard) -> Transport:
         transport = MpiTransport()
@@ -138,9 +165,10 @@ def _place_in_mpi(options: Options) -> Place:
             if theirs.rank != mine.rank:
                 check_agreement(mine, theirs, "over MPI")
         _check_world_size(shard, transport.world_size, "mpiexec")
-        return transport
+        return carry_from(transport, device)
 
-    return Place(world.Get_rank(), world.Get_size(), "mpi", "mpi", connect)
+    rank, size = world.Get_rank(), world.Get_size()
+    return Place(rank, size, "mpi", "mpi", connect, False, device, _staged("mpi", device))
 
 
 def _place_in_torchrun(options: Options) -> Place:
@@ -150,34 +178,56 @@ def _place_in_torchrun(options: Options) -> Place:
         name = "tcp" if has_token or options.tls is not None else "torch"
     if name == "mpi":
         raise InputError("transport 'mpi' was given under torchrun: use mpiexec for it")
+    device = device_of_rank(options.device, int(os.environ.get("LOCAL_RANK", "0")))
     store, rank, world_size = next(iter(rendezvous("env://")))
     store = PrefixStore("disco", store)
     host = _address_towards(os.environ["MASTER_ADDR"])
     tls = _tls(options, rank)
+    carrier = _staged(name, device)
+    if name == "torch":
+        mine = identity_of_device(device)
+        devices = share(store, rank, world_size, "device", mine, options.meeting_s)
+        reason = why_no_nccl(devices)
+        if reason is None:
+            carrier = NCCL
+        elif carrier is not None:
+            carrier = staged_carrier(name, reason)
 
     def connect(shard: Shard) -> Transport:
         _check_world_size(shard, world_size, "torchrun")
         if name == "torch":
             agree(store, rank, world_size, shard.plan_digest, options.meeting_s)
-            gloo = GlooTransport(
-                rank, world_size, store, address=host, timeout_s=options.deadline_s
+            transport = over_torch(
+                rank,
+                world_size,
+                store,
+                address=host,
+                timeout_s=options.deadline_s,
+                device=device,
+                nccl=carrier is NCCL,
             )
-            gloo.connect()
-            return gloo
+            transport.connect()
+            return transport
         listener = listen(host)
         addresses = StoreAddresses(store)
         addresses.publish(rank, *listener.getsockname()[:2])
         token = read_token(options.token_file)
-        return _tcp(Meeting(identity_of(shard), token, listener, addresses, tls=tls), options)
+        meeting = Meeting(identity_of(shard), token, listener, addresses, tls=tls)
+        return _tcp(meeting, options, device)
 
-    return Place(rank, world_size, "torchrun", name, connect, tls is not None)
+    encrypted = tls is not None
+    return Place(rank, world_size, "torchrun", name, connect, encrypted, device, carrier)
+
+
+def _staged(transport: str, device: torch.device) -> Carrier | None:
+    return None if device.type == "cpu" else staged_carrier(transport)
 
 
 def _tls(options: Options, rank: int) -> Tls | None:
     return None if options.tls is None else Tls.load(options.tls, rank)
 
 
-def _tcp(meeting: Meeting, options: Options) -> TcpTransport:
+def _tcp(meeting: Meeting, options: Options, device: torch.device) -> Transport:
     identity = meeting.identity
     meeting.patient = options.degrades
     transport = TcpTransport(
@@ -185,11 +235,11 @@ def _tcp(meeting: Meeting, options: Options) -> TcpTransport:
         identity.world_size,
         meeting,
         meeting_s=options.meeting_s,
-        silence_s=options.silence_s,
+        silence_s=silence_of(options.silence_s, (device,)),
         survives=options.degrades,
     )
     transport.connect()
-    return transport
+    return carry_from(transport, device)
 
 
 def _check_world_size(shard: Shard, world_size: int, where: str) -> None:

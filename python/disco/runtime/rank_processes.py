@@ -15,15 +15,20 @@ from disco.executor.timeline import Timeline
 from disco.partition.shards import load_manifest
 from disco.runtime.accounts import Account, RankReport, reports
 from disco.runtime.children import ChildSpec, WorkerError
+from disco.runtime.devices import devices_of_ranks, silence_of
 from disco.runtime.launched import Launched
 from disco.runtime.memory_check import check_all_fit
 from disco.runtime.messages import Message, load_tensors, unflatten
 from disco.runtime.rank_streams import ProcessRanks
-from disco.runtime.streams import Item, check_in_flight, run_in_order
-from disco.runtime.survival import check_on_peer_loss, check_streams, check_survivable
-from disco.runtime.tcp.transport import SILENCE_S
+from disco.runtime.streams import Item, check_in_flight, check_nccl_stream, run_in_order
+from disco.runtime.survival import (
+    check_in_cpu_memory,
+    check_on_peer_loss,
+    check_streams,
+    check_survivable,
+)
 from disco.runtime.token import make_token
-from disco.runtime.transports import LOOPBACK, TOKEN_FILE, choose_transport
+from disco.runtime.transports import LOOPBACK, TOKEN_FILE, choose_carrier, choose_transport
 
 PathLike = str | os.PathLike[str]
 
@@ -86,15 +91,20 @@ class RankProcesses(Launched):
         nodes: must be the plan's number of ranks if given.
         threads: per rank; None shares this process's cores out evenly.
         timeout_s: for every wait on a peer that is alive.
-        transport: "tcp", "torch" (gloo), or "auto", which is tcp here.
-        silence_s: over tcp, a peer that is waited for and silent for so long is lost.
+        transport: "tcp", "torch" (gloo, or NCCL where each rank has a GPU of its own), or "auto",
+            which is NCCL there and tcp otherwise.
+        silence_s: over tcp, a peer that is waited for and silent for so long is lost; None for 2 s,
+            and 30 s on GPUs, whose kernels are compiled at a shape's first request.
         hosts: starts the ranks; None for simply here, over loopback.
         overlap, winograd: as for `disco.executor.Executor`.
         on_peer_loss: "fail" ends all ranks when one is lost; "degrade" (over tcp, with a survivable
             plan) begins the pass again with those that are left (`RunResult.lost`), and `restart`
             brings a lost one back.
+        device: where ranks compute: "cpu"; "cuda", on which rank r takes GPU r modulo their number;
+            or one GPU for all, "cuda:N". Inputs and outputs are in CPU memory all the same.
 
     Attributes:
+        carrier: how payloads travel, and why so.
         lost: the ranks that passes do without now.
 
     Raises:
@@ -111,27 +121,32 @@ class RankProcesses(Launched):
         threads: int | None = None,
         timeout_s: float = 30.0,
         transport: str = "auto",
-        silence_s: float = SILENCE_S,
+        silence_s: float | None = None,
         hosts: Hosts | None = None,
         overlap: bool = True,
         winograd: str = "off",
         on_peer_loss: str = "fail",
+        device: str = "cpu",
     ) -> None:
         super().__init__(timeout_s)
         check_on_peer_loss(on_peer_loss)
+        check_in_cpu_memory(on_peer_loss, device)
         self.on_peer_loss = on_peer_loss
         self.lost: set[int] = set()
         self._request = 0
-        self.transport = choose_transport(transport)
-        self.silence_s = silence_s
+        choose_transport(transport)  # refuses what cannot be, before anything is read
         self._hosts = hosts
         self._overlap = overlap
         self._winograd = winograd
         given = [directory] if isinstance(directory, (str, os.PathLike)) else list(directory)
         self.manifest = load_manifest(given[0])
+        self.world_size = self.manifest.plan.world_size
+        self.devices = devices_of_ranks(device, self.world_size)
+        self.silence_s = silence_of(silence_s, self.devices)
+        self.carrier = choose_carrier(transport, self.devices)
+        self.transport = self.carrier.transport
         if on_peer_loss == "degrade":
             check_survivable(self.manifest.plan, self.transport)
-        self.world_size = self.manifest.plan.world_size
         if nodes is not None and nodes != self.world_size:
             raise InputError(
                 f"{nodes} nodes were asked for, and the plan in {os.fspath(given[0])} is for "
@@ -241,6 +256,7 @@ class RankProcesses(Launched):
         check_streams(self.on_peer_loss)
         assert self._children is not None and self._folder is not None, "use it in a with block"
         check_in_flight(in_flight)
+        check_nccl_stream(in_flight, self.carrier.nccl)
         self._check_usable()
         children = self._children
         ranks = ProcessRanks(
@@ -268,6 +284,7 @@ class RankProcesses(Launched):
             in_flight: at least 1.
             warmup, repeats: untimed passes before, and timed ones.
         """
+        check_nccl_stream(in_flight, self.carrier.nccl)
         command = {"in_flight": in_flight, "warmup": warmup, "repeats": repeats}
         replies = self._ask(inputs, {"command": "stream", **command}, warmup + repeats)
         return tuple(reply["seconds"] for reply in replies)
@@ -285,7 +302,8 @@ class RankProcesses(Launched):
 
     def specs(self, folder: str) -> list[ChildSpec]:
         """One worker a rank."""
-        if self._hosts is None:
+        # On GPUs each rank looks for itself, at its own GPU's memory.
+        if self._hosts is None and all(device.type == "cpu" for device in self.devices):
             check_all_fit(self.manifest)
         make_token(os.path.join(folder, TOKEN_FILE))
         return [self._spec(rank, folder) for rank in range(self.world_size)]
@@ -297,6 +315,7 @@ class RankProcesses(Launched):
             "--world-size": str(self.world_size),
             "--folder": folder,
             "--transport": self.transport,
+            "--device": str(self.devices[rank]),
             "--host": LOOPBACK if self._hosts is None else self._hosts.address(rank),
             "--silence-s": str(self.silence_s),
             "--threads": str(self.threads),
@@ -307,6 +326,8 @@ class RankProcesses(Launched):
         flat = (*flat, "--overlap" if self._overlap else "--no-overlap")
         if self.on_peer_loss == "degrade":
             flat = (*flat, "--degrade")
+        if self.carrier.nccl:
+            flat = (*flat, "--nccl")
         spec = ChildSpec(f"rank {rank}", "disco.runtime.worker", flat, self.threads)
         return (
             spec if self._hosts is None else replace(spec, popen=partial(self._hosts.popen, rank))

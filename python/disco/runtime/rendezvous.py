@@ -46,6 +46,26 @@ def agree(store: Store, rank: int, world_size: int, plan_digest: str, timeout_s:
             )
 
 
+def share(
+    store: Store, rank: int, world_size: int, name: str, value: str, timeout_s: float
+) -> list[str]:
+    """What every rank says under this name, by rank.
+
+    Raises:
+        TransportError: a peer did not appear within `timeout_s` seconds.
+    """
+    store.set(f"{name}/{rank}", value)
+    keys = [f"{name}/{peer}" for peer in range(world_size)]
+    for peer, key in enumerate(keys):
+        try:
+            store.wait([key], timedelta(seconds=timeout_s))
+        except (RuntimeError, DistStoreError) as error:
+            raise TransportError(
+                f"rank {peer} of {world_size} did not appear within {timeout_s:g} s"
+            ) from error
+    return [store.get(key).decode() for key in keys]
+
+
 class AddressBook:
     """Where the ranks of one machine listen: a file a rank, in a folder that only this user reads.
 

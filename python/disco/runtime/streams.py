@@ -57,6 +57,15 @@ def check_in_flight(in_flight: int) -> None:
         )
 
 
+def check_nccl_stream(in_flight: int, nccl: bool) -> None:
+    """Raises InputError for several requests in flight over NCCL."""
+    if nccl and in_flight > 1:
+        raise InputError(
+            f"{in_flight} requests in flight were asked for over NCCL, which matches messages by "
+            f"their order alone: ask for 1, or use transport tcp"
+        )
+
+
 def check_idle(stream: Generator[Any, None, None] | None) -> None:
     """Raises InputError if there is one that has not ended: two would mix their messages."""
     if stream is not None and inspect.getgeneratorstate(stream) != inspect.GEN_CLOSED:

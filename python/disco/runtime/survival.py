@@ -20,6 +20,15 @@ def check_on_peer_loss(name: str) -> None:
         raise InputError(f"on_peer_loss {name!r} was given; there are {', '.join(ON_PEER_LOSS)}")
 
 
+def check_in_cpu_memory(on_peer_loss: str, device: str) -> None:
+    """Raise InputError where ranks on GPUs would have to survive losses."""
+    if on_peer_loss != "fail" and device != "cpu":
+        raise InputError(
+            f"on_peer_loss {on_peer_loss!r} was given with device {device!r}: ranks go on without "
+            f"lost ones on the CPU only; leave one of the two out"
+        )
+
+
 def check_streams(on_peer_loss: str) -> None:
     """Raise InputError where a stream would have to survive losses."""
     if on_peer_loss != "fail":

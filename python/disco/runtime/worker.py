@@ -13,6 +13,7 @@ import torch
 from disco.executor import Executor
 from disco.partition.shards import load_manifest, load_shard
 from disco.runtime.accounts import Account
+from disco.runtime.devices import device_of_rank, free_memory_on, make_current
 from disco.runtime.memory_check import check_rank_fits
 from disco.runtime.messages import Message
 from disco.runtime.passes import Passes
@@ -35,7 +36,9 @@ def prepare(
     """
     torch.set_num_threads(args.threads)
     imported_kb = resident_kb()
-    check_rank_fits(load_manifest(args.directory), args.rank)
+    device = device_of_rank(args.device, args.rank)
+    make_current(device)
+    check_rank_fits(load_manifest(args.directory), args.rank, free_memory_on(device))
     shard = load_shard(args.directory, args.rank)
     weight_bytes = sum(tensor.nbytes for tensor in shard.weights.values())
     transport = open_local(
@@ -46,6 +49,8 @@ def prepare(
         timeout_s=args.timeout_s,
         silence_s=args.silence_s,
         survives=args.degrade,
+        device=device,
+        nccl=args.nccl,
     )
     at_end.callback(transport.close)
     executor = Executor(
@@ -55,6 +60,7 @@ def prepare(
         deadline_s=args.timeout_s,
         winograd=args.winograd,
         overlap=args.overlap,
+        device=device,
     )
     survivor = Survivor(executor, transport, args.timeout_s) if args.degrade else None
     passes = Passes(
@@ -70,6 +76,7 @@ def prepare(
         "weight_bytes": weight_bytes,
         "threads": args.threads,
         "transport": args.transport,
+        "device": str(device),
         "backends": sorted(set(executor.kernel_backends.values())),
     }
     stream = Stream(executor, transport, dialogue)
@@ -117,6 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--world-size", type=int, required=True)
     parser.add_argument("--folder", required=True, help="private to the ranks and the launcher")
     parser.add_argument("--transport", default="tcp", choices=("tcp", "torch"))
+    parser.add_argument("--device", default="cpu", help="to compute on (default: %(default)s)")
+    parser.add_argument("--nccl", action="store_true", help="torch: payloads go over NCCL")
     parser.add_argument("--host", default=LOOPBACK, help="to listen on (default: %(default)s)")
     parser.add_argument("--silence-s", type=float, default=2.0, help="of a peer, then it is lost")
     parser.add_argument("--threads", type=int, default=1)

@@ -1,0 +1,153 @@
+"""One node's shard alone on a GPU against the whole dense model, both replayed as CUDA graphs.
+
+    python -m benchmarks.bench_gpu_shard --model resnet50 --batches 32,128 --json FILE
+
+What is timed is the node's whole program as it runs beside other nodes: its layers over its own
+channels and over payloads, and packing what it sends. What is left out is the network: payloads lie
+in their buffers already (random, finite, put there once), and messages are packed and go nowhere.
+So this is the bound that a cluster of such nodes approaches as its links get faster, not what one
+reaches.
+
+The dense sides are those of `benchmarks.gpu_models`. A shard's output for made-up payloads means
+nothing, so it is compared with the plain-torch kernels' for the same payloads ("shard", in the same
+dtype), and all shards together, run one after the other with real payloads, with the dense model in
+float64 ("all shards").
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+
+import torch
+from torch import Tensor, nn
+
+import disco
+from benchmarks.gpu_models import (
+    DTYPES,
+    NODES,
+    dense_sides,
+    exact_model,
+    exact_of,
+    example_of,
+    image_batch,
+    measure,
+    parser_of,
+    print_row,
+    relative_error,
+    set_precision,
+    sparse_model,
+    write_report,
+)
+from disco.executor import Executor, Handle, Transport, run_together
+from disco.executor.transport import NOTHING
+
+# Bytes that make a finite, positive number of moderate size of any floating dtype: for messages
+# whose parts have several (0x3A3A3A3A to 0x3E3E3E3E is 7e-4 to 0.19 in float32).
+_FIRST_BYTE, _LAST_BYTE = 0x3A, 0x3E
+
+
+class NoNetwork(Transport):
+    """Peers whose payloads are there before anybody asks, and who take everything at once.
+
+    A buffer is filled when it is first seen, with numbers that its address (exchange, peer) alone
+    decides; from then on a request neither copies nor allocates anything for its messages.
+    """
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        super().__init__(rank, world_size)
+        self._filled: dict[int, Tensor] = {}  # kept, so that no other gets the same id
+
+    def connect(self) -> None:
+        pass
+
+    def post_receive(self, buffer: Tensor, source: int, exchange: int, request: int) -> Handle:
+        if id(buffer) not in self._filled:
+            self._filled[id(buffer)] = buffer
+            _fill(buffer, seed=exchange * self.world_size + source)
+        self.bytes_received += buffer.nbytes
+        return NOTHING
+
+    def send(self, buffer: Tensor, destination: int, exchange: int, request: int) -> Handle:
+        self.bytes_sent += buffer.nbytes
+        return NOTHING
+
+    def progress(self) -> None:
+        pass
+
+    def wait(self, handle: Handle, deadline_s: float) -> None:
+        raise AssertionError("everything is there at once")
+
+    def close(self) -> None:
+        self._filled.clear()
+
+
+def _fill(buffer: Tensor, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    if buffer.dtype.is_floating_point:
+        buffer.copy_(torch.randn(buffer.shape, generator=generator))
+        return
+    size = (buffer.nbytes,)
+    made = torch.randint(_FIRST_BYTE, _LAST_BYTE + 1, size, generator=generator, dtype=torch.uint8)
+    buffer.view(-1).view(torch.uint8).copy_(made)
+
+
+def cut(model: nn.Module, args: argparse.Namespace) -> disco.Partitioned:
+    """The model in the options' dtype, cut for two nodes."""
+    dtype = DTYPES[args.dtype]
+    (example,) = example_of(args)
+    return disco.partition(copy.deepcopy(model).to(dtype), (example.to(dtype),), NODES)
+
+
+def shard_alone(
+    parts: disco.Partitioned, rank: int, device: torch.device, backend: str | None = None
+) -> Executor:
+    """A rank's program with payloads that are there already."""
+    part = parts.ranks[rank]
+    transport = NoNetwork(rank, NODES)
+    return Executor(part.program, part.weights, transport, backend=backend, device=device)
+
+
+def main() -> None:
+    parser = parser_of(__doc__, batches="32,128")
+    parser.add_argument("--rank", type=int, default=0, choices=range(NODES))
+    args = parser.parse_args()
+    set_precision(args)
+    dtype, device = DTYPES[args.dtype], torch.device("cuda", torch.cuda.current_device())
+    model = sparse_model(args)
+    parts = cut(model, args)
+    model.cuda()
+    shard = shard_alone(parts, args.rank, device)
+    plain = shard_alone(parts, args.rank, device, backend="reference")
+    together = [Executor(part.program, part.weights, device=device) for part in parts.ranks]
+    sides = {"shard": lambda x: shard(x.to(dtype)), **dense_sides(model, args)}
+    oracle = exact_model(model)
+    rows = []
+    for batch in (int(b) for b in args.batches.split(",")):
+        x = image_batch(args, batch)
+        row, outputs = measure(x, "shard", sides, args.rounds)
+        with torch.no_grad():
+            wanted = exact_of(oracle, x)
+            all_shards = run_together(together, (x[: len(wanted)].to(dtype),))[args.rank]
+            alone = outputs.pop("shard").double()
+            plainly = plain(x.to(dtype)).double()
+        outputs["all shards"] = all_shards
+        errors = {name: relative_error(y, wanted) for name, y in outputs.items()}
+        row["relative_error"] = {**errors, "shard": relative_error(alone, plainly)}
+        rows.append(row)
+        print_row(args, row)
+        print(f"  all shards together, against float64: error {errors['all shards']:.2g}")
+    flops = parts.plan.flops_per_rank[args.rank] / parts.plan.flops_dense
+    print(f"rank {args.rank} of {NODES}: {flops:.3f} of the dense model's FLOPs")
+    write_report(
+        args,
+        rows,
+        kernels=shard.kernel_backends,
+        flops_of_dense=flops,
+        bytes_per_image=parts.plan.bytes_per_image,
+        packed_bytes=shard.packed_bytes,
+    )
+
+
+if __name__ == "__main__":
+    main()
