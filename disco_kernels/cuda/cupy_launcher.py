@@ -93,7 +93,9 @@ def compiled(cupy: Any, major: int, minor: int) -> bytes:
 
 def compile_sources(nvrtc: Any, sources: dict[str, str], flags: tuple[str, ...]) -> bytes:
     """Machine code, or PTX for a "compute" architecture. RuntimeError with the compiler's words."""
-    included = {name: text for name, text in sources.items() if name != ROOT_SOURCE}
+    included = {
+        name.encode(): text.encode() for name, text in sources.items() if name != ROOT_SOURCE
+    }
     program = nvrtc.createProgram(
         sources[ROOT_SOURCE], ROOT_SOURCE, list(included.values()), list(included)
     )
