@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from disco_kernels.cuda.lists import ChannelLists
 from disco_kernels.cuda.tiles import magnitude_blocks, quantised_tile_pixels, tile_pixels
 from tests.cuda.cases import DTYPES, LISTS, WIRES, check_messages, hostile, maps
 from tests.cuda.emulator import EmulatedLauncher, cpu_as_device, needs_compiler
+from tests.kernels.process import python
 
 pytestmark = needs_compiler
 
@@ -231,3 +233,9 @@ def test_groups_of_lists() -> None:
     ]
     for lists, group in groups:
         assert ChannelLists([torch.tensor(one) for one in lists]).group == group, lists
+
+
+def test_nothing_beside_the_buffers_is_touched(tmp_path: Path) -> None:
+    done = python("-m", "tests.cuda.guarded", str(tmp_path))
+    assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
+    assert done.stdout.split() == ["guarded", str(2 * 3 * 4 * sum(map(len, LISTS)))]
