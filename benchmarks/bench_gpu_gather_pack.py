@@ -4,10 +4,10 @@ memory's rate it reaches.
     python -m benchmarks.bench_gpu_gather_pack --json FILE
 
 A row a shape, density, wire dtype, way of choosing channels and backend; the backends take turns.
-``useful`` counts each selected value read once and written once; ``touched`` counts what memory moves
-for it, in sectors of 32 bytes. Both are shares of the rate of a large copy. int8 reads its values a
-second time, for their scales come first: that counts in neither, and costs memory's time only where
-the map does not fit the second-level cache.
+``useful`` counts each selected value read once and written once; ``touched`` counts what memory
+moves for it, in sectors of 32 bytes. Both are shares of the rate of a large copy. int8 reads its
+values a second time, because their scales come first: that counts in neither, and takes memory's
+time only where the map does not fit the second-level cache.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ class CupyLauncher:
         self, kernel: str, blocks: int, args: Structure, device: torch.device, stream: int
     ) -> None:
         index = device.index
-        # A thread that never used CUDA has no context yet.
-        self._cupy.cuda.runtime.setDevice(index)
+        if not self._cupy.cuda.driver.ctxGetCurrent():  # a thread that never used CUDA
+            self._cupy.cuda.runtime.setDevice(index)
         _, function = self._kernels.get((index, kernel)) or self._kernel(index, kernel)
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(args))
         address = ctypes.addressof(pointers)

@@ -249,7 +249,7 @@ def test_messages_are_packed_by_cuda_and_layers_by_another() -> None:
 
 _PACKS = """
 import sys, torch, disco_kernels as dk
-assert not {"cupy", "triton"} & set(sys.modules) and not torch.cuda.is_initialized()
+assert "cupy" not in sys.modules and not torch.cuda.is_initialized()
 x = torch.arange(32.0).view(1, 2, 2, 8).permute(0, 3, 1, 2)
 print(dk.GatherPack([[7, 0]])(x.cuda())[0].view(-1).tolist())
 """
@@ -270,5 +270,5 @@ def test_processes_that_start_together_without_a_cache(tmp_path: Path) -> None:
     ]
     for process in started:
         out, err = process.communicate(timeout=300)
-        assert out.split() == "[7.0, 0.0, 15.0, 8.0, 23.0, 16.0, 31.0, 24.0]".split(), err
+        assert out.strip() == "[7.0, 0.0, 15.0, 8.0, 23.0, 16.0, 31.0, 24.0]", err
     assert len(list(tmp_path.glob("*.cubin"))) == 1
