@@ -20,7 +20,13 @@ if wanted install; then
   say "install"
   site=$(mktemp -d)
   trap 'rm -rf "$site"' EXIT
-  python3 -m pip install --quiet --no-build-isolation --no-deps --target "$site" .
+  install=(python3 -m pip install --quiet --no-build-isolation --no-deps --target "$site" .)
+  if command -v nvcc >/dev/null; then
+    DISCO_KERNELS_FORCE_CUDA=1 "${install[@]}" ||
+      { echo "the CUDA kernels do not build here: CuPy compiles them"; "${install[@]}"; }
+  else
+    "${install[@]}"
+  fi
   # The tests and benchmarks lie in this folder, and so do the sources, which must not be found.
   cp -r tests benchmarks "$site"
   export PYTHONPATH="$site"
@@ -32,9 +38,12 @@ if wanted tests; then
   say "tests"
   # Kernels are compiled as they are met: side by side where pytest-xdist is there.
   parallel=$(python3 -c 'import xdist' 2>/dev/null && echo "-n 12" || true)
+  # Both ways to the CUDA kernels, where the extension has some.
+  launchers="not builtin"
+  python3 -c 'import disco_kernels._C as c; c.cuda_launch' 2>/dev/null && launchers=""
   # shellcheck disable=SC2086
-  python3 -m pytest tests/triton/test_kernels.py -m "not slow" -q -p no:cacheprovider $parallel 2>&1 |
-    tee "$results/tests.log" | tail -n 5
+  python3 -m pytest tests/triton/test_kernels.py tests/cuda/test_gpu.py tests/cuda/test_conv2d_sm90.py -m "not slow" -q \
+    -p no:cacheprovider -k "$launchers" $parallel 2>&1 | tee "$results/tests.log" | tail -n 5
 fi
 
 if wanted ranks; then
@@ -45,9 +54,9 @@ fi
 
 if wanted sanitizer && command -v compute-sanitizer >/dev/null; then
   say "compute-sanitizer"
-  timeout 120 compute-sanitizer --tool memcheck --error-exitcode 1 \
-    python3 -m pytest tests/triton/test_kernels.py -q \
-    -k "groups_of_16_bytes or few_channels or messages_beside" >"$results/sanitizer.log" 2>&1 &&
+  timeout 180 compute-sanitizer --tool memcheck --error-exitcode 1 \
+    python3 -m pytest tests/triton/test_kernels.py tests/cuda/test_gpu.py -q \
+    -k "groups_of_16_bytes or few_channels or messages_beside or (misaligned and not cupy)" >"$results/sanitizer.log" 2>&1 &&
     tail -n 2 "$results/sanitizer.log" ||
     { echo "compute-sanitizer found something or does not work here:"; tail -n 5 "$results/sanitizer.log"; }
 fi
@@ -69,7 +78,7 @@ if wanted shard; then
   run resnet50-shard-bf16 120 bench_gpu_shard
   run deit-small-shard-bf16 120 bench_gpu_shard "${deit[@]}"
 fi
-if wanted gather-pack; then run gather-pack 60 bench_gpu_gather_pack; fi
+if wanted gather-pack; then run gather-pack 120 bench_gpu_gather_pack; fi
 if wanted tf32; then
   run resnet50-tf32 90 bench_gpu_model --dtype float32 --tf32 --batches 32,128
 fi

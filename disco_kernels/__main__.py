@@ -14,6 +14,7 @@ import torch
 
 from disco_kernels import registry
 from disco_kernels.backends.cpu import extension_status
+from disco_kernels.cuda.launcher import builtin_refusal
 
 
 def openmp_runtimes() -> list[str]:
@@ -41,7 +42,10 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-_OPTIONAL = {"triton": "installed", "cupy": "installed, not used by this release"}
+_OPTIONAL = {
+    "triton": "installed",
+    "cupy": "installed; compiles the CUDA kernels where the extension has none",
+}
 
 
 def _backends(device: torch.device) -> list[str]:
@@ -49,14 +53,28 @@ def _backends(device: torch.device) -> list[str]:
     where = "in CPU memory" if device.type == "cpu" else f"on {torch.cuda.get_device_name(device)}"
     variable = os.environ.get(registry.BACKEND_VARIABLE) or "not set"
     lines = [f"backends for float32 tensors {where} ({registry.BACKEND_VARIABLE}={variable}):"]
-    for name in registry.names():
-        reason = registry.refusal(name, device, torch.float32)
-        lines.append(f"  {name:<10} {'available' if reason is None else reason}")
+    lines += [f"  {name:<10} {_state(name, device)}" for name in registry.names()]
+    chosen, for_messages = _chosen(device, "layer"), _chosen(device, "gather_pack")
+    lines.append(f"chosen: {chosen}")
+    if for_messages != chosen:
+        lines.append(f"chosen for gather_pack: {for_messages}")
+    return lines
+
+
+def _state(name: str, device: torch.device) -> str:
+    """Of a backend: available, for what alone, or why not."""
+    reason = registry.refusal(name, device, torch.float32)
+    if reason is None:
+        return "available"
+    for_messages = registry.refusal(name, device, torch.float32, "gather_pack")
+    return for_messages or "gather_pack only"
+
+
+def _chosen(device: torch.device, work: registry.Work) -> str:
     try:
-        chosen = registry.resolve(None, device, torch.float32)
+        return registry.resolve(None, device, torch.float32, work)
     except registry.BackendUnavailable as error:
-        chosen = f"none: {error}"
-    return [*lines, f"chosen: {chosen}"]
+        return f"none: {error}"
 
 
 def report() -> str:
@@ -69,6 +87,7 @@ def report() -> str:
         f"extension     {status.path or 'none'}",
         f"instructions  {status.isa or 'none'} in use; usable here: "
         f"{', '.join(status.available_isas) or 'none'} (DISCO_KERNELS_ISA forces one)",
+        f"cuda kernels  {builtin_refusal() or 'built into the extension'}",
         f"openmp        {', '.join(openmp_runtimes()) or 'none loaded, or not to be seen here'}",
         "",
     ]

@@ -251,7 +251,7 @@ def get(name: str) -> Backend:
 def refusal(
     name: str, device: torch.device, dtype: torch.dtype, work: Work = "layer"
 ) -> str | None:
-    """Why ``name`` refuses such work on tensors of this device and dtype, or None if it does not."""
+    """Why ``name`` refuses such work on tensors of this device and dtype, or None."""
     backend = _backends.get(name)
     if backend is None:
         return _missing(name)
@@ -283,8 +283,8 @@ def resolve(
         if reason is None and get(candidate).automatic:
             if candidate == "reference":
                 _say_once(
-                    f"disco_kernels: {dtype} on {device.type} runs on the plain-torch reference "
-                    f"({'; '.join(passed_over)})"
+                    f"disco_kernels: {dtype} on {device.type} runs on the plain-torch reference",
+                    "; ".join(passed_over),
                 )
             return candidate
         if reason is not None and get(candidate).lacks(work) is None:
@@ -315,9 +315,9 @@ def _explain(name: str, device: torch.device, dtype: torch.dtype, work: Work) ->
     return "\n".join(lines)
 
 
-def _say_once(message: str) -> None:
+def _say_once(message: str, reasons: str) -> None:
     with _said_lock:
         if message in _said:
             return
         _said.add(message)
-    warnings.warn(message, RuntimeWarning, stacklevel=3)
+    warnings.warn(f"{message} ({reasons})", RuntimeWarning, stacklevel=3)

@@ -39,8 +39,9 @@ void cuda_launch(const std::string& kernel, uint32_t blocks, const void* args, s
                                 " bytes of arguments in this build, given " +
                                 std::to_string(bytes) + ": build it again");
   }
-  // A thread that never used CUDA has no context yet.
-  check(cudaSetDevice(device), "device " + std::to_string(device));
+  int current = -1;
+  check(cudaGetDevice(&current), "the current device");
+  if (current != device) check(cudaSetDevice(device), "device " + std::to_string(device));
   void* arguments[] = {const_cast<void*>(args)};
   check(cudaLaunchKernel(found->second.function, dim3(blocks), dim3(cuda::kThreads), arguments, 0,
                          static_cast<cudaStream_t>(stream)),

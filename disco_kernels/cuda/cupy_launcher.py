@@ -38,8 +38,8 @@ class CupyLauncher:
         self, kernel: str, blocks: int, args: Structure, device: torch.device, stream: int
     ) -> None:
         index = device.index
-        # A thread that never used CUDA has no context yet.
-        self._cupy.cuda.runtime.setDevice(index)
+        if not self._cupy.cuda.driver.ctxGetCurrent():  # a thread that never used CUDA
+            self._cupy.cuda.runtime.setDevice(index)
         _, function = self._kernels.get((index, kernel)) or self._kernel(index, kernel)
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(args))
         address = ctypes.addressof(pointers)
@@ -93,7 +93,9 @@ def compiled(cupy: Any, major: int, minor: int) -> bytes:
 
 def compile_sources(nvrtc: Any, sources: dict[str, str], flags: tuple[str, ...]) -> bytes:
     """Machine code, or PTX for a "compute" architecture. RuntimeError with the compiler's words."""
-    included = {name: text for name, text in sources.items() if name != ROOT_SOURCE}
+    included = {
+        name.encode(): text.encode() for name, text in sources.items() if name != ROOT_SOURCE
+    }
     program = nvrtc.createProgram(
         sources[ROOT_SOURCE], ROOT_SOURCE, list(included.values()), list(included)
     )

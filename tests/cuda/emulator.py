@@ -21,9 +21,10 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no g++ to compile 
 _OUTCOMES = {1: "no such kernel", 2: "arguments of another size", 3: "a barrier that not all met"}
 # Where alignment, shifts or signed sums go wrong, the process is ended by a trap.
 _FLAGS = (
-    "-std=c++17 -O1 -ffp-contract=off -Wall -Wextra -Werror -Wno-unknown-pragmas -shared -fPIC "
-    "-fsanitize=undefined -fsanitize-undefined-trap-on-error"
-).split()
+    *("-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+    *("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"),
+)
 
 
 class EmulatedLauncher:

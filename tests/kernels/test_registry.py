@@ -49,7 +49,7 @@ def test_automatic_choice_falls_back_and_says_so_once(monkeypatch: pytest.Monkey
     ("name", "dtype", "reason"),
     [
         ("cpu", torch.float64, "cpu: float32 and bfloat16 only, given torch.float64"),
-        ("cuda", torch.float32, "cuda: this release has no CUDA kernels"),
+        ("cuda", torch.float32, "cuda: it has no layers, only gather_pack"),
         ("triton", torch.float32, "triton: tensors on cuda devices only, given cpu"),
         ("nonsense", torch.float32, "nonsense: no such backend; allowed: cuda, triton, cpu, ref"),
         ("reference", torch.int32, "reference: floating dtypes only, given torch.int32"),
@@ -73,8 +73,8 @@ def test_explicit_requests_raise_with_every_reason(
 def test_no_backend_at_all() -> None:
     with pytest.raises(dk.BackendUnavailable, match="reference: floating dtypes only"):
         registry.resolve(None, CPU, torch.int64)
-    with pytest.raises(dk.BackendUnavailable, match="'cuda': this release has no CUDA kernels"):
-        registry.get("cuda")
+    with pytest.raises(dk.BackendUnavailable, match="'nonsense': no such backend"):
+        registry.get("nonsense")
 
 
 @needs_extension
@@ -84,14 +84,29 @@ def test_the_variable_is_an_explicit_request(monkeypatch: pytest.MonkeyPatch) ->
     assert registry.resolve("cpu", CPU, torch.float32) == "cpu"  # an argument goes first
     assert dk.PartialLinear(torch.zeros(2, 2), [2]).backend == "reference"
     monkeypatch.setenv(registry.BACKEND_VARIABLE, "cuda")
-    with pytest.raises(dk.BackendUnavailable, match="no CUDA kernels"):
+    with pytest.raises(dk.BackendUnavailable, match="cuda: it has no layers"):
         registry.resolve(None, CPU, torch.float32)
     model = nn.Sequential(linear())
-    with pytest.raises(dk.BackendUnavailable, match="no CUDA kernels"):
+    with pytest.raises(dk.BackendUnavailable, match="cuda: it has no layers"):
         dk.swap_(model, 2)
     assert type(model[0]) is nn.Linear
     monkeypatch.setenv(registry.BACKEND_VARIABLE, "")
     assert registry.resolve(None, CPU, torch.float32) == "cpu"
+
+
+def test_a_backend_for_messages_alone_is_chosen_for_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = registry.get("cuda")
+    monkeypatch.setattr(cuda, "refusal", lambda device, dtype: None)
+    monkeypatch.delenv(registry.BACKEND_VARIABLE, raising=False)
+    assert registry.resolve(None, CPU, torch.float32, "gather_pack") == "cuda"
+    assert registry.resolve("cuda", CPU, torch.float32, "gather_pack") == "cuda"
+    assert registry.resolve(None, CPU, torch.float32) != "cuda"
+    with pytest.raises(dk.BackendUnavailable, match="cuda: it has no layers.*ask for triton"):
+        dk.PartialLinear(torch.zeros(2, 2), [2], backend="cuda")
+    with pytest.raises(dk.BackendUnavailable, match="it has no layers"):
+        cuda.packed_numel(1, [1], 1, torch.float32)
 
 
 def test_a_missing_extension_is_named_and_the_reference_runs() -> None:

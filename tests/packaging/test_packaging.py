@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import struct
 import subprocess
 import sys
 from importlib import metadata
@@ -29,13 +30,24 @@ def extension() -> Path:
 
 
 def needed_libraries(path: Path) -> set[str]:
-    """DT_NEEDED of an ELF file: the names are plain strings in it."""
-    return set(re.findall(rb"lib[\w+-]+\.so(?:\.\d+)*", path.read_bytes()))
+    """What a 64-bit ELF file asks the loader for (DT_NEEDED); not what it may open later."""
+    data = path.read_bytes()
+    assert data[:5] == b"\x7fELF\x02", f"{path} is no 64-bit ELF file"
+    (table,) = struct.unpack_from("<Q", data, 0x28)
+    size, count = struct.unpack_from("<HH", data, 0x3A)
+    sections = [
+        struct.unpack_from("<IIQQQQIIQQ", data, table + size * number) for number in range(count)
+    ]
+    dynamic = next(section for section in sections if section[1] == 6)  # SHT_DYNAMIC
+    offset, length, strings = dynamic[4], dynamic[5], sections[dynamic[6]][4]
+    entries = struct.iter_unpack("<QQ", data[offset : offset + length])
+    starts = [strings + value for tag, value in entries if tag == 1]
+    return {data[start : data.index(b"\0", start)].decode() for start in starts}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads an ELF file")
 def test_the_extension_needs_no_torch_and_shares_its_openmp() -> None:
-    needed = {name.decode() for name in needed_libraries(extension())}
+    needed = needed_libraries(extension())
     assert "libgomp.so.1" in needed, "the soname of the OpenMP runtime in torch's CPU wheel"
     assert not {name for name in needed if "torch" in name or "c10" in name}
     assert not {name for name in needed if "cuda" in name or "omp5" in name}
