@@ -8,6 +8,8 @@ float64 on the same input, and the error of the dense side with it.
 
 from __future__ import annotations
 
+from unittest import mock
+
 import disco
 from benchmarks.gpu_models import (
     DTYPES,
@@ -25,14 +27,24 @@ from benchmarks.gpu_models import (
     sparse_model,
     write_report,
 )
+from disco_kernels.cuda.conv2d_sm90 import Conv2dSm90
 
 
 def main() -> None:
-    args = parser_of(__doc__, batches="1,32,128").parse_args()
+    parser = parser_of(__doc__, batches="1,32,128")
+    parser.add_argument(
+        "--triton-alone", action="store_true", help="also without the CUDA C++ convolutions"
+    )
+    args = parser.parse_args()
     set_precision(args)
     model = sparse_model(args).cuda()
     ours = disco.compile(model, NODES, example_inputs=example_of(args), dtype=DTYPES[args.dtype])
     sides = {"disco": ours, **dense_sides(model, args)}
+    if args.triton_alone:
+        with mock.patch.object(Conv2dSm90, "make", return_value=None):
+            sides["disco_triton"] = disco.compile(
+                model, NODES, example_inputs=example_of(args), dtype=DTYPES[args.dtype]
+            )
     oracle = exact_model(model)
     rows = []
     for batch in (int(b) for b in args.batches.split(",")):

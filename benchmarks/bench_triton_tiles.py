@@ -23,7 +23,7 @@ from torch import Tensor
 
 import disco_kernels as dk
 from benchmarks.cuda_time import copy_gb_s, describe_gpu, median_ms
-from benchmarks.shapes import ConvShape, resnet50_shapes
+from benchmarks.shapes import ConvShape, deit_small_shapes, resnet50_shapes
 from disco_kernels.pattern import Selected, find_selected
 from disco_kernels.triton.tiles import Tile
 
@@ -71,13 +71,13 @@ class Layer:
 
 
 def selected_in_groups(shape: ConvShape, density: float) -> tuple[dk.Ownership, dk.Ownership, Any]:
-    """Two nodes; of every 8 channels that the other owns all or none, at least 8."""
+    """Two nodes; of every 8 channels that the other owns all or none."""
     out, inputs = (dk.Ownership.contiguous(n, 2) for n in (shape.out_channels, shape.in_channels))
     rows = []
     for receiver in range(2):
         owned = inputs.channels[1 - receiver]
         groups = [owned[i : i + GROUP] for i in range(0, len(owned), GROUP)]
-        count = max(1, round(density * len(groups)))
+        count = int(density * len(groups))  # as `disco.sparsify_`
         picked = torch.randperm(len(groups))[:count].sort().values.tolist()
         taken = tuple(c for g in picked for c in groups[g])
         rows.append(((), taken) if receiver == 0 else (taken, ()))
@@ -137,32 +137,43 @@ def run_with(layer: Layer, tile: Tile | None) -> Tensor:
 
 
 def sm90_tiles(layer: Layer) -> list[str]:
-    """Tiles of the CUDA C++ kernel, none where it does not compute this layer."""
+    """Tiles of the CUDA C++ kernel that make sense, none where it does not compute this layer."""
     conv2d = layer.kernel._prepared.sm90  # type: ignore[attr-defined]
-    return [] if conv2d is None else list(conv2d.tiles())
+    if conv2d is None:
+        return []
+    return [t for t in conv2d.tiles() if int(t.split("x")[1]) < 2 * max(32, conv2d.key.columns)]
 
 
 def run_sm90(layer: Layer, tile: str) -> Tensor:
     """The layer with this tile of the CUDA C++ kernel."""
-    conv2d = layer.kernel._prepared.sm90  # type: ignore[attr-defined]
-    conv2d.tile = conv2d.tiles().index(tile)
-    weight = layer.kernel.packed_weight
+    conv2d, weight = layer.kernel._prepared.sm90, layer.kernel.packed_weight  # type: ignore[attr-defined]
     assert conv2d.takes([layer.x], (layer.out, layer.residual))
-    conv2d.run([layer.x], weight, layer.bias, layer.residual, layer.out)
+    place = conv2d.tiles().index(tile)
+    conv2d.run([layer.x], weight, layer.bias, layer.residual, layer.out, place)
     return layer.out
 
 
-def relative_error(layer: Layer) -> float:
-    """Of what is in ``out``, against a float32 convolution of the same numbers."""
+def exact_result(layer: Layer) -> Tensor:
+    """A float32 convolution of the same numbers."""
     size = layer.shape
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(allow_tf32=False, benchmark=False):
         exact = F.conv2d(
             layer.x.float(), layer.weight.float(), layer.bias.float(), size.stride, size.padding
         )
     if layer.residual is not None:
         exact += layer.residual.float()
-    exact.relu_()
-    return float((layer.out.float() - exact).norm() / exact.norm())
+    return exact.relu_()
+
+
+def cudnn_fused(layer: Layer) -> Tensor:
+    """cuDNN's convolution with bias, residual and ReLU in it, dense."""
+    size = layer.shape
+    window = ((size.stride,) * 2, (size.padding,) * 2, (1, 1), 1)
+    if layer.residual is None:
+        return torch.cudnn_convolution_relu(layer.x, layer.weight, layer.bias, *window)
+    return torch.cudnn_convolution_add_relu(
+        layer.x, layer.weight, layer.residual, 1.0, layer.bias, *window
+    )
 
 
 def warm(jobs: tuple[list[tuple[int, ...]], str]) -> None:
@@ -183,17 +194,18 @@ def measure(shape: ConvShape, batch: int, args: argparse.Namespace, rate: float)
     """One row."""
     torch.manual_seed(0)
     layer = make_layer(shape, batch, args.density, DTYPES[args.dtype])
+    exact = exact_result(layer)
     times: dict[str, float] = {}
     worst = 0.0
     ways = {str(tile): partial(run_with, layer, tile) for tile in tiles_for(layer)}
     if args.sm90_alone:
-        ways = {}
+        ways = {}  # of Triton's, only what it chooses
     ways |= {f"sm90 {tile}": partial(run_sm90, layer, tile) for tile in sm90_tiles(layer)}
     for tile, way in ways.items():
         layer.out.fill_(float("nan"))
         try:
             way()
-            error = relative_error(layer)
+            error = float((layer.out.float() - exact).norm() / exact.norm())
             if not error < 2e-2:
                 print(f"WRONG: {shape} batch {batch} tile {tile}: {error}")
                 continue
@@ -201,14 +213,14 @@ def measure(shape: ConvShape, batch: int, args: argparse.Namespace, rate: float)
             times[tile] = median_ms(way)
         except Exception as error:  # noqa: BLE001 - a tile may not fit this GPU; the row says so
             print(f"{shape} batch {batch} tile {tile}: {type(error).__name__} {error}"[:200])
-    layer.out.fill_(float("nan"))
-    run_with(layer, None)
     chosen = layer.kernel._prepared.choose(  # type: ignore[attr-defined]
         batch * shape.out_size**2, layer.x.device
     )
-    chosen_ms = median_ms(lambda: run_with(layer, None))
+    chosen_ms = median_ms(lambda: run_with(layer, chosen))
     torch.backends.cudnn.benchmark = True
     dense_ms = median_ms(lambda: F.conv2d(layer.x, layer.weight, None, shape.stride, shape.padding))
+    fused_ms = median_ms(lambda: cudnn_fused(layer))
+    sm90 = layer.kernel._prepared.sm90  # type: ignore[attr-defined]
     moved = [layer.x, layer.out, layer.kernel.packed_weight]
     moved += [] if layer.residual is None else [layer.residual]
     best = min(times, key=lambda t: times[t]) if times else "none"
@@ -220,6 +232,8 @@ def measure(shape: ConvShape, batch: int, args: argparse.Namespace, rate: float)
         "chosen_tile": str(chosen),
         "chosen_ms": chosen_ms,
         "cudnn_conv_ms": dense_ms,
+        "cudnn_fused_ms": fused_ms,
+        "sm90_key": None if sm90 is None else tuple(sm90.key),
         "copy_bound_ms": sum(t.nbytes for t in moved) / rate / 1e6,
         "relative_error": worst,
         "times_ms": times,
@@ -232,6 +246,7 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=0.1)
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
     parser.add_argument("--sm90-alone", action="store_true", help="no tiles of Triton's kernel")
+    parser.add_argument("--linears", action="store_true", help="DeiT-small's layers, too")
     parser.add_argument("--kernels", default="1,3", help="widths of the windows")
     parser.add_argument("--processes", type=int, default=14)
     parser.add_argument("--json")
@@ -244,14 +259,15 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, copy {rate:.0f} GB/s")
     rows = []
     for batch in (int(b) for b in args.batches.split(",")):
-        for shape in resnet50_shapes():
+        for shape in (*resnet50_shapes(), *(deit_small_shapes() if args.linears else ())):
             if str(shape.kernel) not in args.kernels.split(","):
                 continue
             row = measure(shape, batch, args, rate)
             rows.append(row)
             print(
                 f"{batch:4d} {shape!s:28s} best {row['best_ms']:.4f} ({row['best_tile']})  chosen "
-                f"{row['chosen_ms']:.4f}  cudnn {row['cudnn_conv_ms']:.4f}  copy "
+                f"{row['chosen_ms']:.4f}  cudnn {row['cudnn_conv_ms']:.4f}, fused "
+                f"{row['cudnn_fused_ms']:.4f}  copy "
                 f"{row['copy_bound_ms']:.4f}"
             )
     if args.json:

@@ -48,3 +48,10 @@ def resnet50_shapes() -> list[ConvShape]:
                 shapes.append(shape)
         in_channels, size = 4 * width, out
     return shapes
+
+
+def deit_small_shapes() -> list[ConvShape]:
+    """DeiT-small's linears as convolutions of 1 x 1 over 14 x 14 of its 197 tokens."""
+    return [
+        ConvShape(o, i, 1, 1, 14) for o, i in ((1152, 384), (384, 384), (1536, 384), (384, 1536))
+    ]

@@ -1,8 +1,8 @@
 """Convolutions on Hopper's tensor cores, fed by its tensor copy engine (csrc/cuda/conv2d_sm90.cuh).
 
 It computes from the weights that the Triton backend packs, so a layer takes whichever of the two
-kernels suits the call. Which one is fixed by the layer and the number of pixels (`pays`), from
-measurements on an H100 (benchmarks/results).
+kernels suits the call. Which one is fixed by the layer and the number of pixels (`choose`), by a
+table that was measured on an H100 (`disco_kernels.cuda.tuned`).
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import importlib
 import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from disco_kernels.cuda.tuned import TUNED
 from disco_kernels.spec import ConvSpec
 from disco_kernels.triton.arguments import VECTOR_BYTES, pixel_strides
 from disco_kernels.triton.tables import Lists, num_channels, padded_columns
@@ -24,6 +25,8 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _CAPABILITY = (9, 0)  # the kernel's instructions are this architecture's own
 _VECTOR = 8  # channels in 16 bytes
 _ACTIVATIONS = ("none", "relu", "gelu")  # as the kernel numbers them
+_CHOSEN_BY_KERNEL = -1
+# What is not in the table: windows of several pixels on maps that fill the GPU.
 _FEWEST_PIXELS = 16384
 _NOTHING = (0, 0, 0, 0)
 
@@ -43,16 +46,31 @@ def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == _CAPABILITY
 
 
+class Key(NamedTuple):
+    """What a layer is to the table."""
+
+    taps: int
+    stride: int
+    nodes: int
+    columns: int  # output channels of the widest node
+    inputs: int  # input channels of the node that reads most
+
+
 class Conv2dSm90:
-    """One layer. Make it with `make`, ask `takes` before every `run`."""
+    """One layer. Make it with `make`; `choose` a tile and ask `takes` before every `run`."""
 
     def __init__(self, kernel: Any, spec: ConvSpec, lists: Lists) -> None:
         self._kernel = kernel
-        self._spec = spec
+        self._activation = _ACTIVATIONS.index(spec.activation)
         self._source = lists.sources[0]
-        self._columns = max(map(len, lists.outputs))
         self._refused: dict[int, bool] = {}
-        self.tile = -1  # instead of the choice
+        self.key = Key(
+            math.prod(spec.kernel_size),
+            spec.stride[0],
+            len(lists.outputs),
+            max(map(len, lists.outputs)),
+            max(map(num_channels, lists.inputs)),
+        )
 
     @classmethod
     def make(cls, lists: Lists, spec: ConvSpec, dtype: torch.dtype) -> Conv2dSm90 | None:
@@ -77,12 +95,19 @@ class Conv2dSm90:
         return cls(found(nodes, window, dtype == torch.bfloat16), spec, lists)
 
     def tiles(self) -> tuple[str, ...]:
-        """Rows of pixels x output channels; ``tile`` is a place in here, or -1."""
+        """Rows of pixels x output channels."""
         return tuple(self._kernel.tiles())
 
-    def pays(self, pixels: int) -> bool:
-        """Whether it is faster than the Triton kernel for so many output pixels."""
-        return math.prod(self._spec.kernel_size) > 1 and pixels >= _FEWEST_PIXELS
+    def choose(self, pixels: int) -> int | None:
+        """The tile, as a place in `tiles`, for so many output pixels, or None where the Triton
+        kernel is faster."""
+        measured = TUNED.get(self.key)
+        if measured is None:
+            suits = self.key.taps > 1 and pixels >= _FEWEST_PIXELS
+            return _CHOSEN_BY_KERNEL if suits else None
+        nearest = min(measured, key=lambda size: abs(math.log(size / max(1, pixels))))
+        name = measured[nearest]
+        return None if name is None else self.tiles().index(name)
 
     def takes(self, sources: Sequence[Tensor], tensors: Iterable[Tensor | None]) -> bool:
         """Whether these can be read and written: sources, then all else but weights."""
@@ -109,7 +134,9 @@ class Conv2dSm90:
         bias: Tensor | None,
         residual: Tensor | None,
         out: Tensor,
+        tile: int,
     ) -> None:
+        """Raises ValueError for a tile that does not fit into shared memory."""
         x = sources[self._source]
         with torch.cuda.device(x.device):
             self._kernel.run(
@@ -119,9 +146,9 @@ class Conv2dSm90:
                 0 if bias is None else bias.data_ptr(),
                 _NOTHING if residual is None else _place(residual),
                 _place(out),
-                _ACTIVATIONS.index(self._spec.activation),
+                self._activation,
                 torch.cuda.current_stream(x.device).cuda_stream,
-                self.tile,
+                tile,
             )
 
 

@@ -69,9 +69,9 @@ class TritonConv2d(PreparedConv2d):
         pixels = batch * height * width
         if pixels == 0 or num_outputs == 0:
             return
-        if self._is_for_sm90(sources, scales, residual, out, accumulate, outgoing):
-            assert self.sm90 is not None
-            self.sm90.run(sources, packed_weight, bias, residual, out)
+        sm90_tile = self._sm90_tile(sources, scales, residual, out, accumulate, outgoing)
+        if self.sm90 is not None and sm90_tile is not None:
+            self.sm90.run(sources, packed_weight, bias, residual, out, sm90_tile)
             return
         spec = self.descriptor.spec
         fused = self._fused(outgoing)
@@ -111,7 +111,7 @@ class TritonConv2d(PreparedConv2d):
         if outgoing is not None and not fused:
             self.separate_pack.run(_as_images(out, outgoing.images), outgoing.messages)
 
-    def _is_for_sm90(
+    def _sm90_tile(
         self,
         sources: Sequence[Tensor],
         scales: Sequence[Tensor | None] | None,
@@ -119,14 +119,14 @@ class TritonConv2d(PreparedConv2d):
         out: Tensor,
         accumulate: bool,
         outgoing: Outgoing | None,
-    ) -> bool:
-        """Whether the CUDA C++ kernel computes this call."""
+    ) -> int | None:
+        """The tile of the CUDA C++ kernel, if that computes this call."""
         if self.sm90 is None or self.tile is not None or accumulate or outgoing is not None:
-            return False
-        pixels = out.numel() // out.shape[1]
-        if not self.sm90.pays(pixels) or (scales and any(s is not None for s in scales)):
-            return False
-        return self.sm90.takes(sources, (out, residual))
+            return None
+        if scales and any(scale is not None for scale in scales):
+            return None
+        tile = self.sm90.choose(out.numel() // out.shape[1])
+        return tile if tile is not None and self.sm90.takes(sources, (out, residual)) else None
 
     def _run_listed(
         self,

@@ -94,10 +94,9 @@ def test_every_tile(window: int, dtype: torch.dtype) -> None:
         for tile, name in enumerate(kernel.tiles()):
             out = torch.full(shape, float("nan"), device="cuda", dtype=dtype)
             out = out.to(memory_format=torch.channels_last)
-            kernel.tile = tile
             assert kernel.takes([given], (out, added)), (WINDOWS[window], MAPS[number])
             try:
-                kernel.run([given], layer.packed_weight, bias.cuda(), added, out)
+                kernel.run([given], layer.packed_weight, bias.cuda(), added, out, tile)
             except ValueError as error:
                 assert "shared memory" in str(error)  # of the largest tiles
                 continue
@@ -122,7 +121,7 @@ def test_what_is_not_read_does_not_show() -> None:
     out = torch.empty(2, 32, 9, 9, device="cuda", dtype=torch.bfloat16)
     out = out.to(memory_format=torch.channels_last)
     assert kernel.takes([given], (out,))
-    kernel.run([given], layer.packed_weight, None, None, out)
+    kernel.run([given], layer.packed_weight, None, None, out, -1)
     check(out, expected, torch.bfloat16, "")
 
 
@@ -134,8 +133,9 @@ def test_the_layer_takes_it_for_many_pixels_also_in_a_graph() -> None:
     prepared = layer._prepared
     y = torch.empty(128, 208, 14, 14, device="cuda", dtype=torch.bfloat16)
     y = y.to(memory_format=torch.channels_last)
-    assert prepared._is_for_sm90([x], None, None, y, False, None)  # type: ignore[attr-defined]
-    assert not prepared._is_for_sm90([x[:1]], None, None, y[:1], False, None)  # type: ignore[attr-defined]
+    assert prepared._sm90_tile([x], None, None, y, False, None) is not None  # type: ignore[attr-defined]
+    few = prepared._sm90_tile([x[:1]], None, None, y[:1], False, None)  # type: ignore[attr-defined]
+    assert few is None
     layer(x, None, y)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
