@@ -6,7 +6,7 @@
 
 # Where the extension has no CUDA part, CuPy compiles these.
 file(GLOB DISCO_DEVICE_SOURCES CONFIGURE_DEPENDS csrc/cuda/*.cuh)
-install(FILES ${DISCO_DEVICE_SOURCES} DESTINATION disco_kernels/cuda/device)
+install(FILES ${DISCO_DEVICE_SOURCES} DESTINATION disco_kernels/cuda/cuh)
 
 function(disco_no_cuda reason)
   if("$ENV{DISCO_KERNELS_FORCE_CUDA}" STREQUAL "1")
