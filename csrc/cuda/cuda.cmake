@@ -6,7 +6,7 @@
 
 # Where the extension has no CUDA part, CuPy compiles these.
 file(GLOB DISCO_DEVICE_SOURCES CONFIGURE_DEPENDS csrc/cuda/*.cuh)
-install(FILES ${DISCO_DEVICE_SOURCES} DESTINATION disco_kernels/cuda/device)
+install(FILES ${DISCO_DEVICE_SOURCES} DESTINATION disco_kernels/cuda/cuh)
 
 function(disco_no_cuda reason)
   if("$ENV{DISCO_KERNELS_FORCE_CUDA}" STREQUAL "1")
@@ -30,29 +30,47 @@ endif()
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
   set(CMAKE_CUDA_ARCHITECTURES "80-real;90")
 endif()
+
+# An nvcc too old for these architectures, or for this host compiler, shows here and not in the
+# middle of the build.
+set(DISCO_PROBE ${CMAKE_BINARY_DIR}/cuda_probe)
+set(DISCO_CUDA_SETTINGS -DCMAKE_CUDA_COMPILER=${CMAKE_CUDA_COMPILER}
+    -DCMAKE_MAKE_PROGRAM=${CMAKE_MAKE_PROGRAM})
+if(CMAKE_CUDA_HOST_COMPILER)
+  list(APPEND DISCO_CUDA_SETTINGS -DCMAKE_CUDA_HOST_COMPILER=${CMAKE_CUDA_HOST_COMPILER})
+endif()
+if(CMAKE_CUDA_ARCHITECTURES)
+  string(REPLACE ";" "\\;" DISCO_ESCAPED "${CMAKE_CUDA_ARCHITECTURES}")
+  list(APPEND DISCO_CUDA_SETTINGS "-DCMAKE_CUDA_ARCHITECTURES=${DISCO_ESCAPED}")
+endif()
+execute_process(
+  COMMAND ${CMAKE_COMMAND} -G ${CMAKE_GENERATOR} -S ${CMAKE_SOURCE_DIR}/csrc/cuda/probe
+          -B ${DISCO_PROBE} ${DISCO_CUDA_SETTINGS}
+  RESULT_VARIABLE DISCO_CUDA_FAILED OUTPUT_VARIABLE DISCO_CUDA_SAID ERROR_VARIABLE DISCO_CUDA_SAID)
+if(NOT DISCO_CUDA_FAILED)
+  execute_process(
+    COMMAND ${CMAKE_COMMAND} --build ${DISCO_PROBE}
+    RESULT_VARIABLE DISCO_CUDA_FAILED OUTPUT_VARIABLE DISCO_CUDA_SAID
+    ERROR_VARIABLE DISCO_CUDA_SAID)
+endif()
+if(DISCO_CUDA_FAILED)
+  disco_no_cuda("${CMAKE_CUDA_COMPILER} does not compile csrc/cuda/probe:\n${DISCO_CUDA_SAID}")
+  return()
+endif()
+
 set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 enable_language(CUDA)
 
-# An nvcc too old for these architectures or for this compiler shows here, not in the middle of the
-# build.
-try_compile(DISCO_CUDA_WORKS ${CMAKE_BINARY_DIR}/cuda_probe ${CMAKE_SOURCE_DIR}/csrc/cuda/probe.cu
-  CMAKE_FLAGS "-DCMAKE_CUDA_ARCHITECTURES=${CMAKE_CUDA_ARCHITECTURES}"
-  CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON
-  OUTPUT_VARIABLE DISCO_CUDA_SAID)
-if(NOT DISCO_CUDA_WORKS)
-  disco_no_cuda("${CMAKE_CUDA_COMPILER} does not compile csrc/cuda/probe.cu:\n${DISCO_CUDA_SAID}")
-  return()
-endif()
-
 add_library(disco_cuda OBJECT csrc/cuda/kernels.cu)
 target_compile_options(disco_cuda PRIVATE "SHELL:-Xcompiler -Wall,-Wextra" --threads 0)
 target_sources(_C PRIVATE $<TARGET_OBJECTS:disco_cuda>)
 target_link_libraries(_C PRIVATE ${CMAKE_DL_LIBS})
 target_compile_definitions(_C PRIVATE DISCO_HAVE_CUDA)
-set_target_properties(_C PROPERTIES CUDA_RUNTIME_LIBRARY Static)
+# It compiles nothing for CUDA itself.
+set_target_properties(_C PROPERTIES CUDA_RUNTIME_LIBRARY Static CUDA_ARCHITECTURES OFF)
 
 # Instructions of compute capability 9.0 alone, which no later one has; the driver's function that
 # they need is asked for in a way that is new in CUDA 12.5.

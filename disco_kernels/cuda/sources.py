@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT_SOURCE = "kernels.cuh"
 # In a source tree csrc/cuda, elsewhere what CMake installed beside this file. The tree goes first:
 # an editable install leaves copies here, which may be old.
-_FOLDERS = (Path(__file__).parents[2] / "csrc" / "cuda", Path(__file__).parent / "device")
+_FOLDERS = (Path(__file__).parents[2] / "csrc" / "cuda", Path(__file__).parent / "cuh")
 
 
 def read_sources() -> dict[str, str]:
