@@ -25,9 +25,6 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _CAPABILITY = (9, 0)  # the kernel's instructions are this architecture's own
 _VECTOR = 8  # channels in 16 bytes
 _ACTIVATIONS = ("none", "relu", "gelu")  # as the kernel numbers them
-_CHOSEN_BY_KERNEL = -1
-# What is not in the table: windows of several pixels on maps that fill the GPU.
-_FEWEST_PIXELS = 16384
 _NOTHING = (0, 0, 0, 0)
 
 
@@ -100,11 +97,10 @@ class Conv2dSm90:
 
     def choose(self, pixels: int) -> int | None:
         """The tile, as a place in `tiles`, for so many output pixels, or None where the Triton
-        kernel is faster."""
+        kernel is faster, or may be: what was not measured stays with it."""
         measured = TUNED.get(self.key)
-        if measured is None:
-            suits = self.key.taps > 1 and pixels >= _FEWEST_PIXELS
-            return _CHOSEN_BY_KERNEL if suits else None
+        if not measured:
+            return None
         nearest = min(measured, key=lambda size: abs(math.log(size / max(1, pixels))))
         name = measured[nearest]
         return None if name is None else self.tiles().index(name)
@@ -134,9 +130,12 @@ class Conv2dSm90:
         bias: Tensor | None,
         residual: Tensor | None,
         out: Tensor,
-        tile: int,
+        tile: int = -1,
     ) -> None:
-        """Raises ValueError for a tile that does not fit into shared memory."""
+        """``tile`` is a place in `tiles`, or -1 for the largest that fits the layer.
+
+        Raises ValueError for a tile that does not fit into shared memory.
+        """
         x = sources[self._source]
         with torch.cuda.device(x.device):
             self._kernel.run(

@@ -1,0 +1,99 @@
+"""The table that chooses between two kernels, without a GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import disco_kernels as dk
+from benchmarks import tune_sm90
+from disco_kernels.cuda import conv2d_sm90
+from disco_kernels.cuda.conv2d_sm90 import Conv2dSm90, Key
+from disco_kernels.cuda.tuned import TUNED
+from disco_kernels.spec import Channels, Conv2dDescriptor, Node, Segment
+from disco_kernels.triton.tables import Lists
+
+TILES = ["256x32", "256x64"]
+
+
+class FakeKernel:
+    """What the extension is asked when a layer is made."""
+
+    reason = ""
+
+    def __init__(self, nodes: object, window: object, is_bfloat16: bool) -> None:
+        self.given = (nodes, window, is_bfloat16)
+
+    @classmethod
+    def why_not(cls, nodes: object, window: object) -> str:
+        return cls.reason
+
+    @staticmethod
+    def tiles() -> list[str]:
+        return TILES
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeKernel]:
+    monkeypatch.setattr(conv2d_sm90, "_kernel_class", lambda: FakeKernel)
+    monkeypatch.setattr(FakeKernel, "reason", "")
+    return FakeKernel
+
+
+def two_nodes() -> Lists:
+    own = (Segment(0, Channels(64)), Segment(0, Channels(64, 64)))
+    read = Segment(0, Channels(16, 0, torch.tensor([*range(72, 80), *range(96, 104)]).int()))
+    nodes = (Node((own[0], read), Channels(40)), Node((own[1],), Channels(24, 40)))
+    return Lists.of(Conv2dDescriptor(dk.ConvSpec((3, 3)), nodes))
+
+
+def test_a_layer_is_told_as_runs(fake: type[FakeKernel]) -> None:
+    spec = dk.ConvSpec((3, 3), (2, 2), (1, 0), activation="relu")
+    layer = Conv2dSm90.make(two_nodes(), spec, torch.float16)
+    assert layer is not None and layer.key == Key(9, 2, 2, 40, 80)
+    nodes, window, is_bfloat16 = layer._kernel.given
+    assert window == (3, 3, 2, 1, 0, 1, 1) and not is_bfloat16
+    runs = [(0, 64, 0), (72, 8, 64), (96, 8, 72)]
+    assert nodes == [(runs, 40, 0, 80, 0), ([(64, 64, 0)], 24, 40, 64, 9 * 80 * 40)]
+
+
+def test_what_the_kernel_cannot_is_left_to_triton(fake: type[FakeKernel]) -> None:
+    lists = two_nodes()
+    assert Conv2dSm90.make(lists, dk.ConvSpec((3, 3)), torch.float32) is None
+    assert Conv2dSm90.make(lists, dk.ConvSpec((3, 3), activation="silu"), torch.bfloat16) is None
+    assert Conv2dSm90.make(lists, dk.ConvSpec((3, 3), (1, 2)), torch.bfloat16) is None
+    fake.reason = "something else"
+    assert Conv2dSm90.make(lists, dk.ConvSpec((3, 3)), torch.bfloat16) is None
+
+
+def test_the_nearest_size_that_was_measured_decides(
+    fake: type[FakeKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = Conv2dSm90.make(two_nodes(), dk.ConvSpec((3, 3)), torch.bfloat16)
+    assert layer is not None and layer.choose(10**6) is None
+    monkeypatch.setitem(TUNED, tuple(layer.key), {1000: None, 100000: "256x64"})
+    assert [layer.choose(n) for n in (0, 1000, 9999, 10001, 10**9)] == [None, None, None, 1, 1]
+
+
+def test_the_table_is_made_of_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = {"size": 56, "stride": 2}
+    rows = [
+        {"sm90_key": [9, 2, 2, 64, 64], "shape": shape, "batch": 2, "chosen_ms": 0.2, "times_ms": t}
+        for t in ({"sm90 256x64": 0.1, "64x64x64": 0.01},)
+    ]
+    rows.append({**rows[0], "batch": 1, "times_ms": {"sm90 256x64": 0.199}})
+    rows.append({**rows[0], "sm90_key": None})
+    measured, target = tmp_path / "measured.json", tmp_path / "tuned.py"
+    measured.write_text(json.dumps({"rows": rows}))
+    monkeypatch.setattr("sys.argv", ["tune_sm90", str(measured), str(target)])
+    tune_sm90.main()
+    found: dict[str, object] = {}
+    exec(target.read_text(), found)
+    assert found["TUNED"] == {(9, 2, 2, 64, 64): {784: None, 1568: "256x64"}}
+    shipped = Path(conv2d_sm90.__file__).with_name("tuned.py").read_text()
+    assert shipped.startswith(tune_sm90.HEAD)
