@@ -50,6 +50,29 @@ def test_no_kernel_spills(arch: str, tmp_path: Path) -> None:
     assert max(registers) <= 85  # three blocks
 
 
+@needs_nvcc
+def test_the_convolutions_for_hopper_do_not_spill(tmp_path: Path) -> None:
+    """And multiply on its tensor cores what its copy engine brings."""
+    command = [str(NVCC), "-std=c++17", "-gencode", "arch=compute_90a,code=sm_90a"]
+    command += [f"-I{ROOT / 'csrc'}", "-Xptxas", "-v,-warn-spills", "--keep"]
+    source = ROOT / "csrc" / "cuda" / "conv2d_sm90.cu"
+    done = subprocess.run(
+        [*command, f"--keep-dir={tmp_path}", "-cubin", "-o", str(tmp_path / "cubin"), str(source)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr, done.stderr
+    assert "serialized" not in done.stderr, done.stderr  # products that wait for each other
+    clean = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+    kernels = re.findall(r"Compiling entry function '(\w+)'", done.stderr)
+    assert len(kernels) == done.stderr.count(clean) == 12, done.stderr
+    ptx = next(tmp_path.glob("*.ptx")).read_text(encoding="utf-8")
+    assert ptx.count("wgmma.mma_async") > 12
+    assert ptx.count("cp.async.bulk.tensor.4d") > 12
+
+
 def test_device_code_includes_only_itself() -> None:
     """NVRTC has no headers of the host, of C++ or of CUDA."""
     names = {path.name for path in DEVICE_CODE}
