@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import disco
-from benchmarks.bench_gpu_shard import NoNetwork
+from benchmarks.no_network import NoNetwork
 from disco.executor import Executor
 
 # What copies from or to the host, or has a result whose size depends on values.

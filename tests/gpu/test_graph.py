@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import disco
-from benchmarks.bench_gpu_shard import NoNetwork
 from benchmarks.cuda_time import as_graph
+from benchmarks.no_network import NoNetwork
 from disco.executor import Executor
 from tests.gpu.device import needs_gpu
 from tests.gpu.models import NODES, images, relative_error, sparse
