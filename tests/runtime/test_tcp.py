@@ -299,6 +299,12 @@ def test_payloads_of_another_size_are_an_error(pair: Pair) -> None:
         a.wait(handle, 5)
 
 
+def test_a_message_that_no_header_can_tell_is_refused(pair: Pair) -> None:
+    huge = torch.empty(2**32, dtype=torch.uint8)  # never touched, so it takes no memory
+    with pytest.raises(TransportError, match="4294967296 bytes to rank 1 .* up to 4294967295"):
+        pair[0].send(huge, 1, 0, 0)
+
+
 def test_cuda_tensors_are_refused(pair: Pair) -> None:
     with pytest.raises(TransportError, match="CPU memory, given one on meta"):
         pair[0].send(torch.zeros(3, device="meta"), 1, 0, 0)

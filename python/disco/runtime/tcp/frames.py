@@ -20,6 +20,7 @@ MOST_EXCHANGES = 1 << 16
 # Above these are messages between requests, with numbers of their own.
 FIRST_CALL_EXCHANGE = MOST_EXCHANGES - 16
 _REQUESTS = 1 << 32
+MOST_PAYLOAD_BYTES = (1 << 32) - 1
 
 
 class Header(NamedTuple):

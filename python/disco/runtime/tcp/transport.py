@@ -18,7 +18,14 @@ from torch import Tensor
 from disco.errors import DeadlineError, PeerLostError, TransportError
 from disco.executor.transport import NOTHING, Handle, Transport
 from disco.runtime.tcp.channel import Channel, TcpHandle
-from disco.runtime.tcp.frames import GOODBYE, HEARTBEAT, LOST, MOST_EXCHANGES, READY
+from disco.runtime.tcp.frames import (
+    GOODBYE,
+    HEARTBEAT,
+    LOST,
+    MOST_EXCHANGES,
+    MOST_PAYLOAD_BYTES,
+    READY,
+)
 from disco.runtime.tcp.meeting import Meeting, Peer
 
 HEARTBEAT_S = 0.25
@@ -115,6 +122,12 @@ class TcpTransport(Transport):
         """Start sending `buffer` (contiguous, any dtype) to `destination`."""
         if buffer.numel() == 0:
             return NOTHING
+        if buffer.nbytes > MOST_PAYLOAD_BYTES:
+            raise TransportError(
+                f"rank {self.rank}: a message of {buffer.nbytes} bytes to rank {destination} was "
+                f"given, and tcp carries up to {MOST_PAYLOAD_BYTES}: use smaller batches, or gloo "
+                f"or mpi"
+            )
         channel = self._usable(self._channels[destination], exchange)
         handle = TcpHandle(channel, buffer, exchange)
         channel.send(handle, request)
