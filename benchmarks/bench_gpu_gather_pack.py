@@ -62,7 +62,7 @@ def measure(
         few = pack(x[:2])[0].cpu()
         assert torch.equal(few.view(torch.uint8), wanted.view(torch.uint8)), backend
         run = pack.bind(x, messages := pack(x))
-        kept.append((pack, messages))
+        kept.append((pack, run, messages))  # what a graph writes to has to stay
         graphs.append(as_graph(run, CALLS))
         written = messages[0].nbytes
     useful = pixels * len(listed) * x.element_size() + written
@@ -107,11 +107,17 @@ def main() -> None:
     rate, backends = copy_gb_s(), available()
     launcher = get_launcher().name if "cuda" in backends else None
     print(f"{torch.cuda.get_device_name()}, copy {rate:.0f} GB/s, cuda kernels by {launcher}")
-    rows = []
+    rows, failures = [], 0
     for channels, size in MAPS:
         for density, group in CHOICES:
             for wire in WIRES:
-                made = measure(channels, size, density, group, wire, rate, backends)
+                try:
+                    made = measure(channels, size, density, group, wire, rate, backends)
+                except Exception as error:  # noqa: BLE001 - the other rows are worth having
+                    what = f"{channels} x {size}x{size}, {density}, groups of {group}, {wire}"
+                    print(f"Error: {what}: {type(error).__name__}: {error}")
+                    failures += 1
+                    continue
                 rows += made
                 for row in made:
                     print(
@@ -124,6 +130,8 @@ def main() -> None:
         machine = {"machine": describe_gpu(), "copy_gb_s": rate, "cuda_launcher": launcher}
         with open(args.json, "w") as file:
             json.dump({**machine, "rows": rows}, file)
+    if failures:
+        raise SystemExit(f"{failures} rows failed")
 
 
 if __name__ == "__main__":
