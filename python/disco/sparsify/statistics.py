@@ -60,15 +60,21 @@ class InputWatch:
     def __init__(self, model: nn.Module, parameters: Sequence[str], means: RunningMeans) -> None:
         self._handles: list[RemovableHandle] = []
         for parameter in parameters:
-            module = model.get_submodule(parameter.rpartition(".")[0])
-            if not isinstance(module, (nn.Linear, nn.Conv2d)):
-                self.remove()
-                raise InputError(
-                    f"score 'activation' watches the inputs of Conv2d and Linear modules; "
-                    f"{parameter!r} is of a {type(module).__name__}: take another score"
-                )
-            hook = _hook(module, parameter, means)
-            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            path, _, leaf = parameter.rpartition(".")
+            tensor = getattr(model.get_submodule(path), leaf)
+            for module in model.modules():  # all that share the parameter
+                if any(own is tensor for own in module.parameters(recurse=False)):
+                    self._watch(module, parameter, means)
+
+    def _watch(self, module: nn.Module, parameter: str, means: RunningMeans) -> None:
+        if not isinstance(module, (nn.Linear, nn.Conv2d)):
+            self.remove()
+            raise InputError(
+                f"score 'activation' watches the inputs of Conv2d and Linear modules; "
+                f"{parameter!r} is of a {type(module).__name__}: take another score"
+            )
+        hook = _hook(module, parameter, means)
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def remove(self) -> None:
         """Take the hooks off the modules."""
