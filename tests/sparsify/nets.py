@@ -97,13 +97,17 @@ def train(
 ) -> None:
     """Batches and dropout are those of the step's number, however often training was resumed."""
     model.train()
+    device = next(model.parameters()).device
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         torch.manual_seed(step)
         x = torch.randn(8, 3, 6, 6, generator=generator)
         target = torch.randint(0, 5, (8,), generator=generator)
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(x), target) + sparsifier.penalty()
+        loss = (
+            nn.functional.cross_entropy(model(x.to(device)), target.to(device))
+            + sparsifier.penalty()
+        )
         loss.backward()
         optimizer.step()
         sparsifier.step()

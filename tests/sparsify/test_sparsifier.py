@@ -57,6 +57,23 @@ def test_what_is_pruned_stays_zero(optimizers: Optimizers, nodes: int) -> None:
     assert check_zeros(model, sparsifier.finalize()) > 0
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("options", [{"score": "taylor"}, {"score": "activation"}, {}])
+@pytest.mark.parametrize("method", ["magnitude", "group_lasso", "admm"])
+def test_on_a_gpu(method: str, options: dict[str, Any]) -> None:
+    if method != "magnitude" and options:
+        options = {"allocation": "global"}
+    model = Small().cuda()
+    optimizer = adam(model)
+    sparsifier = attached(model, optimizer, method=method, **options)
+    train(model, optimizer, sparsifier, range(4))
+    resumed = attached(model, optimizer, method=method, **options)
+    resumed.load_state_dict(sparsifier.state_dict())
+    train(model, optimizer, resumed, range(4, 8))
+    assert check_zeros(model, resumed.finalize()) > 0 and model.b.weight.is_cuda
+
+
 def test_without_the_optimizer_weights_are_zero_all_the_same() -> None:
     model = Small()
     optimizer = sgd(model)
@@ -187,6 +204,7 @@ def test_attach_finds_the_same_however_far_weights_are_pruned() -> None:
 def test_a_state_is_plain_and_flat() -> None:
     model = Small()
     sparsifier = attached(model, method="admm", end_step=50)
+    sparsifier.penalty()
     sparsifier.step()
     state = sparsifier.state_dict()
     assert {type(value) for value in state.values()} <= {torch.Tensor, int, float, str, bool}
@@ -332,3 +350,25 @@ def test_states_of_something_else() -> None:
     for key, value in (("kept.0", 3), ("in.0", torch.arange(4)), ("steps", "7"), ("kept.1", None)):
         with pytest.raises(InputError, match=f"state is (damaged|of another model): {key}"):
             sparsifier.load_state_dict({**state, key: value})  # type: ignore[dict-item]
+    sparsifier = attached(model, method="admm")
+    sparsifier.penalty()
+    sparsifier.step()
+    state = sparsifier.state_dict()
+    with pytest.raises(InputError, match=r"state is damaged: z\.b\.weight fits no weight"):
+        sparsifier.load_state_dict({**state, "z.b.weight": torch.zeros(3)})
+    del state["u.c.weight"]
+    with pytest.raises(InputError, match=r"state is damaged: u\. is not there for every weight"):
+        sparsifier.load_state_dict(state)
+    assert sparsifier.steps == 1, "nothing was taken over"
+
+
+@pytest.mark.parametrize("method", ["group_lasso", "admm"])
+def test_a_loss_without_the_penalty_is_told(method: str) -> None:
+    model = Small()
+    sparsifier = attached(model, method=method, begin_step=1, end_step=2)
+    sparsifier.step()
+    with pytest.raises(InputError, match=f"'{method}' works by its penalty, .* add sparsifier.pe"):
+        sparsifier.step()
+    sparsifier.penalty()
+    sparsifier.step()
+    sparsifier.step()  # masks are final, and so is the loss

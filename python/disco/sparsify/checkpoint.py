@@ -87,6 +87,17 @@ def tensors(state: State, prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): tensor(state, k) for k in state if k.startswith(prefix)}
 
 
+def like(state: State, prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A tensor for each weight, on its device, or none at all."""
+    found = tensors(state, prefix)
+    for name, value in found.items():
+        if name not in weights or value.shape != weights[name].shape:
+            raise InputError(f"the state is damaged: {prefix}{name} fits no weight")
+    if found and len(found) != len(weights):
+        raise InputError(f"the state is damaged: {prefix} is not there for every weight")
+    return {name: value.to(weights[name].device) for name, value in found.items()}
+
+
 def tensor(state: State, key: str) -> Tensor:
     """One tensor. InputError if it is missing."""
     value = state.get(key)

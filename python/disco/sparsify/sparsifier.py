@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from disco.errors import InputError
 from disco.partition import Cluster
 from disco.sparsify import checkpoint
+from disco.sparsify.attached import check_optimizer, weights_now
 from disco.sparsify.find_groups import find_groups, tensors_of
 from disco.sparsify.groups import Group
 from disco.sparsify.masks import mask_for, zero_
@@ -83,7 +84,7 @@ class Sparsifier:
         self._optimizer: Optimizer | None = None
         self._groups: list[Group] = []
         self._steps = 0
-        self._final = self._finalized = False
+        self._final = self._finalized = self._penalised = False
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._kept: list[Tensor] = []
         self._masks: dict[str, Tensor] = {}
@@ -124,7 +125,7 @@ class Sparsifier:
         )
         names = [name for group in groups for name in group.out_ownership]
         tensors = tensors_of(model)
-        self._check_optimizer(optimizer, [tensors[name] for name in names])
+        check_optimizer(optimizer, [tensors[name] for name in names], self.settings.score)
         if self.settings.score == "activation":
             self._watch = InputWatch(model, names, self._means)
         if self.settings.score == "taylor" and optimizer is not None:
@@ -137,12 +138,13 @@ class Sparsifier:
         """What is to be added to the loss: a float32 scalar on the model's device, 0 for
         "magnitude" and outside of `begin_step` to `end_step`."""
         weights = self._weights("penalty")
+        self._penalised = True
         term: Tensor | None = None
-        if not self._final and self._steps >= self._schedule.begin_step:
+        if self._penalty_due:
             if self.settings.method == "group_lasso":
                 lasso = group_lasso(weights, self._groups, self.settings.group_size)
                 term = self.settings.options["strength"] * lasso
-            elif self.settings.method == "admm":
+            else:
                 term = self._admm.penalty(weights)
         return torch.zeros((), device=next(iter(weights.values())).device) if term is None else term
 
@@ -151,9 +153,15 @@ class Sparsifier:
 
         Raises:
             InputError: before `attach`, after `finalize`, scores that are not finite, a model whose
-                layers changed.
+                layers changed, a loss without the penalty where the method has one.
         """
         weights = self._weights("step")
+        if self._penalty_due and not self._penalised:
+            raise InputError(
+                f"method {self.settings.method!r} works by its penalty, which was not asked for "
+                "since the last step: add sparsifier.penalty() to the loss"
+            )
+        self._penalised = False
         self._steps += 1
         if not self._final:
             self._advance(weights)
@@ -172,6 +180,11 @@ class Sparsifier:
         self._finalized = True
         self._remove_hooks()
         return pattern_of(self._groups, self._kept)
+
+    @property
+    def _penalty_due(self) -> bool:
+        begun = self._steps >= self._schedule.begin_step
+        return self.settings.method != "magnitude" and begun and not self._final
 
     @property
     def steps(self) -> int:
@@ -213,19 +226,19 @@ class Sparsifier:
         weights = self._weights("load_state_dict")
         checkpoint.check_header(state, checkpoint.header(self.settings, self._cluster.world_size))
         groups, kept = checkpoint.groups_from(state, self._groups)
-        self._steps = int(checkpoint.number(state, "steps"))
-        self._final = bool(checkpoint.number(state, "final"))
-        self._finalized = bool(checkpoint.number(state, "finalized"))
+        names = ("steps", "final", "finalized")
+        steps, final, finalized = (checkpoint.number(state, name) for name in names)
+        memory = checkpoint.like(state, "z.", weights), checkpoint.like(state, "u.", weights)
+        means = checkpoint.tensors(state, "mean.")
+        self._steps, self._final, self._finalized = steps, bool(final), bool(finalized)
         # The watch and the hook hold the means, so those are changed and not replaced.
         self._means.values.clear()
-        self._means.values.update(checkpoint.tensors(state, "mean."))
+        self._means.values.update(means)
         self._adopt(groups, kept)
+        self._admm.z, self._admm.u = memory
         self._masks = self._masks_for(weights)
         if self._finalized:
             self._remove_hooks()
-        for memory, prefix in ((self._admm.z, "z."), (self._admm.u, "u.")):
-            for name, value in checkpoint.tensors(state, prefix).items():
-                memory[name] = value.to(weights[name].device)
 
     def _advance(self, weights: Mapping[str, Tensor]) -> None:
         schedule, step = self._schedule, self._steps
@@ -277,26 +290,6 @@ class Sparsifier:
         if self._hook is not None:
             self._hook.remove()
 
-    def _check_optimizer(self, optimizer: Optimizer | None, tensors: Sequence[Tensor]) -> None:
-        if optimizer is None:
-            if self.settings.score == "taylor":
-                raise InputError(
-                    "score 'taylor' reads gradients just before the optimizer's step; give "
-                    "attach(model, example_inputs, optimizer)"
-                )
-            return
-        if not isinstance(optimizer, Optimizer):
-            raise InputError(
-                f"optimizer must be a torch.optim.Optimizer or None; given "
-                f"{type(optimizer).__name__}"
-            )
-        trained = {id(p) for settings in optimizer.param_groups for p in settings["params"]}
-        if not any(id(tensor) in trained for tensor in tensors):
-            raise InputError(
-                f"the optimizer has none of the {len(tensors)} weights that are to be sparsified; "
-                "give the one that trains this model"
-            )
-
     def _weights(self, action: str, finalized: bool = False) -> dict[str, Tensor]:
         """The weights as they are now: loading may have replaced them."""
         if self._model is None:
@@ -305,23 +298,4 @@ class Sparsifier:
             raise InputError(
                 f"{action} after finalize: this Sparsifier has ended; finalize after the last step"
             )
-        weights = {}
-        for name, shape in self._shapes.items():
-            tensor = _find(self._model, name)
-            if tensor is None or tuple(tensor.shape) != shape:
-                now = "gone" if tensor is None else f"{list(tensor.shape)}"
-                raise InputError(
-                    f"the model changed since attach: {name!r} was {list(shape)} and is {now}; "
-                    "attach another Sparsifier to the model as it is now"
-                )
-            weights[name] = tensor
-        return weights
-
-
-def _find(model: nn.Module, name: str) -> Tensor | None:
-    path, _, leaf = name.rpartition(".")
-    try:
-        found = getattr(model.get_submodule(path), leaf, None)
-    except AttributeError:
-        return None
-    return found if isinstance(found, Tensor) else None
+        return weights_now(self._model, self._shapes)
