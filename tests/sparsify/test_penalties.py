@@ -87,6 +87,17 @@ def test_when_penalties_are_there(method: str) -> None:
     assert check_zeros(model, sparsifier.finalize()) > 0
 
 
+@pytest.mark.parametrize("method", ["magnitude", "group_lasso", "admm"])
+def test_one_node_has_nothing_to_leave_out(method: str) -> None:
+    model, before = Small(), Small()
+    sparsifier = attached(model, nodes=1, method=method, end_step=2)
+    for _ in range(3):
+        assert float(sparsifier.penalty().detach()) == 0.0
+        sparsifier.step()
+    assert sparsifier.density_now == 1.0
+    assert all(torch.equal(model.state_dict()[n], v) for n, v in before.state_dict().items())
+
+
 def test_magnitude_adds_nothing() -> None:
     model = Small()
     penalty = attached(model).penalty()

@@ -35,6 +35,8 @@ def group_lasso(weights: Mapping[str, Tensor], groups: Sequence[Group], group_si
                 terms.append(_norms(columns[:whole].reshape(-1, group_size * width)))
                 if whole < len(owned):
                     terms.append(_norms(columns[whole:].reshape(1, -1)))
+    if not terms:  # one node
+        return torch.zeros((), device=next(iter(weights.values())).device)
     return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
 
