@@ -2,7 +2,7 @@
 
 `partition` cuts a model into one shard per node, `partition_submodules_` the parts of a model that
 can be cut, `compile` makes it fast on one machine, `load` runs saved shards, `sparsify_` gives a
-model the structure that makes the exchange small.
+model the structure that makes the exchange small, `Sparsifier` gives it that during training.
 Importing the package is light: model zoos and optional backends are loaded on use only.
 """
 
@@ -19,6 +19,7 @@ from disco.api import (
 )
 from disco.errors import DeadlineError, InputError, TransportError
 from disco.partition.cluster import Cluster, Link, Node
+from disco.sparsify import Sparsifier
 from disco.submodules import partition_submodules_, submodule_inputs
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Link",
     "Node",
     "Partitioned",
+    "Sparsifier",
     "TransportError",
     "compile",
     "load",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,21 +16,18 @@ from disco.errors import InputError
 from disco.executor import Executor, run_together
 from disco.partition import (
     Cluster,
-    Decisions,
     Plan,
     Problem,
     RankProgram,
     decide,
     plan_for,
-    shares_for,
 )
 from disco.partition import with_wire_dtype as rewrite_wire_dtype
 from disco.partition.one_machine import GATHERED_KINDS, one_machine_program
 from disco.partition.shards import load_manifest, load_shard, save_artifact
 from disco.partition.wire import check_wire_dtype
 from disco.program import flatten_inputs, input_ranges, lower_precision
-from disco.sparsify import check_density, sparsify_weights_
-from disco.sparsify.groups import Reader, groups_of
+from disco.sparsify import check_density, find_groups, sparsify_weights_, tensors_of
 from disco_kernels import WINOGRAD, InputBytes, Ownership, Pattern, choose_int8, registry
 from disco_kernels.pattern import parameter_of
 
@@ -362,45 +359,8 @@ def sparsify_(
     """
     cluster = Cluster.of(nodes)
     check_density(density)
-    captured = capture(model, example_inputs, example_kwargs=example_kwargs)
-    tensors = {
-        **dict(model.named_buffers(remove_duplicate=False)),
-        **dict(model.named_parameters(remove_duplicate=False)),
-    }
-    problem = Problem(*captured, out_ownership={})
-    readers = _readers(problem.decide(shares_for(problem, cluster, density)), tensors)
-    groups = groups_of(readers)
-    if not groups:
-        raise InputError(
-            f"{type(model).__name__} has no layer whose inputs could be exchanged in part: "
-            f"{len(readers)} layers read exchanged tensors, all of which travel whole"
-        )
-    return sparsify_weights_(tensors, groups, density, score, group_size)
-
-
-def _readers(decisions: Decisions, tensors: Container[str]) -> list[Reader]:
-    """The layers that read parts of exchanged tensors, by their parameters.
-
-    Weights that the model computes (standardised ones) have no zeros to make, so their layers need
-    everything.
-    """
-    readers = []
-    for op, lowering in zip(decisions.program.ops, decisions.lowerings, strict=True):
-        for tensor in lowering.select:
-            assert lowering.out_ownership is not None and lowering.in_ownership is not None
-            weight = next(op.weight_refs())
-            parameter = decisions.context.origins.get(weight, weight)
-            exchange = decisions.exchange_of(tensor)
-            readers.append(
-                Reader(
-                    tensor=exchange.value,
-                    parameter=parameter,
-                    out_ownership=lowering.out_ownership,
-                    in_ownership=lowering.in_ownership,
-                    gathered=bool(exchange.gathered_by) or parameter not in tensors,
-                )
-            )
-    return readers
+    groups = find_groups(model, cluster, density, example_inputs, example_kwargs)
+    return sparsify_weights_(tensors_of(model), groups, density, score, group_size)
 
 
 def _fixed_ownership(

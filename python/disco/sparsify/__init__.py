@@ -1,5 +1,15 @@
 """Giving a dense model the structure that makes its exchange small."""
 
-from disco.sparsify.one_shot import GROUP_SIZES, check_density, sparsify_weights_
+from disco.sparsify.find_groups import find_groups, tensors_of
+from disco.sparsify.one_shot import sparsify_weights_
+from disco.sparsify.settings import GROUP_SIZES, check_density
+from disco.sparsify.sparsifier import Sparsifier
 
-__all__ = ["GROUP_SIZES", "check_density", "sparsify_weights_"]
+__all__ = [
+    "GROUP_SIZES",
+    "Sparsifier",
+    "check_density",
+    "find_groups",
+    "sparsify_weights_",
+    "tensors_of",
+]

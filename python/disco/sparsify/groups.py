@@ -21,6 +21,7 @@ class Reader:
         parameter: name of its weight in the model.
         out_ownership, in_ownership: who computes its outputs and owns its inputs.
         gathered: True if the tensor is needed whole anyway, by an op without a rule.
+        bytes_per_channel: of one image of the tensor, in its own dtype.
     """
 
     tensor: str
@@ -28,14 +29,32 @@ class Reader:
     out_ownership: Ownership
     in_ownership: Ownership
     gathered: bool
+    bytes_per_channel: int = 0
 
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that share one selection of the channels of `in_ownership`."""
+    """Layers that share one selection of the channels of `in_ownership`.
+
+    Attributes:
+        in_ownership: who owns the channels of the tensors that they read.
+        out_ownership: by parameter who computes the layer's outputs.
+        bytes_per_channel: of one image, over all tensors whose channels are selected here.
+    """
 
     in_ownership: Ownership
     out_ownership: Mapping[str, Ownership]
+    bytes_per_channel: int = 0
+
+    @property
+    def world_size(self) -> int:
+        return self.in_ownership.world_size
+
+    @property
+    def receivers(self) -> tuple[int, ...]:
+        """The ranks that compute outputs of any of the layers; the others need no channels."""
+        ranks = range(self.world_size)
+        return tuple(i for i in ranks if any(o.channels[i] for o in self.out_ownership.values()))
 
 
 def groups_of(readers: Sequence[Reader]) -> list[Group]:
@@ -67,4 +86,5 @@ def _group(members: Sequence[Reader]) -> Group | None:
         same = out.setdefault(reader.parameter, reader.out_ownership) == reader.out_ownership
         if reader.gathered or not same or reader.in_ownership != first.in_ownership:
             return None
-    return Group(first.in_ownership, out)
+    tensors = {reader.tensor: reader.bytes_per_channel for reader in members}
+    return Group(first.in_ownership, out, sum(tensors.values()))
