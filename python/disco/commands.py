@@ -26,6 +26,7 @@ from disco.partition.shards import check_target, load_manifest
 from disco.recipe import Recipe, rebuild
 from disco.runtime import RankProcesses
 from disco.sparsify import check_density
+from disco.train import Run, is_run, open_run
 from disco.zoo import weights_digest
 
 
@@ -120,8 +121,11 @@ def cluster(args: argparse.Namespace) -> None:
 
 
 def partition(args: argparse.Namespace) -> None:
-    """`disco partition`."""
+    """`disco partition`, of a model of the zoo or of a run's folder."""
     check_target(args.out, args.overwrite)  # before the work, not after it
+    run = _run_of(args)
+    if run is not None:
+        _take_from(run, args)
     if args.group_size != 1 and args.density is None:
         raise InputError(
             f"--group-size {args.group_size} was given, which is for --density: give that too"
@@ -133,14 +137,15 @@ def partition(args: argparse.Namespace) -> None:
     Cluster.of(cluster or (2 if args.nodes is None else args.nodes))
     recipe = Recipe(
         source=args.source,
-        name=args.model,
+        name=args.model if run is None else run.config.model_name,
         nodes=(2 if args.nodes is None else args.nodes) if cluster is None else cluster.world_size,
         seed=args.seed,
         weights_sha256=weights_digest(args.weights),
         density=args.density,
-        preprocessing=Preprocessing.for_size(args.image_size),
+        preprocessing=Preprocessing.for_size(args.image_size) if run is None else run.preprocessing,
         cluster=cluster,
         group_size=args.group_size,
+        num_classes=None if run is None else len(run.classes),
     )
     if args.weights is None:
         say(f"no --weights: random weights of seed {args.seed}")
@@ -162,6 +167,27 @@ def partition(args: argparse.Namespace) -> None:
     say("")
     for path in sorted(args.out.iterdir()):
         say(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+
+
+def _run_of(args: argparse.Namespace) -> Run | None:
+    """The run whose folder was given in place of a model's name."""
+    path = Path(args.model)
+    return open_run(path) if is_run(path) or len(path.parts) > 1 else None
+
+
+def _take_from(run: Run, args: argparse.Namespace) -> None:
+    """The options that a run's folder answers."""
+    run.require_finished()
+    usual = {"source": "torchvision", "weights": None, "seed": 0, "image_size": 224}
+    for name, value in usual.items():
+        if getattr(args, name) != value:
+            raise InputError(
+                f"--{name.replace('_', '-')} {getattr(args, name)} was given, and {run.path} is a "
+                "run of `disco train`, which says that itself: leave it out"
+            )
+    args.source, args.weights, args.seed = run.config.source, run.weights, run.config.seed
+    if args.nodes is None and args.cluster is None:
+        args.nodes = run.config.nodes
 
 
 def inspect(args: argparse.Namespace) -> None:
