@@ -40,6 +40,10 @@ def evaluate_command(args: argparse.Namespace) -> None:
     """`disco evaluate`: the model, or the nodes of its partition."""
     check_json(args.json)
     run = open_run(args.run)
+    if args.batch_size < 1:
+        raise InputError(f"--batch-size {args.batch_size} was given; at least 1 is needed")
+    if args.workers < 0:
+        raise InputError(f"--workers {args.workers} was given; 0 or more can read images")
     _use_threads(args.threads)
 
     def measured(predict: Callable[[Tensor], Any] | None) -> None:

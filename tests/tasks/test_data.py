@@ -58,4 +58,4 @@ def test_mixed_seeds_differ_and_fit() -> None:
 def test_batches(count: int, drop_last: bool, sizes: list[int]) -> None:
     batches = list(batches_of(range(count), 3, drop_last=drop_last))
     assert [len(batch) for batch in batches] == sizes
-    assert sum(batches, []) == list(range(sum(sizes)))
+    assert [index for batch in batches for index in batch] == list(range(sum(sizes)))

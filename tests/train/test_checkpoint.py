@@ -125,7 +125,9 @@ def test_a_killed_writer_leaves_the_last_whole_checkpoint(tmp_path: Path) -> Non
         state = load_state(path)
         assert state["number"] in (done, done + 1)
         assert all(bool((t == state["number"]).all()) for t in state["tensors"])
-    assert set(os.listdir(tmp_path)) <= {"c.safetensors", "c.safetensors.part"}
+    assert set(os.listdir(tmp_path)) <= {"c.safetensors", ".part"}
+    save_state(path, {})
+    assert os.listdir(tmp_path) == ["c.safetensors"]
 
 
 _FULL = """

@@ -11,7 +11,7 @@ from disco.sparsify import GROUP_SIZES
 from disco.tasks import TASKS
 from disco.train import METHODS
 from disco.train.config import OPTIMIZERS, TrainConfig
-from disco.train.evaluate import SPLITS
+from disco.train.evaluation import SPLITS
 from disco.training_commands import evaluate_command, train_command
 
 _DEFAULT = TrainConfig()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors
 
 from disco.errors import TrainingError
 
-PART = ".part"  # suffix of a file that is being written
+# The folder that files are made in, beside their place: whoever writes one may put more there.
+PART = ".part"
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -22,17 +24,16 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         TrainingError: it cannot be written; what was there before stays.
     """
-    part = path.with_name(path.name + PART)
+    part = path.parent / PART / path.name
     with _named(path):
         try:
+            part.parent.mkdir(exist_ok=True)
             write(part)
             _flush(part)
             part.replace(path)
             _flush(path.parent)
-        except BaseException:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
-            raise
+        finally:
+            remove_parts(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -42,8 +43,7 @@ def write_text(path: Path, text: str) -> None:
 
 def remove_parts(folder: Path) -> None:
     """Remove what a killed process left half written."""
-    for part in folder.glob(f"*{PART}"):
-        part.unlink(missing_ok=True)
+    shutil.rmtree(folder / PART, ignore_errors=True)
 
 
 def _write(path: Path, text: str) -> None:

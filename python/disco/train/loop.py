@@ -16,7 +16,7 @@ from disco.tasks import Task, TaskData
 from disco.train.batches import Batches, Refused
 from disco.train.checkpoint import rng_state, set_rng_state
 from disco.train.config import TrainConfig
-from disco.train.evaluate import Evaluation, evaluate
+from disco.train.evaluation import Evaluation, evaluate
 from disco.train.files import write_whole
 from disco.train.log import Progress, TensorBoard, describe
 from disco.train.run_folder import Run

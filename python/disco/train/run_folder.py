@@ -19,7 +19,7 @@ from disco.errors import InputError
 from disco.images import Preprocessing
 from disco.train.checkpoint import load_state, save_state
 from disco.train.config import TrainConfig
-from disco.train.files import remove_parts, write_text, write_whole
+from disco.train.files import PART, remove_parts, write_text, write_whole
 from disco.zoo import build_model, save_weights
 
 CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE = "config.json", "model.safetensors", "metrics.csv"
@@ -159,7 +159,7 @@ def check_new(path: Path) -> None:
             f"there is a run in {path} already: go on with it with --resume, or choose another "
             "--out"
         )
-    begun = {"checkpoints", CONFIG_FILE + ".part"}  # left by a process killed at once
+    begun = {"checkpoints", PART}  # left by a process killed at once
     if path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - begun):
         raise InputError(f"{path} exists and is not an empty folder: choose another --out")
     place = next(p for p in (path, *path.absolute().parents) if p.exists())

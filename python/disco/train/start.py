@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +15,7 @@ from torch import nn
 from disco.errors import InputError
 from disco.tasks import Task, TaskData, task_named
 from disco.train.config import TrainConfig
-from disco.train.evaluate import Evaluation
+from disco.train.evaluation import Evaluation
 from disco.train.loop import Training
 from disco.train.run_folder import Run, check_new, open_run, weights_of
 from disco.zoo import build_model
@@ -48,7 +49,7 @@ def train(
     data = task.load_data(config.data, config.data_options)
     model = _first_model(config, task, data)
     teacher = _teacher(config, data)
-    _check_sizes(model, config, data)
+    _check_fits(model, task, config, data)
     run = Run(out, config, data.classes, data.preprocessing)
     say(data.text)
     with _random(config.seed, found):
@@ -150,18 +151,20 @@ def _teacher(config: TrainConfig, data: TaskData) -> nn.Module | None:
     return run.load_model()
 
 
-def _check_sizes(model: nn.Module, config: TrainConfig, data: TaskData) -> None:
-    """Try one input, so that a size that does not fit is said before anything is made."""
+def _check_fits(model: nn.Module, task: Task, config: TrainConfig, data: TaskData) -> None:
+    """Try a batch on a copy, so that what does not fit is said before anything is made."""
     size = data.preprocessing.size
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(2, 3, size, size))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(
-            f"{config.model} does not take images of {size} x {size} pixels ({reason}): choose "
-            "another --image-size or model"
-        ) from error
+    tried = copy.deepcopy(model).train()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            outputs = tried(torch.rand(2, 3, size, size))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise InputError(
+                f"{config.model} cannot be trained on images of {size} x {size} pixels ({reason}): "
+                "choose another --image-size or model"
+            ) from error
+        task.loss(outputs, data.train.targets[:2], config.loss_options)
 
 
 def _check_workers(workers: int) -> None:
