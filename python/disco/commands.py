@@ -26,7 +26,7 @@ from disco.partition.shards import check_target, load_manifest
 from disco.recipe import Recipe, rebuild
 from disco.runtime import RankProcesses
 from disco.sparsify import check_density
-from disco.train import Run, is_run, open_run
+from disco.training_commands import run_of
 from disco.zoo import weights_digest
 
 
@@ -123,9 +123,7 @@ def cluster(args: argparse.Namespace) -> None:
 def partition(args: argparse.Namespace) -> None:
     """`disco partition`, of a model of the zoo or of a run's folder."""
     check_target(args.out, args.overwrite)  # before the work, not after it
-    run = _run_of(args)
-    if run is not None:
-        _take_from(run, args)
+    run = run_of(args)
     if args.group_size != 1 and args.density is None:
         raise InputError(
             f"--group-size {args.group_size} was given, which is for --density: give that too"
@@ -167,27 +165,6 @@ def partition(args: argparse.Namespace) -> None:
     say("")
     for path in sorted(args.out.iterdir()):
         say(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
-
-
-def _run_of(args: argparse.Namespace) -> Run | None:
-    """The run whose folder was given in place of a model's name."""
-    path = Path(args.model)
-    return open_run(path) if is_run(path) or len(path.parts) > 1 else None
-
-
-def _take_from(run: Run, args: argparse.Namespace) -> None:
-    """The options that a run's folder answers."""
-    run.require_finished()
-    usual = {"source": "torchvision", "weights": None, "seed": 0, "image_size": 224}
-    for name, value in usual.items():
-        if getattr(args, name) != value:
-            raise InputError(
-                f"--{name.replace('_', '-')} {getattr(args, name)} was given, and {run.path} is a "
-                "run of `disco train`, which says that itself: leave it out"
-            )
-    args.source, args.weights, args.seed = run.config.source, run.weights, run.config.seed
-    if args.nodes is None and args.cluster is None:
-        args.nodes = run.config.nodes
 
 
 def inspect(args: argparse.Namespace) -> None:

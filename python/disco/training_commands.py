@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from disco.errors import InputError
 from disco.partition.shards import load_manifest
 from disco.recipe import Recipe
 from disco.runtime import RankProcesses
-from disco.train import Run, TrainConfig, evaluate_run, open_run, resume, train
+from disco.train import Run, TrainConfig, evaluate_run, is_run, open_run, resume, train
 from disco.train.config import parse_options
+from disco.train.device import training_device
 from disco.zoo import weights_digest
 
 
@@ -45,6 +47,12 @@ def evaluate_command(args: argparse.Namespace) -> None:
     if args.workers < 0:
         raise InputError(f"--workers {args.workers} was given; 0 or more can read images")
     _use_threads(args.threads)
+    device = training_device(args.device)
+    if args.partition is not None and device.type != "cpu":
+        raise InputError(
+            f"--device {args.device} is for the whole model; the nodes of a partition compute on "
+            "the CPU here: leave it out"
+        )
 
     def measured(predict: Callable[[Tensor], Any] | None) -> None:
         result = evaluate_run(
@@ -55,6 +63,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
             predict=predict,
             batch_size=args.batch_size,
             workers=args.workers,
+            device=device,
         )
         say(f"{result.data}\n{result}")
         write_json(args.json, result.to_json())
@@ -66,6 +75,34 @@ def evaluate_command(args: argparse.Namespace) -> None:
     with RankProcesses(args.partition, threads=args.threads) as processes:
         say(f"{processes.manifest.plan.world_size} nodes over {processes.carrier.text}")
         measured(lambda inputs: processes.run(inputs).answer)
+
+
+def run_of(args: argparse.Namespace) -> Run | None:
+    """The run whose folder `disco partition` was given in place of a model's name, if it was.
+
+    Its folder answers where the model and its weights are from, and for how many nodes they are;
+    these become those of `args`. Raises InputError if they were given, too.
+    """
+    path = Path(args.model)
+    if not is_run(path) and len(path.parts) < 2:
+        return None
+    run = open_run(path)
+    run.require_finished()
+    for name, usual in {
+        "source": "torchvision",
+        "weights": None,
+        "seed": 0,
+        "image_size": 224,
+    }.items():
+        if getattr(args, name) != usual:
+            raise InputError(
+                f"--{name.replace('_', '-')} {getattr(args, name)} was given, and {path} is a run "
+                "of `disco train`, which says that itself: leave it out"
+            )
+    args.source, args.weights, args.seed = run.config.source, run.weights, run.config.seed
+    if args.nodes is None and args.cluster is None:
+        args.nodes = run.config.nodes
+    return run
 
 
 def _check_is_of(run: Run, partition: Any) -> None:

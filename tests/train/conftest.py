@@ -50,6 +50,7 @@ class Settings:
             "epochs": 2,
             "batch_size": 16,
             "warmup_epochs": 0.2,
+            "method": "dense",
             "density": 0.25,
         }
         return TrainConfig(**{**usual, **changed})

@@ -121,6 +121,7 @@ def add_evaluate(subparsers: Any) -> None:
     evaluate.add_argument(
         "--partition", type=Path, metavar="DIR", help="made from the run by `disco partition`"
     )
+    evaluate.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     evaluate.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
     evaluate.add_argument("--workers", type=int, default=0, help="that read images (default: 0)")
     evaluate.add_argument("--threads", type=int, help="to compute with")

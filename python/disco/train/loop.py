@@ -76,12 +76,14 @@ class Training:
             "sparsifier": None if self.sparsifier is None else dict(self.sparsifier.state_dict()),
             "rng": rng_state(self.device),
             "rows": self.rows,
+            "refused": self.refused.reasons,
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what `state` gave."""
         self.epoch = state["epoch"]
         self.rows = list(state["rows"])
+        self.refused.reasons.update(state["refused"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.sparsifier is not None:

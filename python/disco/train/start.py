@@ -15,6 +15,7 @@ from torch import nn
 from disco.errors import InputError
 from disco.tasks import Task, TaskData, task_named
 from disco.train.config import TrainConfig
+from disco.train.device import training_device
 from disco.train.evaluation import Evaluation
 from disco.train.loop import Training
 from disco.train.run_folder import Run, check_new, open_run, weights_of
@@ -42,7 +43,7 @@ def train(
         InputError: something given does not fit; no folder is made then.
         TrainingError: see `Training.finish`.
     """
-    found = _device(device, config)
+    found = training_device(device, config.amp)
     _check_workers(workers)
     check_new(out)
     task = task_named(config.task)
@@ -90,7 +91,7 @@ def resume(
             )
     if run.is_finished:
         raise InputError(f"the run in {out} is finished: see `disco evaluate {out}`")
-    found = _device(device, run.config)
+    found = training_device(device, run.config.amp)
     _check_workers(workers)
     task = task_named(run.config.task)
     options = replace(run.config.data_options, preprocessing=run.preprocessing)
@@ -170,25 +171,3 @@ def _check_fits(model: nn.Module, task: Task, config: TrainConfig, data: TaskDat
 def _check_workers(workers: int) -> None:
     if workers < 0:
         raise InputError(f"{workers} workers were given: give 0 or more")
-
-
-def _device(name: str, config: TrainConfig) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"there is no device {name!r}: give cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"the device {name!r} cannot train: give cpu, cuda or cuda:N")
-    if config.amp and device.type != "cuda":
-        raise InputError(f"--amp is for CUDA, and the device is {name}: leave it out")
-    if device.type == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise InputError(f"the device {name} was given, and torch finds no CUDA: give cpu")
-    if (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"the device {name} was given, and there are {torch.cuda.device_count()} GPUs"
-        )
-    if config.amp and not torch.cuda.is_bf16_supported():
-        raise InputError(f"--amp computes in bfloat16, which {name} does not have: leave it out")
-    return torch.device("cuda", device.index or 0)
