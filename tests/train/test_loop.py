@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import disco
+import disco.sparsify
 import disco_kernels as dk
 from disco.errors import InputError, TrainingError
 from disco.tasks import Classification
@@ -131,6 +132,41 @@ def test_resuming_gives_the_same_bits(
         first, second = (tmp_path / run / name for run in ("whole", "cut"))
         assert first.read_bytes() == second.read_bytes(), name
     assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "cut")
+
+
+@pytest.mark.skipif(
+    disco.sparsify.__dict__.get("Sparsifier") is None, reason="disco.sparsify has no Sparsifier yet"
+)
+@pytest.mark.parametrize(
+    ("changed", "step"),
+    [
+        ({"method": "group_lasso", "method_options": {"strength": 1e-3}}, 17),
+        ({"method": "admm", "every": 3}, 33),
+        ({"method": "magnitude", "score": "taylor", "method_options": {"decay": 0.5}}, 25),
+        ({"method": "magnitude", "score": "activation", "allocation": "global"}, 25),
+    ],
+)
+def test_every_method_resumes_with_the_same_bits(
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changed: dict[str, Any],
+    step: int,
+) -> None:
+    """15 steps an epoch, sparsification from step 4 to 27 of 45."""
+    config = settings(epochs=3, optimizer="adamw", **changed)
+    whole = train(config, tmp_path / "whole", silent)
+    with monkeypatch.context() as patched:
+        stop_at(patched, step)
+        with pytest.raises(Stop):
+            train(config, tmp_path / "cut", silent)
+    assert resume(tmp_path / "cut", {}, silent) == whole
+    for name in ("model.safetensors", "model.safetensors.pattern.json"):
+        first, second = (tmp_path / run / name for run in ("whole", "cut"))
+        assert first.read_bytes() == second.read_bytes(), name
+    assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "cut")
+    densities = [float(row["density"]) for row in rows_of(tmp_path / "whole")]
+    assert densities[-1] <= 0.25 + 1e-9 < densities[0]
 
 
 class _Dropout(Classification):

@@ -101,10 +101,9 @@ class TrainConfig:
                 f"sparsification was to begin at {self.begin:g} of the steps and to end at "
                 f"{self.end:g}: let it end later"
             )
-        if self.method in ("dense", "independent") and self.method_options:
+        if self.method == "dense" and self.method_options:
             raise InputError(
-                f"the method {self.method} takes no options, and "
-                f"{', '.join(self.method_options)} was given"
+                f"the method dense takes no options, and {', '.join(self.method_options)} was given"
             )
 
     @property

@@ -39,7 +39,7 @@ def make_sparsifier(config: TrainConfig, total_steps: int) -> Sparsifier | None:
         return None
     begin_step, end_step, every = config.steps_between(total_steps)
     # Lazily: evaluating a run needs no sparsifier.
-    from disco.sparsify import Sparsifier  # type: ignore[attr-defined]
+    from disco.sparsify import Sparsifier  # type: ignore[attr-defined, unused-ignore]
 
     made: Sparsifier = Sparsifier(
         nodes=config.nodes,
