@@ -127,7 +127,7 @@ def test_wrong_command_lines_are_one_line(
         (("train", "classification", "--out", tmp_path / "x", "--resume"), "is no run of"),
         (
             ("train", "classification", "--out", tmp_path / "x", "--method-option", "rho"),
-            "is not of the form name=value",
+            "is not of the form NAME=NUMBER",
         ),
         (("train", "classification", "--out", tmp_path / "x", "--threads", "0"), "at least 1"),
         (("evaluate", tmp_path), "is no run of `disco train`"),

@@ -166,7 +166,9 @@ def test_every_method_resumes_with_the_same_bits(
         assert first.read_bytes() == second.read_bytes(), name
     assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "cut")
     densities = [float(row["density"]) for row in rows_of(tmp_path / "whole")]
-    assert densities[-1] <= 0.25 + 1e-9 < densities[0]
+    assert densities[-1] < densities[0]
+    if config.allocation == "uniform":  # the others' budget is one of bytes
+        assert densities[-1] <= 0.25 + 1e-9
 
 
 class _Dropout(Classification):

@@ -92,7 +92,7 @@ def _add_sparsity(group: Any) -> None:
         "--method-option",
         dest="method_options",
         action="append",
-        metavar="NAME=VALUE",
+        metavar="NAME=NUMBER",
         default=argparse.SUPPRESS,
         help="an option of the method; may be repeated",
     )

@@ -12,7 +12,6 @@ from disco.tasks import DataOptions, DistillOptions, LossOptions, task_named
 
 METHODS = ("dense", "independent", "magnitude", "group_lasso", "admm")
 OPTIMIZERS = ("sgd", "adamw")
-Option = float | int | str | bool
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class TrainConfig:
     begin: float = 0.1
     end: float = 0.6
     every: int | None = None
-    method_options: Mapping[str, Option] = field(default_factory=dict)
+    method_options: Mapping[str, float] = field(default_factory=dict)
     teacher: str | None = None
     distill_weight: float = 0.5
     distill_temperature: float = 2.0
@@ -91,6 +90,9 @@ class TrainConfig:
         for name in ("density", "begin", "end", "distill_weight"):
             _check(self, name, "a number in [0, 1]", lambda v: _number(v) and 0 <= v <= 1)
         _check(self, "label_smoothing", "a number in [0, 1)", lambda v: _number(v) and 0 <= v < 1)
+        for name, value in self.method_options.items():
+            if not _number(value):
+                raise InputError(f"the option {name} must be a number; given {value!r}")
         if self.warmup_epochs >= self.epochs and self.epochs > 1:
             raise InputError(
                 f"a warm-up of {self.warmup_epochs:g} epochs was given for a training of "
@@ -168,26 +170,18 @@ class TrainConfig:
 _UPDATES = 50
 
 
-def parse_options(pairs: list[str]) -> dict[str, Option]:
-    """``name=value`` as a dict; values are whole numbers, numbers, true, false or text."""
-    options: dict[str, Option] = {}
+def parse_options(pairs: list[str]) -> dict[str, float]:
+    """``name=number`` as a dict. Raises InputError."""
+    options: dict[str, float] = {}
     for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals or not name.isidentifier():
-            raise InputError(f"the option {pair!r} is not of the form name=value")
-        options[name] = _value(text)
-    return options
-
-
-def _value(text: str) -> Option:
-    if text in ("true", "false"):
-        return text == "true"
-    for kind in (int, float):
+        name, _, text = pair.partition("=")
         try:
-            return kind(text)
+            options[name] = float(text)
         except ValueError:
-            continue
-    return text
+            raise InputError(
+                f"the option {pair!r} is not of the form NAME=NUMBER, for example strength=1e-4"
+            ) from None
+    return options
 
 
 def _check(config: TrainConfig, name: str, allowed: str, holds: Callable[[Any], bool]) -> None:
