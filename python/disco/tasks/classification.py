@@ -80,7 +80,8 @@ class Classification:
 
 def _logits(outputs: Any) -> Tensor:
     if not isinstance(outputs, Tensor) or outputs.dim() != 2:
-        kind = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs)
+        given = type(outputs).__name__
+        kind = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {given}"
         raise InputError(
             f"the model gives {kind} in place of logits [images, classes], so it cannot be trained "
             "to classify: choose a classifier without auxiliary outputs"
