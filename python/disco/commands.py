@@ -26,6 +26,7 @@ from disco.partition.shards import check_target, load_manifest
 from disco.recipe import Recipe, rebuild
 from disco.runtime import RankProcesses
 from disco.sparsify import check_density
+from disco.training_commands import run_of
 from disco.zoo import weights_digest
 
 
@@ -120,8 +121,9 @@ def cluster(args: argparse.Namespace) -> None:
 
 
 def partition(args: argparse.Namespace) -> None:
-    """`disco partition`."""
+    """`disco partition`, of a model of the zoo or of a run's folder."""
     check_target(args.out, args.overwrite)  # before the work, not after it
+    run = run_of(args)
     if args.group_size != 1 and args.density is None:
         raise InputError(
             f"--group-size {args.group_size} was given, which is for --density: give that too"
@@ -133,14 +135,15 @@ def partition(args: argparse.Namespace) -> None:
     Cluster.of(cluster or (2 if args.nodes is None else args.nodes))
     recipe = Recipe(
         source=args.source,
-        name=args.model,
+        name=args.model if run is None else run.config.model_name,
         nodes=(2 if args.nodes is None else args.nodes) if cluster is None else cluster.world_size,
         seed=args.seed,
         weights_sha256=weights_digest(args.weights),
         density=args.density,
-        preprocessing=Preprocessing.for_size(args.image_size),
+        preprocessing=Preprocessing.for_size(args.image_size) if run is None else run.preprocessing,
         cluster=cluster,
         group_size=args.group_size,
+        num_classes=None if run is None else len(run.classes),
     )
     if args.weights is None:
         say(f"no --weights: random weights of seed {args.seed}")

@@ -7,6 +7,13 @@ class InputError(ValueError):
     """A mistake in what the user gave: a model, a file, an argument. The command exits with 2."""
 
 
+class TrainingError(RuntimeError):
+    """Training stopped: the loss is no number, or a file could not be written. Exit code 1.
+
+    The last checkpoint stays.
+    """
+
+
 class TransportError(RuntimeError):
     """The exchange with another rank failed: a peer is gone, a link is cut, a message is wrong."""
 

@@ -92,12 +92,16 @@ def load_image(path: str | Path, preprocessing: Preprocessing | None = None) -> 
     path = Path(path)
     preprocessing = preprocessing or Preprocessing()
     try:
-        image = _centre(path, _read_rgb(path), preprocessing)
+        image = _centre(path, read_rgb(path), preprocessing)
     except MemoryError as error:
         raise InputError(f"the image {path} does not fit into memory: scale it down") from error
-    pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255.0)
+    return normalised(torch.from_numpy(np.array(image)), preprocessing)
+
+
+def normalised(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """uint8 [height, width, 3] to float32 [1, 3, height, width], contiguous."""
     mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
-    return ((pixels - mean) / std).permute(2, 0, 1).unsqueeze(0).contiguous()
+    return ((pixels.float() / 255.0 - mean) / std).permute(2, 0, 1).unsqueeze(0).contiguous()
 
 
 def find_images(path: str | Path) -> list[Path]:
@@ -144,7 +148,8 @@ def default_photograph() -> Path:
     )
 
 
-def _read_rgb(path: Path) -> Image.Image:
+def read_rgb(path: Path) -> Image.Image:
+    """A file's pixels, converted to 8-bit RGB as `load_image` says, which raises the same."""
     try:
         _check_file(path)
         with warnings.catch_warnings():

@@ -31,6 +31,7 @@ class Recipe:
         preprocessing: how photographs become inputs.
         cluster: the nodes, None for equal ones.
         group_size: channels that the sparsification chose at a time.
+        num_classes: of the classifier; None for as many as the source gives it.
     """
 
     source: str
@@ -42,6 +43,7 @@ class Recipe:
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     cluster: Cluster | None = None
     group_size: int = 1
+    num_classes: int | None = None
 
     @property
     def example_input(self) -> Tensor:
@@ -50,7 +52,14 @@ class Recipe:
 
     def build_dense(self, weights: str | Path | None) -> nn.Module:
         """The model as the zoo and the weights file have it, in `eval()` mode."""
-        return build_model(self.source, self.name, weights=weights, seed=self.seed)
+        return build_model(
+            self.source,
+            self.name,
+            weights=weights,
+            seed=self.seed,
+            num_classes=self.num_classes,
+            image_size=self.preprocessing.size,
+        )
 
     def sparsify_(self, model: nn.Module) -> dk.Pattern | None:
         """Give the model its structure in place, if the recipe says so, and return its pattern."""
@@ -74,6 +83,7 @@ class Recipe:
             "weights_sha256": self.weights_sha256,
             "density": self.density,
             "group_size": self.group_size,
+            "num_classes": self.num_classes,
             "input": self.preprocessing.to_json(),
             "cluster": None if self.cluster is None else [asdict(n) for n in self.cluster.nodes],
             "state_sha256": state_digest(model.state_dict()),
@@ -98,6 +108,7 @@ class Recipe:
                 preprocessing=Preprocessing.from_json(data["input"]),
                 cluster=_cluster(data.get("cluster")),
                 group_size=int(data.get("group_size", 1)),
+                num_classes=None if data.get("num_classes") is None else int(data["num_classes"]),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(

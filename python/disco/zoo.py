@@ -1,4 +1,4 @@
-"""Models by name, out of torchvision or timm, with weights of a file or seeded random ones."""
+"""Models by name, out of torchvision, timm or here, with weights of a file or random ones."""
 
 from __future__ import annotations
 
@@ -19,33 +19,52 @@ import torch
 from torch import Tensor, nn
 
 from disco.errors import InputError
+from disco.small_models import SMALL_MODELS
 from disco.torchvision_compat import import_torchvision
 
-SOURCES = ("torchvision", "timm")
+SOURCES = ("torchvision", "timm", "disco")
+_CLASSES = 10  # of the small models, where nobody says how many
 _MANY = 3  # keys named in a message; more would not make it clearer
 
 
 def build_model(
-    source: str, name: str, *, weights: str | Path | None = None, seed: int = 0
+    source: str,
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    seed: int = 0,
+    num_classes: int | None = None,
+    image_size: int = 32,
 ) -> nn.Module:
     """Build a model in `eval()` mode, in float32 on the CPU.
 
     Args:
-        source: "torchvision" or "timm".
+        source: "torchvision", "timm", or "disco" for the small models of `disco.small_models`.
         name: the model's name there, "resnet50".
         weights: a `.safetensors`, `.pth` or `.pt` file with a state dict of exactly this model;
             None leaves the weights as the model's own initialisation drew them.
         seed: of torch's generator while the model is made; the caller's generator is not touched.
+        num_classes: outputs of the classifier; None for as many as the source gives it.
+        image_size: side of the images in pixels, for those small models that depend on it.
 
     Raises:
-        InputError: unknown source or name, or a file that does not fit.
+        InputError: unknown source or name, a file that does not fit, or a model that takes no
+            number of classes.
     """
-    make = _factory(source, name)
+    make = _factory(source, name, num_classes, image_size)
     # Read first: a bad file should not wait for a large model to be initialised.
     state = None if weights is None else read_state_dict(weights)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = make()
+        try:
+            model = make()
+        except TypeError as error:
+            if num_classes is None:
+                raise
+            raise InputError(
+                f"{source} {name} cannot be made with {num_classes} classes ({error}): choose a "
+                "classifier"
+            ) from error
     if state is not None:
         _load_strictly(model, state, f"{source} {name}", Path(str(weights)))
     return model.eval()
@@ -136,12 +155,15 @@ def category_names(num_classes: int) -> list[str] | None:
     return list(meta._IMAGENET_CATEGORIES)
 
 
-def _factory(source: str, name: str) -> Callable[[], nn.Module]:
+def _factory(
+    source: str, name: str, num_classes: int | None, image_size: int
+) -> Callable[[], nn.Module]:
+    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if source == "torchvision":
         models = import_torchvision().models
         _check_name(source, name, models.list_models())
         builder = models.get_model_builder(name)
-        options: dict[str, Any] = {"weights": None}
+        options["weights"] = None
         # Without this, a detection or segmentation model downloads its backbone's weights.
         if "weights_backbone" in inspect.signature(builder).parameters:
             options["weights_backbone"] = None
@@ -154,9 +176,13 @@ def _factory(source: str, name: str) -> Callable[[], nn.Module]:
         import_torchvision()  # timm imports it
         timm = importlib.import_module("timm")
         _check_name(source, name, timm.list_models())
-        return lambda: timm.create_model(name, pretrained=False)
+        return lambda: timm.create_model(name, pretrained=False, **options)
+    if source == "disco":
+        _check_name(source, name, list(SMALL_MODELS))
+        return lambda: SMALL_MODELS[name](num_classes or _CLASSES, image_size)
     raise InputError(
-        f"the model source {source!r} is unknown; {' and '.join(SOURCES)} are: choose with --source"
+        f"the model source {source!r} is unknown; {', '.join(SOURCES[:-1])} and {SOURCES[-1]} are: "
+        "choose with --source"
     )
 
 

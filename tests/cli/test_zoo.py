@@ -65,7 +65,9 @@ def test_weights_of_a_file(suffix: str, wrapped: bool, tmp_path: Path) -> None:
 def test_unknown_names() -> None:
     with pytest.raises(InputError, match="no model 'resnet51': did you mean resnet50"):
         build_model("torchvision", "resnet51")
-    with pytest.raises(InputError, match="source 'hub' is unknown; torchvision and timm are"):
+    with pytest.raises(
+        InputError, match="source 'hub' is unknown; torchvision, timm and disco are"
+    ):
         build_model("hub", "resnet50")
 
 

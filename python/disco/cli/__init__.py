@@ -20,7 +20,8 @@ from disco.cli.partitioning import (
     add_verify,
 )
 from disco.cli.running import add_doctor, add_keys, add_run, add_token_command, add_worker
-from disco.errors import InputError, TransportError
+from disco.cli.training import add_evaluate, add_train
+from disco.errors import InputError, TrainingError, TransportError
 from disco.runtime.children import WorkerError
 from disco.runtime.mpi import abort_job
 from disco_kernels import BackendUnavailable
@@ -68,7 +69,7 @@ def _run(args: argparse.Namespace) -> int:
         return EXIT_FAILED if args.handler(args) is False else 0
     except (InputError, BackendUnavailable) as error:
         return _fail(error, EXIT_INPUT)
-    except (WorkerError, TransportError) as error:
+    except (WorkerError, TransportError, TrainingError) as error:
         return _fail(error, EXIT_FAILED)
 
 
@@ -99,7 +100,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="disco",
-        description="Split a vision model over several small devices, run and check it.",
+        description="Make a vision model for several small devices, split it, run and check it.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -107,6 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(handler=None)
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
     add_demo(subparsers)
+    add_train(subparsers)
+    add_evaluate(subparsers)
     add_partition(subparsers)
     add_inspect(subparsers)
     add_calibrate(subparsers)

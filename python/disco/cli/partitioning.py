@@ -34,7 +34,8 @@ def add_partition(subparsers: Any) -> None:
         help="cut a model into one shard per node",
         description="Cut a model into one shard per node. The zeros in its weights decide what is "
         "exchanged; --density makes such zeros first, by magnitude, without training.",
-        epilog="example:\n  disco partition resnet50 --nodes 2 --density 0.2 --out out/",
+        epilog="examples:\n  disco partition resnet50 --nodes 2 --density 0.2 --out out/\n"
+        "  disco partition runs/x --out out/    (what `disco train` made)",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_options(partition, positional=True)

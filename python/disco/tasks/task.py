@@ -1,0 +1,60 @@
+"""What a task has to offer to be trained and evaluated."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from disco.errors import InputError
+from disco.tasks.classification import Classification
+from disco.tasks.data import DataOptions, TaskData
+from disco.tasks.options import DistillOptions, LossOptions
+
+__all__ = ["TASKS", "DistillOptions", "LossOptions", "Task", "task_named"]
+
+
+class Task(Protocol):
+    """Data, models, loss and metric of one task."""
+
+    @property
+    def name(self) -> str:
+        """As it is given to `disco train`."""
+        ...
+
+    @property
+    def metric(self) -> str:
+        """The metric's name; larger is better."""
+        ...
+
+    def load_data(self, data: str, options: DataOptions) -> TaskData:
+        """Read or find examples. Raises InputError."""
+        ...
+
+    def build_model(
+        self, source: str, name: str, num_classes: int, image_size: int, seed: int
+    ) -> nn.Module:
+        """A model out of the zoo. Raises InputError."""
+        ...
+
+    def loss(self, outputs: Any, targets: Tensor, options: LossOptions) -> Tensor:
+        """A differentiable scalar, the mean over the images."""
+        ...
+
+    def distillation(self, outputs: Any, teacher: Any, options: DistillOptions) -> Tensor:
+        """A differentiable scalar, 0 where the outputs are the teacher's."""
+        ...
+
+    def count_right(self, outputs: Any, targets: Tensor) -> Tensor:
+        """The metric times the number of images, a float64 scalar."""
+        ...
+
+
+TASKS: dict[str, Task] = {"classification": Classification()}
+
+
+def task_named(name: str) -> Task:
+    """The task. InputError if there is none of this name."""
+    if name not in TASKS:
+        raise InputError(f"there is no task {name!r}: {', '.join(TASKS)} can be trained")
+    return TASKS[name]
