@@ -14,6 +14,7 @@ import disco
 from disco.errors import InputError
 from disco.sparsify.groups import Group
 from disco.sparsify.selection import everything, select_global, select_uniform
+from disco.sparsify.statistics import taylor_scores
 from disco_kernels import Ownership
 from tests.sparsify.nets import EXAMPLE, Small, adam, attached, budget, sgd, train
 
@@ -67,6 +68,46 @@ def test_taylor_is_the_squared_change_of_the_loss() -> None:
     _check(sparsifier.finalize(), means, 0.4)
 
 
+def test_taylor_of_one_step_by_hand() -> None:
+    """Rank 0 computes rows 0 and 2; gradients of b and c add up before the square."""
+    torch.manual_seed(0)
+    weights = {"b": torch.randn(3, 4, 3, 3), "c": torch.randn(2, 4), "frozen": torch.randn(2, 4)}
+    out = {"b": ((0, 2), (1,)), "c": ((), (0, 1)), "frozen": ((0,), (1,))}
+    group = Group(
+        Ownership.contiguous(4, 2), {name: Ownership(owned) for name, owned in out.items()}
+    )
+    assert taylor_scores(weights, group) is None
+    for name in ("b", "c"):
+        weights[name].grad = torch.randn_like(weights[name])
+    products = {n: (weights[n] * w).double() for n in "bc" if (w := weights[n].grad) is not None}
+    expected = torch.stack(
+        [
+            products["b"][[0, 2]].sum((0, 2, 3)).square(),
+            (products["b"][1].sum((1, 2)) + products["c"].sum(0)).square(),
+        ]
+    )
+    found = taylor_scores(weights, group)
+    assert found is not None
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 4, 8])
+def test_what_was_dropped_is_not_taken_again(group_size: int) -> None:
+    """Even where it scores best now: means that last may remember a channel that is gone."""
+    generator = torch.Generator().manual_seed(group_size)
+    group = Group(Ownership.contiguous(42, 2), {"w": Ownership.contiguous(6, 2)}, 4)
+    kept = everything(group)
+    for density in (0.8, 0.55, 0.5, 0.21, 0.2, 0.05):
+        scores = torch.rand(2, 42, generator=generator, dtype=torch.float64)
+        scores[~kept] += 10
+        fewer = select_uniform(scores, group, density, group_size, kept)
+        assert not bool((fewer & ~kept).any())
+        for i in range(2):
+            count = int(fewer[i, 21 * (1 - i) : 21 * (2 - i)].sum())
+            assert budget(density, 21) - group_size < count <= budget(density, 21)
+        kept = fewer
+
+
 def test_activation_is_weights_times_mean_inputs() -> None:
     model = Small()
     nn.init.normal_(model.d.weight)
@@ -88,7 +129,9 @@ def test_activation_is_weights_times_mean_inputs() -> None:
         handle.remove()
     # Neither a validation nor a copy's training counts.
     model.eval()(100 * torch.rand(4, 3, 6, 6))
-    copy.deepcopy(model).train()(100 * torch.rand(4, 3, 6, 6))
+    other = copy.deepcopy(model).train()
+    nn.init.normal_(other.norm.weight, std=30)
+    other(torch.rand(4, 3, 6, 6))
     scores = {}
     for name, rows in ROWS.items():
         weight = model.get_submodule(name).weight.detach().double()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import disco
 from disco import Cluster, Node
 from disco.errors import InputError
+from disco.sparsify import find_groups
 from disco_kernels import Pattern, find_selected
 from tests.sparsify.nets import (
     EXAMPLE,
@@ -199,6 +200,25 @@ def test_attach_finds_the_same_however_far_weights_are_pruned() -> None:
     resumed.attach(model, EXAMPLE)
     resumed.load_state_dict(sparsifier.state_dict())
     assert resumed.density_now == 0.0 and resumed.finalize() == sparsifier.finalize()
+
+
+def test_zeros_do_not_move_ownership() -> None:
+    """Whole groups of the grouped convolution belong together. Zeros that were made for halves
+    would make halves the better choice, and the resumed training one of another structure."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 1), nn.Conv2d(64, 12, 1), nn.ReLU(), nn.Conv2d(12, 12, 1, groups=3)
+    )
+    dense = find_groups(model, Cluster.of(2), 0.2, EXAMPLE)
+    with torch.no_grad():
+        model[1].weight[:6, 32:] = 0.0
+        model[1].weight[6:, :32] = 0.0
+    assert find_groups(model, Cluster.of(2), 0.2, EXAMPLE) != dense, "why"
+    assert find_groups(model, Cluster.of(2), 0.2, EXAMPLE, ignore_zeros=True) == dense
+    resumed = disco.Sparsifier(end_step=1)
+    resumed.attach(model, EXAMPLE)
+    resumed.step()
+    assert resumed.finalize().layers["1"].out_ownership == dense[0].out_ownership["1.weight"]
 
 
 def test_a_state_is_plain_and_flat() -> None:
