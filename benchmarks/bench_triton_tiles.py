@@ -147,7 +147,7 @@ def sm90_tiles(layer: Layer) -> list[str]:
 def run_sm90(layer: Layer, tile: str) -> Tensor:
     """The layer with this tile of the CUDA C++ kernel."""
     conv2d, weight = layer.kernel._prepared.sm90, layer.kernel.packed_weight  # type: ignore[attr-defined]
-    assert conv2d.takes([layer.x], (layer.out, layer.residual))
+    assert conv2d.takes([layer.x], weight, layer.bias, (layer.out, layer.residual))
     place = conv2d.tiles().index(tile)
     conv2d.run([layer.x], weight, layer.bias, layer.residual, layer.out, place)
     return layer.out

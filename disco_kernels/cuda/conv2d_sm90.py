@@ -25,6 +25,7 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _CAPABILITY = (9, 0)  # the kernel's instructions are this architecture's own
 _VECTOR = 8  # channels in 16 bytes
 _ACTIVATIONS = ("none", "relu", "gelu")  # as the kernel numbers them
+_PAIR_BYTES = 4  # of a bias
 _NOTHING = (0, 0, 0, 0)
 
 
@@ -105,10 +106,21 @@ class Conv2dSm90:
         name = measured[nearest]
         return None if name is None else self.tiles().index(name)
 
-    def takes(self, sources: Sequence[Tensor], tensors: Iterable[Tensor | None]) -> bool:
-        """Whether these can be read and written: sources, then all else but weights."""
+    def takes(
+        self,
+        sources: Sequence[Tensor],
+        packed_weight: Tensor,
+        bias: Tensor | None,
+        tensors: Iterable[Tensor | None],
+    ) -> bool:
+        """Whether these can be read and written; ``tensors`` are outputs and residuals."""
         x = sources[self._source]
         if not _is_hopper(x.device) or x.dtype not in _DTYPES or not x.numel():
+            return False
+        if packed_weight.data_ptr() % VECTOR_BYTES:
+            return False
+        # A part of a larger bias may begin in the middle of the pairs that are read.
+        if bias is not None and bias.data_ptr() % _PAIR_BYTES:
             return False
         for tensor in (x, *tensors):
             if tensor is None:

@@ -69,7 +69,9 @@ class TritonConv2d(PreparedConv2d):
         pixels = batch * height * width
         if pixels == 0 or num_outputs == 0:
             return
-        sm90_tile = self._sm90_tile(sources, scales, residual, out, accumulate, outgoing)
+        sm90_tile = self._sm90_tile(
+            sources, packed_weight, bias, scales, residual, out, accumulate, outgoing
+        )
         if self.sm90 is not None and sm90_tile is not None:
             self.sm90.run(sources, packed_weight, bias, residual, out, sm90_tile)
             return
@@ -114,6 +116,8 @@ class TritonConv2d(PreparedConv2d):
     def _sm90_tile(
         self,
         sources: Sequence[Tensor],
+        packed_weight: Tensor,
+        bias: Tensor | None,
         scales: Sequence[Tensor | None] | None,
         residual: Tensor | None,
         out: Tensor,
@@ -126,7 +130,9 @@ class TritonConv2d(PreparedConv2d):
         if scales and any(scale is not None for scale in scales):
             return None
         tile = self.sm90.choose(out.numel() // out.shape[1])
-        return tile if tile is not None and self.sm90.takes(sources, (out, residual)) else None
+        if tile is None or not self.sm90.takes(sources, packed_weight, bias, (out, residual)):
+            return None
+        return tile
 
     def _run_listed(
         self,

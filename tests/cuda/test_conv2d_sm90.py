@@ -94,7 +94,10 @@ def test_every_tile(window: int, dtype: torch.dtype) -> None:
         for tile, name in enumerate(kernel.tiles()):
             out = torch.full(shape, float("nan"), device="cuda", dtype=dtype)
             out = out.to(memory_format=torch.channels_last)
-            assert kernel.takes([given], (out, added)), (WINDOWS[window], MAPS[number])
+            assert kernel.takes([given], layer.packed_weight, None, (out, added)), (
+                WINDOWS[window],
+                MAPS[number],
+            )
             try:
                 kernel.run([given], layer.packed_weight, bias.cuda(), added, out, tile)
             except ValueError as error:
@@ -120,7 +123,7 @@ def test_what_is_not_read_does_not_show() -> None:
     kernel = kernel_of(layer)  # type: ignore[arg-type]
     out = torch.empty(2, 32, 9, 9, device="cuda", dtype=torch.bfloat16)
     out = out.to(memory_format=torch.channels_last)
-    assert kernel.takes([given], (out,))
+    assert kernel.takes([given], layer.packed_weight, None, (out,))
     kernel.run([given], layer.packed_weight, None, None, out)
     check(out, expected, torch.bfloat16, "")
 
@@ -137,8 +140,9 @@ def test_a_layer_of_the_table_takes_it_also_in_a_graph() -> None:
     x = torch.randn(128, 64, 56, 56, device="cuda", dtype=torch.bfloat16)
     x = x.to(memory_format=torch.channels_last)
     prepared, y = layer._prepared, torch.empty_like(x)
-    assert prepared._sm90_tile([x], None, None, y, False, None) is not None  # type: ignore[attr-defined]
-    few = prepared._sm90_tile([x[:1]], None, None, y[:1], False, None)  # type: ignore[attr-defined]
+    given = (layer.packed_weight, None, None, None)
+    assert prepared._sm90_tile([x], *given, y, False, None) is not None  # type: ignore[attr-defined]
+    few = prepared._sm90_tile([x[:1]], *given, y[:1], False, None)  # type: ignore[attr-defined]
     assert few is None
     layer(x, None, y)
     torch.cuda.synchronize()

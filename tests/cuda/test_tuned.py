@@ -32,6 +32,10 @@ class FakeKernel:
         return cls.reason
 
     @staticmethod
+    def why_not_width(width: int) -> str:
+        return "too wide" if width > 256 else ""
+
+    @staticmethod
     def tiles() -> list[str]:
         return TILES
 
@@ -67,6 +71,28 @@ def test_what_the_kernel_cannot_is_left_to_triton(fake: type[FakeKernel]) -> Non
     assert Conv2dSm90.make(lists, dk.ConvSpec((3, 3), (1, 2)), torch.bfloat16) is None
     fake.reason = "something else"
     assert Conv2dSm90.make(lists, dk.ConvSpec((3, 3)), torch.bfloat16) is None
+
+
+def test_memory_that_the_kernel_cannot_read_is_left_to_triton(
+    fake: type[FakeKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conv2d_sm90, "_is_hopper", lambda device: True)
+    layer = Conv2dSm90.make(two_nodes(), dk.ConvSpec((3, 3)), torch.bfloat16)
+    assert layer is not None
+
+    def maps(channels: int = 128, width: int = 6) -> torch.Tensor:
+        return torch.zeros(2, 5, width, channels, dtype=torch.bfloat16).permute(0, 3, 1, 2)
+
+    weight, bias = torch.zeros(64, dtype=torch.bfloat16), torch.zeros(66, dtype=torch.bfloat16)
+    assert layer.takes([maps()], weight, None, (maps(64), None))
+    assert layer.takes([maps()], weight, bias[2:], (maps(64), maps(64)))
+    assert not layer.takes([maps()], weight, bias[1:65], (maps(64), None))
+    assert not layer.takes([maps()], weight[1:], None, (maps(64), None))
+    assert not layer.takes([maps(132)[:, 4:]], weight, None, (maps(64), None))
+    assert not layer.takes([maps(132)[:, :128]], weight, None, (maps(64), None))
+    assert not layer.takes([maps().contiguous()], weight, None, (maps(64), None))
+    assert not layer.takes([maps()], weight, None, (maps(64), maps(68)[:, :64]))
+    assert not layer.takes([maps(width=300)], weight, None, (maps(64, 300), None))
 
 
 def test_the_nearest_size_that_was_measured_decides(
