@@ -11,13 +11,14 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import disco
 from disco.errors import DeadlineError, TransportError
 from disco.executor import Executor, Handle, InProcessHub, run_together
 from disco.runtime.nccl import Message, NcclTransport
 from tests.runtime.at_once import at_once
+from tests.runtime.tokens_model import TokensModel
 
 
 class _Started:
@@ -159,25 +160,10 @@ def test_the_stand_in_hangs_where_nccl_would() -> None:
     assert not any(send.is_completed() for send in sends)
 
 
-class _Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 24, 3, stride=2, padding=1)
-        self.body = nn.Conv2d(24, 36, 3, padding=1)
-        self.norm = nn.LayerNorm(36)
-        self.mix = nn.Linear(36, 30)
-        self.head = nn.Linear(30, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.body(self.stem(x).relu()).relu()
-        tokens = self.mix(self.norm(x.flatten(2).transpose(1, 2))).relu()
-        return self.head(tokens.mean(1))
-
-
 @pytest.mark.parametrize("nodes", [2, 3, 4])
 def test_executors_compute_the_same_bits(nodes: int) -> None:
     torch.manual_seed(0)
-    model, x = _Model().eval(), torch.randn(2, 3, 12, 12)
+    model, x = TokensModel().eval(), torch.randn(2, 3, 12, 12)
     disco.sparsify_(model, nodes, 0.4, (x,))
     parts = disco.partition(model, (x,), nodes)
     order = [

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import disco
 from disco.errors import DeadlineError
@@ -22,6 +22,7 @@ from disco.runtime.staged import StagedTransport
 from disco.runtime.token import make_token
 from tests.runtime.at_once import at_once
 from tests.runtime.lagging import LaggingCopies
+from tests.runtime.tokens_model import TokensModel
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int64)
 
@@ -131,26 +132,9 @@ def test_a_device_that_hangs_is_a_deadline() -> None:
         a.wait(send, 0.05)
 
 
-class _Model(nn.Module):
-    """Maps, tokens with a layer norm (two dtypes in a message), a classifier."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 24, 3, stride=2, padding=1)
-        self.body = nn.Conv2d(24, 36, 3, padding=1)
-        self.norm = nn.LayerNorm(36)
-        self.mix = nn.Linear(36, 30)
-        self.head = nn.Linear(30, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.body(self.stem(x).relu()).relu()
-        tokens = self.mix(self.norm(x.flatten(2).transpose(1, 2))).relu()
-        return self.head(tokens.mean(1))
-
-
 def _parts(nodes: int, wire: torch.dtype | None) -> disco.Partitioned:
     torch.manual_seed(0)
-    model, x = _Model().eval(), torch.randn(2, 3, 12, 12)
+    model, x = TokensModel().eval(), torch.randn(2, 3, 12, 12)
     disco.sparsify_(model, nodes, 0.4, (x,))
     return disco.partition(model, (x,), nodes, wire_dtype=wire)
 
