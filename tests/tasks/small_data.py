@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
+
+from disco.tasks.data import Examples, Subset
 
 
 def write_digits(path: Path, per_class: int = 30, noise: float = 3.0) -> Path:
@@ -40,3 +43,11 @@ def write_folder(root: Path, classes: tuple[str, ...] = ("cat", "dog"), count: i
             pixels[:, :, label % 3] = 200 + number
             Image.fromarray(pixels).save(path)
     return root
+
+
+def labels_of(examples: Examples) -> Tensor:
+    """The labels of examples to classify, int64 [n], without reading an image."""
+    if isinstance(examples, Subset):
+        return labels_of(examples.whole)[examples.indices]
+    labels: Tensor = getattr(examples, "labels")  # noqa: B009  # a protocol has none
+    return labels

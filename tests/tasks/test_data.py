@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
 
 from disco.errors import InputError
-from disco.tasks.data import batches_of, mixed, order_of, split_by_class
+from disco.images import Preprocessing
+from disco.tasks.data import (
+    DataOptions,
+    Example,
+    TaskData,
+    batches_of,
+    made_harder,
+    mixed,
+    order_of,
+    split_by_class,
+)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 0.99])
@@ -59,3 +72,50 @@ def test_batches(count: int, drop_last: bool, sizes: list[int]) -> None:
     batches = list(batches_of(range(count), 3, drop_last=drop_last))
     assert [len(batch) for batch in batches] == sizes
     assert [index for batch in batches for index in batch] == list(range(sum(sizes)))
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """Examples whose input is their number everywhere."""
+
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def load(self, index: int, seed: int | None) -> Example:
+        return torch.full((3, 2, 2), float(index)), index
+
+
+def _numbers(train: int, val: int) -> TaskData:
+    return TaskData(_Numbers(train), _Numbers(val), ("a",), Preprocessing(2, 2), "numbers")
+
+
+def test_fewer_training_examples_are_a_choice_of_the_split_seed() -> None:
+    def chosen(**options: Any) -> list[int]:
+        data = made_harder(_numbers(50, 7), DataOptions(train_count=20, **options))
+        assert len(data.val) == 7 and "20 are learnt from" in data.text
+        return [data.train.load(index, None)[1] for index in range(len(data.train))]
+
+    assert chosen() == chosen() == sorted(set(chosen())) and len(chosen()) == 20
+    assert chosen() != chosen(split_seed=1)
+    for count in (0, 51):
+        with pytest.raises(InputError, match=f"{count} training examples .* there are 50"):
+            made_harder(_numbers(50, 7), DataOptions(train_count=count))
+
+
+def test_noise_stays_in_evaluation_and_changes_in_training() -> None:
+    data = made_harder(_numbers(400, 400), DataOptions(noise=0.5))
+    noise = torch.stack([data.val.load(i, None)[0] - i for i in range(400)])
+    # 4,800 draws: their deviation is within 5% of 0.5 but for one seed in millions.
+    assert abs(float(noise.std()) - 0.5) < 0.025 and abs(float(noise.mean())) < 0.05
+    assert torch.equal(data.val.load(3, None)[0], data.val.load(3, None)[0])
+    assert not torch.equal(data.train.load(3, None)[0], data.val.load(3, None)[0])
+    assert not torch.equal(data.train.load(3, 1)[0], data.train.load(3, 2)[0])
+    assert torch.equal(data.train.load(3, 1)[0], data.train.load(3, 1)[0])
+    assert data.train.load(3, 1)[1] == 3
+
+
+def test_nothing_asked_for_changes_nothing() -> None:
+    data = _numbers(3, 2)
+    assert made_harder(data, DataOptions()) == data

@@ -15,7 +15,7 @@ from PIL import Image
 from disco.errors import InputError
 from disco.images import load_image
 from disco.tasks import Classification, DataOptions
-from tests.tasks.small_data import write_digits
+from tests.tasks.small_data import labels_of, write_digits
 
 load = Classification().load_data
 
@@ -24,9 +24,9 @@ load = Classification().load_data
 def test_plain_and_gzipped_files_give_every_digit_once(tmp_path: Path, name: str) -> None:
     path = write_digits(tmp_path / name, per_class=10)
     data = load(f"digits:{path}", DataOptions())
-    assert (len(data.train.targets), len(data.val.targets)) == (80, 20)
+    assert (len(data.train), len(data.val)) == (80, 20)
     assert data.classes == tuple("0123456789")
-    assert torch.equal(data.val.targets.bincount(), torch.full((10,), 2))
+    assert torch.equal(labels_of(data.val).bincount(), torch.full((10,), 2))
     assert str(path) in data.text and "80 for training, 20 for validation" in data.text
 
 
@@ -35,23 +35,23 @@ def test_an_input_is_that_of_the_digit_saved_as_an_image(tmp_path: Path) -> None
     levels = np.loadtxt(path, delimiter=",")[:, :64]
     for size in (8, 16, 11):
         data = load(f"digits:{path}", DataOptions(image_size=size))
-        for index in range(len(data.val.targets)):
+        for index in range(len(data.val)):
             row = levels[int(data.val.indices[index])]  # type: ignore[attr-defined]
             pixels = (row.reshape(8, 8) * 255 / 16).round().astype(np.uint8)
             Image.fromarray(pixels).save(tmp_path / "digit.png")
             expected = load_image(tmp_path / "digit.png", data.preprocessing)[0]
-            assert torch.equal(data.val.load(index, None), expected)
+            assert torch.equal(data.val.load(index, None)[0], expected)
 
 
 def test_augmentation_moves_by_at_most_a_pixel_and_repeats(tmp_path: Path) -> None:
     path = write_digits(tmp_path / "digits.csv", per_class=2)
     data = load(f"digits:{path}", DataOptions())
-    plain = data.train.load(0, None)
+    plain = data.train.load(0, None)[0]
     moved = torch.nn.functional.pad(plain, (1, 1, 1, 1), value=float("nan"))
     places = set()
     for seed in range(200):
-        image = data.train.load(0, seed)
-        assert torch.equal(image, data.train.load(0, seed))
+        image = data.train.load(0, seed)[0]
+        assert torch.equal(image, data.train.load(0, seed)[0])
         matching = []
         for down in range(3):
             for right in range(3):
@@ -63,7 +63,7 @@ def test_augmentation_moves_by_at_most_a_pixel_and_repeats(tmp_path: Path) -> No
         places.update(matching)
     assert len(places) == 9
     still = load(f"digits:{path}", DataOptions(augment=False))
-    assert torch.equal(still.train.load(0, 5), plain)
+    assert torch.equal(still.train.load(0, 5)[0], plain)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +102,6 @@ def test_without_scikit_learn_the_way_out_is_named(monkeypatch: pytest.MonkeyPat
 )
 def test_the_installed_digits() -> None:
     data = load("digits", DataOptions())
-    assert len(data.train.targets) + len(data.val.targets) == 1797
-    inputs = torch.stack([data.train.load(index, None) for index in range(1400)])
+    assert len(data.train) + len(data.val) == 1797
+    inputs = torch.stack([data.train.load(index, None)[0] for index in range(1400)])
     assert abs(float(inputs.mean())) < 0.02 and abs(float(inputs.std()) - 1) < 0.02

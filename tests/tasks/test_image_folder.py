@@ -11,7 +11,7 @@ import torch
 from disco.errors import InputError
 from disco.images import load_image
 from disco.tasks import Classification, DataOptions, TaskData
-from tests.tasks.small_data import write_folder, write_image
+from tests.tasks.small_data import labels_of, write_folder, write_image
 
 SMALL = DataOptions(image_size=16)
 
@@ -27,8 +27,8 @@ def test_one_set_of_class_folders_is_divided_by_seed(tmp_path: Path) -> None:
     (tmp_path / "a" / "notes.txt").write_text("no image")
     data = load(tmp_path)
     assert data.classes == ("a", "b", "c")
-    assert data.train.targets.bincount().tolist() == [8, 8, 8]
-    assert data.val.targets.bincount().tolist() == [2, 2, 2]
+    assert labels_of(data.train).bincount().tolist() == [8, 8, 8]
+    assert labels_of(data.val).bincount().tolist() == [2, 2, 2]
     assert "0.2 of each class by seed 0" in data.text
     assert data.preprocessing.size == 16
 
@@ -37,8 +37,8 @@ def test_train_and_val_are_taken_as_they_are(tmp_path: Path) -> None:
     write_folder(tmp_path / "train", count=4)
     write_folder(tmp_path / "val", count=1)
     data = load(tmp_path)
-    assert (len(data.train.targets), len(data.val.targets)) == (8, 2)
-    assert data.val.targets.tolist() == [0, 1]
+    assert (len(data.train), len(data.val)) == (8, 2)
+    assert labels_of(data.val).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -66,13 +66,13 @@ def test_formats_modes_and_sizes(
     shutil.rmtree(tmp_path / "train" / "cat")
     write_image(tmp_path / "train" / "cat" / name, mode, size)
     data = load(tmp_path)
-    assert data.val.targets.tolist() == [0, 1]
-    assert torch.equal(data.val.load(1, None), load_image(path, data.preprocessing)[0])
+    assert labels_of(data.val).tolist() == [0, 1]
+    assert torch.equal(data.val.load(1, None)[0], load_image(path, data.preprocessing)[0])
     for seed in range(20):
-        image = data.train.load(0, seed)
+        image = data.train.load(0, seed)[0]
         assert image.shape == (3, 16, 16) and image.dtype == torch.float32
         assert image.isfinite().all() and image.is_contiguous()
-        assert torch.equal(image, data.train.load(0, seed))
+        assert torch.equal(image, data.train.load(0, seed)[0])
 
 
 def test_augmentation_cuts_and_mirrors_and_can_be_left_out(tmp_path: Path) -> None:
@@ -80,9 +80,9 @@ def test_augmentation_cuts_and_mirrors_and_can_be_left_out(tmp_path: Path) -> No
     for number in range(5):
         write_image(tmp_path / "cat" / f"{number}.png", "RGB", (40, 30))
     data, plain = load(tmp_path), load(tmp_path, DataOptions(image_size=16, augment=False))
-    images = {tuple(data.train.load(0, seed).flatten().tolist()) for seed in range(30)}
+    images = {tuple(data.train.load(0, seed)[0].flatten().tolist()) for seed in range(30)}
     assert len(images) == 30
-    assert torch.equal(plain.train.load(0, 7), data.train.load(0, None))
+    assert torch.equal(plain.train.load(0, 7)[0], data.train.load(0, None)[0])
 
 
 def test_a_damaged_file_is_found_when_it_is_read(tmp_path: Path) -> None:

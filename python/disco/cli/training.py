@@ -50,6 +50,8 @@ def _add_learning(group: Any) -> None:
     _add(group, "image-size", int, "in pixels", "the data's")
     _add(group, "val-share", float, "of each class, where data are not divided yet")
     _add(group, "split-seed", int, "of that division")
+    _add(group, "train-count", int, "training images to learn from", "all")
+    _add(group, "noise", float, "deviation of noise on the inputs")
     group.add_argument(
         "--no-augment",
         dest="augment",

@@ -1,17 +1,20 @@
 """Tasks: where examples come from, which models fit, the loss and the metric. One file each."""
 
 from disco.tasks.classification import Classification
-from disco.tasks.data import DataOptions, Examples, TaskData
-from disco.tasks.task import TASKS, DistillOptions, LossOptions, Task, task_named
+from disco.tasks.data import DataOptions, Example, Examples, TaskData, made_harder
+from disco.tasks.task import TASKS, DistillOptions, LossOptions, Meter, Task, task_named
 
 __all__ = [
     "TASKS",
     "Classification",
     "DataOptions",
     "DistillOptions",
+    "Example",
     "Examples",
     "LossOptions",
+    "Meter",
     "Task",
     "TaskData",
+    "made_harder",
     "task_named",
 ]

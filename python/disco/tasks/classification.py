@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ class Classification:
         """With random weights, in `eval()` mode, on the CPU."""
         return build_model(source, name, num_classes=num_classes, image_size=image_size, seed=seed)
 
-    def loss(self, outputs: Any, targets: Tensor, options: LossOptions) -> Tensor:
+    def loss(self, outputs: Any, targets: Any, options: LossOptions) -> Tensor:
         """Cross entropy, of smoothed labels (arXiv 1512.00567, section 7) if so asked.
 
         Args:
@@ -67,15 +68,32 @@ class Classification:
         target = F.log_softmax(_logits(teacher).float() / t, 1)
         return F.kl_div(student, target, reduction="batchmean", log_target=True) * t * t
 
-    def count_right(self, outputs: Any, targets: Tensor) -> Tensor:
-        """The metric's numerator, a float64 scalar: images whose largest output is their label's.
+    def collate(self, targets: Sequence[Any]) -> Tensor:
+        """Labels, int64 [B]."""
+        return torch.stack(list(targets))
 
-        Divided by the number of images it is the top-1 accuracy. Not a number is never the largest.
-        """
+    def new_meter(self, classes: Sequence[str]) -> Top1:
+        """The share of right answers."""
+        return Top1()
+
+
+class Top1:
+    """The share of images whose largest output is their label's; see `disco.tasks.Meter`."""
+
+    def __init__(self) -> None:
+        self._right = self._images = 0
+
+    def update(self, outputs: Any, targets: Any) -> None:
+        """Logits [B, classes] and labels int64 [B]. Not a number is never the largest."""
         logits = _logits(outputs)
         found = torch.where(logits.isnan(), -torch.inf, logits).argmax(1)
         right = (found == targets) & ~logits.isnan().all(1)
-        return right.sum(dtype=torch.float64)
+        self._right += int(right.sum())
+        self._images += len(right)
+
+    def value(self) -> float:
+        """In [0, 1]."""
+        return self._right / self._images
 
 
 def _logits(outputs: Any) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,17 +12,19 @@ from torch import Tensor
 from disco.errors import InputError
 from disco.images import Preprocessing
 
+# One input, float32 [3, size, size], and what is wanted of it: a tensor, or a tree of tensors.
+Example = tuple[Tensor, Any]
+
 
 class Examples(Protocol):
     """Inputs and targets by number."""
 
-    @property
-    def targets(self) -> Tensor:
-        """Of all examples, the first dimension being their number."""
+    def __len__(self) -> int:
+        """How many there are."""
         ...
 
-    def load(self, index: int, seed: int | None) -> Tensor:
-        """One input, float32 [3, size, size].
+    def load(self, index: int, seed: int | None) -> Example:
+        """One example.
 
         Args:
             index: of the example.
@@ -63,6 +65,8 @@ class DataOptions:
         split_seed: of that division. It is not the training's seed, so that runs that differ in
             theirs are compared on the same examples.
         augment: change training examples at random.
+        train_count: of the training examples so many, chosen by `split_seed`; None for all.
+        noise: deviation of normal noise that is added to the inputs, once they are normalised.
     """
 
     preprocessing: Preprocessing | None = None
@@ -70,6 +74,8 @@ class DataOptions:
     val_share: float = 0.2
     split_seed: int = 0
     augment: bool = True
+    train_count: int | None = None
+    noise: float = 0.0
 
     def preprocessing_or(self, usual: Preprocessing) -> Preprocessing:
         """That to use: the one given, or `usual` at the size given."""
@@ -89,13 +95,54 @@ class Subset:
     whole: Examples
     indices: Tensor
 
-    @property
-    def targets(self) -> Tensor:
-        return self.whole.targets[self.indices]
+    def __len__(self) -> int:
+        return len(self.indices)
 
-    def load(self, index: int, seed: int | None) -> Tensor:
+    def load(self, index: int, seed: int | None) -> Example:
         """As the whole's."""
         return self.whole.load(int(self.indices[index]), seed)
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """Examples with normal noise on their inputs, the same at every look but in training."""
+
+    clean: Examples
+    deviation: float
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def load(self, index: int, seed: int | None) -> Example:
+        """As the clean ones', and noise."""
+        image, target = self.clean.load(index, seed)
+        own = mixed(self.seed, index) if seed is None else mixed(self.seed, seed)
+        generator = torch.Generator().manual_seed(own >> 1)
+        return image + self.deviation * torch.randn(image.shape, generator=generator), target
+
+
+def made_harder(data: TaskData, options: DataOptions) -> TaskData:
+    """The data with fewer training examples and noisy inputs, where the options ask for these.
+
+    Raises InputError for more training examples than there are.
+    """
+    train, val, text = data.train, data.val, data.text
+    if options.train_count is not None:
+        if not 0 < options.train_count <= len(train):
+            raise InputError(
+                f"{options.train_count} training examples were asked for, and there are "
+                f"{len(train)}: ask for fewer"
+            )
+        generator = torch.Generator().manual_seed(mixed(options.split_seed, 1) >> 1)
+        chosen = torch.randperm(len(train), generator=generator)[: options.train_count]
+        train, text = Subset(train, chosen.sort().values), f"{text}; {len(chosen)} are learnt from"
+    if options.noise:
+        # Of two seeds, or the two parts would have the same noise by number.
+        train = Noisy(train, options.noise, mixed(options.split_seed, 2) >> 1)
+        val = Noisy(val, options.noise, mixed(options.split_seed, 3) >> 1)
+        text = f"{text}; with noise of {options.noise:g}"
+    return replace(data, train=train, val=val, text=text)
 
 
 def split_by_class(

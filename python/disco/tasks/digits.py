@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from disco.errors import InputError
 from disco.images import Preprocessing, normalised
-from disco.tasks.data import DataOptions, Subset, TaskData, split_by_class
+from disco.tasks.data import DataOptions, Example, Subset, TaskData, split_by_class
 
 _SIDE, _LEVELS, _CLASSES = 8, 16, 10
 # The mean and deviation of the shipped digits, with 16 levels as 1: 0.3053 and 0.3760.
@@ -58,15 +58,18 @@ def load_digits(path: Path | None, options: DataOptions) -> TaskData:
 
 @dataclass(frozen=True)
 class Digits:
-    """Digits in memory: `pixels` uint8 [n, 8, 8], `targets` int64 [n]."""
+    """Digits in memory: `pixels` uint8 [n, 8, 8], `labels` int64 [n]."""
 
     pixels: Tensor
-    targets: Tensor
+    labels: Tensor
     preprocessing: Preprocessing
     augment: bool
 
-    def load(self, index: int, seed: int | None) -> Tensor:
-        """Float32 [3, size, size], the three colours alike."""
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def load(self, index: int, seed: int | None) -> Example:
+        """Float32 [3, size, size], the three colours alike, and the digit, int64 []."""
         image = self.pixels[index]
         if seed is not None and self.augment:
             image = _moved(image, seed)
@@ -75,7 +78,8 @@ class Digits:
             # As `load_image` scales a file.
             scaled = Image.fromarray(image.numpy()).resize((size, size), Image.Resampling.BILINEAR)
             image = torch.from_numpy(np.array(scaled))
-        return normalised(image[:, :, None].expand(-1, -1, 3), self.preprocessing)[0]
+        rgb = image[:, :, None].expand(-1, -1, 3)
+        return normalised(rgb, self.preprocessing)[0], self.labels[index]
 
 
 def _moved(image: Tensor, seed: int) -> Tensor:

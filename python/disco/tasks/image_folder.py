@@ -14,7 +14,7 @@ from torch import Tensor
 
 from disco.errors import InputError
 from disco.images import IMAGE_SUFFIXES, Preprocessing, load_image, normalised, read_rgb
-from disco.tasks.data import DataOptions, Examples, Subset, TaskData, split_by_class
+from disco.tasks.data import DataOptions, Example, Examples, Subset, TaskData, split_by_class
 
 # Of a crop's area and of its width over its height, as Szegedy et al. (arXiv 1409.4842) drew them,
 # but for the smallest area: 0.08 there, for a million images; small sets are trained with more.
@@ -58,7 +58,7 @@ def load_folder(path: Path, options: DataOptions) -> TaskData:
         text = f"{path}: {len(train.files)} for training, {len(val.files)} for validation"
         return TaskData(train, val, classes, preprocessing, f"{text}, {len(classes)} classes")
     classes, whole = _scan(path, preprocessing, options.augment)
-    first, second = split_by_class(whole.targets, classes, options.val_share, options.split_seed)
+    first, second = split_by_class(whole.labels, classes, options.val_share, options.split_seed)
     text = (
         f"{path}: {len(first)} for training, {len(second)} for validation, {len(classes)} classes; "
         f"{options.val_share:g} of each class by seed {options.split_seed}"
@@ -69,20 +69,27 @@ def load_folder(path: Path, options: DataOptions) -> TaskData:
 
 @dataclass(frozen=True)
 class FolderImages:
-    """Image files and their classes: `targets` int64 [n]."""
+    """Image files and their classes: `labels` int64 [n]."""
 
     files: tuple[Path, ...]
-    targets: Tensor
+    labels: Tensor
     preprocessing: Preprocessing
     augment: bool
 
-    def load(self, index: int, seed: int | None) -> Tensor:
-        """Float32 [3, size, size]; unchanged, as `load_image` reads it. Raises InputError."""
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def load(self, index: int, seed: int | None) -> Example:
+        """Float32 [3, size, size]; unchanged, as `load_image` reads it; and the class, int64 [].
+
+        Raises InputError.
+        """
         path = self.files[index]
         if seed is None or not self.augment:
-            return load_image(path, self.preprocessing)[0]
+            return load_image(path, self.preprocessing)[0], self.labels[index]
         image = _cut(read_rgb(path), self.preprocessing.size, seed)
-        return normalised(torch.from_numpy(np.array(image)), self.preprocessing)[0]
+        pixels = torch.from_numpy(np.array(image))
+        return normalised(pixels, self.preprocessing)[0], self.labels[index]
 
 
 def _scan(

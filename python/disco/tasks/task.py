@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -11,7 +12,19 @@ from disco.tasks.classification import Classification
 from disco.tasks.data import DataOptions, TaskData
 from disco.tasks.options import DistillOptions, LossOptions
 
-__all__ = ["TASKS", "DistillOptions", "LossOptions", "Task", "task_named"]
+__all__ = ["TASKS", "DistillOptions", "LossOptions", "Meter", "Task", "task_named"]
+
+
+class Meter(Protocol):
+    """A metric over many batches."""
+
+    def update(self, outputs: Any, targets: Any) -> None:
+        """Take a batch, on any device: a model's outputs, and targets as `collate` made them."""
+        ...
+
+    def value(self) -> float:
+        """Of all batches so far; larger is better."""
+        ...
 
 
 class Task(Protocol):
@@ -37,16 +50,20 @@ class Task(Protocol):
         """A model out of the zoo. Raises InputError."""
         ...
 
-    def loss(self, outputs: Any, targets: Tensor, options: LossOptions) -> Tensor:
-        """A differentiable scalar, the mean over the images."""
+    def collate(self, targets: Sequence[Any]) -> Any:
+        """The targets of a batch, a tree of tensors, out of those of its examples."""
+        ...
+
+    def loss(self, outputs: Any, targets: Any, options: LossOptions) -> Tensor:
+        """A differentiable scalar, the mean over the images; `targets` as `collate` made them."""
         ...
 
     def distillation(self, outputs: Any, teacher: Any, options: DistillOptions) -> Tensor:
         """A differentiable scalar, 0 where the outputs are the teacher's."""
         ...
 
-    def count_right(self, outputs: Any, targets: Tensor) -> Tensor:
-        """The metric times the number of images, a float64 scalar."""
+    def new_meter(self, classes: Sequence[str]) -> Meter:
+        """Measures the metric. Raises InputError if a library that does is not installed."""
         ...
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
 
 from disco.errors import InputError
-from disco.tasks import Examples
+from disco.tasks import Example, Examples
 from disco.tasks.data import batches_of, mixed, order_of
 
 
@@ -35,28 +37,37 @@ class Batches:
 
     Args:
         examples: of the task.
+        collate: the task's: the targets of a batch out of those of its examples.
         size: images a batch.
         refused: takes note of images that cannot be read.
         workers: processes that read images; 0 reads them in this one. The batches are the same.
     """
 
-    def __init__(self, examples: Examples, size: int, refused: Refused, workers: int = 0) -> None:
+    def __init__(
+        self,
+        examples: Examples,
+        collate: Collate,
+        size: int,
+        refused: Refused,
+        workers: int = 0,
+    ) -> None:
         self._examples = examples
+        self._collate = collate
         self._size = size
         self._refused = refused
         self._workers = workers
-        self._count = len(examples.targets)
+        self._count = len(examples)
 
     def __len__(self) -> int:
         """Training batches of an epoch."""
         return max(1, self._count // self._size)
 
-    def in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def in_order(self) -> Iterator[tuple[Tensor, Any]]:
         """All examples as they are: inputs float32 [B, 3, s, s] and their targets."""
         batches = batches_of(range(self._count), self._size, drop_last=False)
         return self._load([[(index, None) for index in batch] for batch in batches])
 
-    def shuffled(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def shuffled(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Any]]:
         """An epoch's training batches, augmented: a function of seed and epoch."""
         batches = batches_of(order_of(self._count, seed, epoch), self._size, drop_last=True)
         return self._load(
@@ -65,7 +76,7 @@ class Batches:
 
     def _load(
         self, batches: Sequence[Sequence[tuple[int, int | None]]]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[tuple[Tensor, Any]]:
         loader: DataLoader[_Loaded] = DataLoader(
             _Loading(self._examples),
             batch_sampler=batches,  # type: ignore[arg-type]  # any sequence of batches serves
@@ -75,16 +86,22 @@ class Batches:
             generator=torch.Generator(),
         )
         for loaded in loader:
-            for index, image in loaded:
-                if isinstance(image, str):
-                    self._refused.add(index, image)
-            good = [(index, image) for index, image in loaded if isinstance(image, Tensor)]
+            for index, found in loaded:
+                if isinstance(found, str):
+                    self._refused.add(index, found)
+            good = [found for _, found in loaded if not isinstance(found, str)]
             if good:
-                indices = torch.tensor([index for index, _ in good])
-                yield torch.stack([image for _, image in good]), self._examples.targets[indices]
+                images, targets = zip(*good, strict=True)
+                yield torch.stack(images), self._collate(targets)
 
 
-_Loaded = tuple[int, Tensor | str]
+Collate = Callable[[Sequence[Any]], Any]
+_Loaded = tuple[int, Example | str]
+
+
+def moved(targets: Any, device: torch.device | str) -> Any:
+    """A tree of tensors (tuples, lists, dicts) on a device."""
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, targets)
 
 
 class _Loading(Dataset[_Loaded]):

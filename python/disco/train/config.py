@@ -21,7 +21,7 @@ class TrainConfig:
     Attributes:
         task, data, model: see `disco.tasks`.
         image_size: side of the inputs in pixels; None for the data's usual one.
-        val_share, split_seed, augment: see `DataOptions`.
+        val_share, split_seed, augment, train_count, noise: see `DataOptions`.
         epochs, batch_size: the last batch of an epoch is left out if it is smaller.
         optimizer: "sgd" (momentum 0.9, Nesterov) or "adamw".
         lr: the largest learning rate; None is 0.05 for SGD and 0.001 for AdamW.
@@ -50,6 +50,8 @@ class TrainConfig:
     val_share: float = 0.2
     split_seed: int = 0
     augment: bool = True
+    train_count: int | None = None
+    noise: float = 0.0
     epochs: int = 20
     batch_size: int = 64
     optimizer: str = "sgd"
@@ -79,13 +81,13 @@ class TrainConfig:
         task_named(self.task)
         _check_choice("method", self.method, METHODS)
         _check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        for name in ("epochs", "batch_size", "nodes", "every", "image_size"):
+        for name in ("epochs", "batch_size", "nodes", "every", "image_size", "train_count"):
             _check(self, name, "a whole number, 1 or more", lambda v: _whole(v) and v >= 1)
         for name in ("seed", "split_seed"):
             _check(self, name, "a whole number, 0 or more", lambda v: _whole(v) and 0 <= v < 2**63)
         for name in ("lr", "clip_norm", "distill_temperature"):
             _check(self, name, "a number above 0", lambda v: _number(v) and v > 0)
-        for name in ("weight_decay", "warmup_epochs"):
+        for name in ("weight_decay", "warmup_epochs", "noise"):
             _check(self, name, "a number, 0 or more", lambda v: _number(v) and v >= 0)
         for name in ("density", "begin", "end", "distill_weight"):
             _check(self, name, "a number in [0, 1]", lambda v: _number(v) and 0 <= v <= 1)
@@ -136,7 +138,14 @@ class TrainConfig:
 
     @property
     def data_options(self) -> DataOptions:
-        return DataOptions(None, self.image_size, self.val_share, self.split_seed, self.augment)
+        return DataOptions(
+            image_size=self.image_size,
+            val_share=self.val_share,
+            split_seed=self.split_seed,
+            augment=self.augment,
+            train_count=self.train_count,
+            noise=self.noise,
+        )
 
     @property
     def loss_options(self) -> LossOptions:

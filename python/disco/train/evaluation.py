@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from disco.errors import InputError
-from disco.tasks import Examples, Task, task_named
-from disco.train.batches import Batches, Refused
+from disco.tasks import Examples, Task, made_harder, task_named
+from disco.train.batches import Batches, Refused, moved
 from disco.train.run_folder import Run
 
 SPLITS = ("val", "train")
@@ -24,7 +24,7 @@ class Evaluation:
 
     Attributes:
         metric: its name.
-        value: the share of `images`, 0 to 1.
+        value: in the metric's own unit; larger is better.
         images: evaluated.
         refused: images that could not be read, and do not count.
         data: where the images are from, in words.
@@ -49,6 +49,7 @@ def evaluate(
     predict: Callable[[Tensor], Any],
     task: Task,
     examples: Examples,
+    classes: Sequence[str],
     say: Callable[[str], None],
     *,
     batch_size: int = _BATCH,
@@ -62,6 +63,7 @@ def evaluate(
         predict: inputs float32 [B, 3, s, s] on `device` to outputs; a model has to be in `eval()`.
         task: whose metric it is.
         examples: to evaluate on.
+        classes: their names.
         say: takes a line for each image that cannot be read.
         batch_size, workers: of reading.
         device: where inputs go.
@@ -71,15 +73,15 @@ def evaluate(
         InputError: not one example could be read.
     """
     refused = Refused(say)
-    right = torch.zeros((), dtype=torch.float64)
+    meter = task.new_meter(classes)
     images = 0
-    for inputs, targets in Batches(examples, batch_size, refused, workers).in_order():
-        outputs = predict(inputs.to(device))
-        right += task.count_right(outputs, targets.to(device)).cpu()
+    batches = Batches(examples, task.collate, batch_size, refused, workers)
+    for inputs, targets in batches.in_order():
+        meter.update(predict(inputs.to(device)), moved(targets, device))
         images += len(inputs)
     if not images:
         raise InputError(f"none of {len(refused)} images could be read: give others")
-    return Evaluation(task.metric, float(right) / images, images, len(refused), data)
+    return Evaluation(task.metric, meter.value(), images, len(refused), data)
 
 
 def evaluate_run(
@@ -111,7 +113,7 @@ def evaluate_run(
         raise InputError(f"split is one of {', '.join(SPLITS)}; given {split!r}")
     task = task_named(run.config.task)
     options = replace(run.config.data_options, preprocessing=run.preprocessing)
-    found = task.load_data(data or run.config.data, options)
+    found = made_harder(task.load_data(data or run.config.data, options), options)
     if found.classes != run.classes:
         odd = sorted(set(found.classes) ^ set(run.classes))
         raise InputError(
@@ -124,6 +126,7 @@ def evaluate_run(
         predict,
         task,
         found.val if split == "val" else found.train,
+        found.classes,
         say,
         batch_size=batch_size,
         workers=workers,

@@ -13,7 +13,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from disco.errors import InputError, TrainingError
 from disco.tasks import Task, TaskData
-from disco.train.batches import Batches, Refused
+from disco.train.batches import Batches, Refused, moved
 from disco.train.checkpoint import rng_state, set_rng_state
 from disco.train.config import TrainConfig
 from disco.train.evaluation import Evaluation, evaluate
@@ -56,7 +56,9 @@ class Training:
         self.model = model.to(device)
         self.teacher = None if teacher is None else teacher.to(device).eval().requires_grad_(False)
         self.refused = Refused(say)
-        self.batches = Batches(data.train, self.config.batch_size, self.refused, workers)
+        self.batches = Batches(
+            data.train, task.collate, self.config.batch_size, self.refused, workers
+        )
         self.total_steps = self.config.epochs * len(self.batches)
         self.optimizer = _optimizer(self.model, self.config)
         self.sparsifier = make_sparsifier(self.config, self.total_steps)
@@ -123,7 +125,7 @@ class Training:
             if len(inputs) < 2 and number:
                 continue  # what is left of a batch of unreadable images; batch norm needs two
             lr = self._set_lr(self.epoch * len(self.batches) + number)
-            loss = self._step(inputs.to(self.device), targets.to(self.device), number)
+            loss = self._step(inputs.to(self.device), moved(targets, self.device), number)
             losses, images = losses + loss * len(inputs), images + len(inputs)
             progress.at(self.epoch, number, loss)
         progress.end()
@@ -148,7 +150,7 @@ class Training:
         self.rows.append(row)
         return row
 
-    def _step(self, inputs: Tensor, targets: Tensor, number: int) -> float:
+    def _step(self, inputs: Tensor, targets: Any, number: int) -> float:
         """One update; the loss that led to it."""
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
@@ -186,6 +188,7 @@ class Training:
             self.model,
             self.task,
             self.data.val,
+            self.data.classes,
             self.say if self.epoch == 0 else _silent,  # the same images are refused every epoch
             batch_size=self.config.batch_size,
             workers=self.workers,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from disco.errors import InputError
-from disco.tasks import Task, TaskData, task_named
+from disco.tasks import Task, TaskData, made_harder, task_named
 from disco.train.config import TrainConfig
 from disco.train.device import training_device
 from disco.train.evaluation import Evaluation
@@ -47,7 +47,7 @@ def train(
     _check_workers(workers)
     check_new(out)
     task = task_named(config.task)
-    data = task.load_data(config.data, config.data_options)
+    data = made_harder(task.load_data(config.data, config.data_options), config.data_options)
     model = _first_model(config, task, data)
     teacher = _teacher(config, data)
     _check_fits(model, task, config, data)
@@ -95,7 +95,7 @@ def resume(
     _check_workers(workers)
     task = task_named(run.config.task)
     options = replace(run.config.data_options, preprocessing=run.preprocessing)
-    data = task.load_data(run.config.data, options)
+    data = made_harder(task.load_data(run.config.data, options), options)
     if data.classes != run.classes:
         raise InputError(
             f"the classes of {run.config.data} are not those that the run in {out} began with: "
@@ -165,7 +165,23 @@ def _check_fits(model: nn.Module, task: Task, config: TrainConfig, data: TaskDat
                 f"{config.model} cannot be trained on images of {size} x {size} pixels ({reason}): "
                 "choose another --image-size or model"
             ) from error
-        task.loss(outputs, data.train.targets[:2], config.loss_options)
+        # The outputs' form is tried on the first two targets that can be read; none says nothing.
+        targets = _first_targets(data)
+        if len(targets) == 2:
+            task.loss(outputs, task.collate(targets), config.loss_options)
+
+
+def _first_targets(data: TaskData) -> list[Any]:
+    targets: list[Any] = []
+    for index in range(min(len(data.train), _TRIED)):
+        with suppress(InputError):
+            targets.append(data.train.load(index, None)[1])
+        if len(targets) == 2:
+            break
+    return targets
+
+
+_TRIED = 16
 
 
 def _check_workers(workers: int) -> None:
