@@ -83,7 +83,12 @@ def test_train_evaluate_partition_and_ranks(command: Any, digits: str, tmp_path:
     data = Classification().load_data(digits, DataOptions())
     with RankProcesses(out, threads=1) as processes:
         found = evaluate(
-            lambda x: processes.run(x).answer, Classification(), data.val, print, batch_size=7
+            lambda x: processes.run(x).answer,
+            Classification(),
+            data.val,
+            data.classes,
+            print,
+            batch_size=7,
         )
         inputs = torch.stack([data.val.load(index, None)[0] for index in range(5)])
         answer = processes.run(inputs).answer
