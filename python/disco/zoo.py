@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from disco.errors import InputError
-from disco.small_models import SMALL_MODELS
+from disco.small_models import SMALL_MODELS, base_name, small_model
 from disco.torchvision_compat import import_torchvision
 
 SOURCES = ("torchvision", "timm", "disco")
@@ -178,8 +178,9 @@ def _factory(
         _check_name(source, name, timm.list_models())
         return lambda: timm.create_model(name, pretrained=False, **options)
     if source == "disco":
-        _check_name(source, name, list(SMALL_MODELS))
-        return lambda: SMALL_MODELS[name](num_classes or _CLASSES, image_size)
+        _check_name(source, base_name(name), list(SMALL_MODELS))
+        small = small_model(name)
+        return lambda: small(num_classes or _CLASSES, image_size)
     raise InputError(
         f"the model source {source!r} is unknown; {', '.join(SOURCES[:-1])} and {SOURCES[-1]} are: "
         "choose with --source"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import disco
 from disco.errors import InputError
@@ -84,6 +85,18 @@ def test_small_models_by_name() -> None:
         assert TASK.build_model("disco", name, 4, 32, seed=0)(x).shape == (2, 4)
     with pytest.raises(InputError, match=r"no model 'resnet9': did you mean resnet8"):
         TASK.build_model("disco", "resnet9", 4, 32, seed=0)
+    for name, channels in (("resnet8-w12", 48), ("deit_micro-w16", 16)):
+        model = TASK.build_model("disco", name, 4, 32, seed=0)
+        assert model(x).shape == (2, 4)
+        assert (
+            next(
+                m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 4
+            ).in_features
+            == channels
+        )
+    for name in ("deit_micro-w18", "resnet8-w0"):
+        with pytest.raises(InputError, match="it has to be a multiple of"):
+            TASK.build_model("disco", name, 4, 32, seed=0)
     with pytest.raises(InputError, match="a multiple of 8 pixels; given 12"):
         TASK.build_model("disco", "deit_micro", 4, 12, seed=0)
 

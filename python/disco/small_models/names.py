@@ -1,0 +1,74 @@
+"""The small models by name, and names of the same models at other widths."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from disco.errors import InputError
+from disco.small_models.backbones import SmallDeiT, SmallResNet
+
+
+@dataclass(frozen=True)
+class SmallModel:
+    """How to make a model.
+
+    Attributes:
+        make: from the number of classes, the side of the images in pixels, and the width.
+        width: the usual one: channels of the first stage, or of a token.
+        step: widths are multiples of it.
+    """
+
+    make: Callable[[int, int, int], nn.Module]
+    width: int
+    step: int = 1
+
+
+def _resnet(blocks: int, width: int) -> SmallModel:
+    return SmallModel(lambda classes, size, width: SmallResNet(classes, blocks, width), width)
+
+
+def _deit(width: int, depth: int, heads: int) -> SmallModel:
+    return SmallModel(
+        lambda classes, size, width: SmallDeiT(classes, size, width, depth, heads), width, heads
+    )
+
+
+SMALL_MODELS: Mapping[str, SmallModel] = {
+    "resnet8_thin": _resnet(blocks=1, width=8),
+    "resnet8": _resnet(blocks=1, width=16),
+    "resnet14": _resnet(blocks=2, width=16),
+    "resnet20": _resnet(blocks=3, width=16),
+    "deit_micro": _deit(width=64, depth=4, heads=4),
+    "deit_mini": _deit(width=128, depth=6, heads=4),
+}
+_WITH_WIDTH = re.compile(r"(?P<name>.+)-w(?P<width>[0-9]{1,5})")
+
+
+def base_name(name: str) -> str:
+    """The model's name without its width."""
+    found = _WITH_WIDTH.fullmatch(name)
+    return name if found is None else found["name"]
+
+
+def small_model(name: str) -> Callable[[int, int], nn.Module]:
+    """A model's maker, from the number of classes and the side of the images in pixels.
+
+    Args:
+        name: one of `SMALL_MODELS`, or one with another width: ``resnet8-w12``.
+
+    Raises:
+        InputError: a width that the model cannot have.
+    """
+    found = _WITH_WIDTH.fullmatch(name)
+    base = SMALL_MODELS[base_name(name)]
+    width = base.width if found is None else int(found["width"])
+    if width < 1 or width % base.step:
+        raise InputError(
+            f"{name}: a width of {width} was given; it has to be a multiple of {base.step}, at "
+            f"least {base.step}"
+        )
+    return lambda classes, size: base.make(classes, size, width)
