@@ -1,5 +1,5 @@
-"""Residual networks in the shape of those for CIFAR-10 by He et al. (arXiv 1512.03385, section 4.2),
-and a small vision transformer (DeiT's shape, arXiv 2012.12877, without the distillation token).
+"""Residual networks in the shape that He et al. (arXiv 1512.03385, section 4.2) gave CIFAR-10, and a
+small vision transformer (that of DeiT, arXiv 2012.12877, without the distillation token).
 
 Each is a backbone, which gives maps or tokens, and a classifier on top of it.
 """
