@@ -102,6 +102,25 @@ def test_the_schedule_is_the_cubic_one() -> None:
     assert sorted(set(seen)) == [0.2, 0.25, 0.47, 1.0]
 
 
+@pytest.mark.parametrize(("period", "density"), [(1, 0.5), (2, 1.0), (3, 0.5), (5, 1.0)])
+def test_periodic_exchanges_every_kth_tensor(period: int, density: float) -> None:
+    layers = [nn.Conv2d(3, 8, 1), *(nn.Conv2d(8, 8, 1) for _ in range(4))]
+    model = nn.Sequential(*layers)
+    sparsifier = attached(
+        model, allocation="periodic", period=period, density=density, begin_step=0, end_step=4
+    )
+    left = []
+    for _ in range(4):
+        sparsifier.step()
+        left.append(sparsifier.density_now)
+    assert left == sorted(left, reverse=True)
+    sparsifier.finalize()
+    for number, layer in enumerate(layers[1:], 1):
+        remote = torch.cat((layer.weight[:4, 4:], layer.weight[4:, :4]))
+        columns = int((remote.flatten(1) != 0).sum()) / 32
+        assert columns == (density if number % period == 0 else 0.0)
+
+
 @pytest.mark.parametrize("end_step", [0, 1])
 def test_a_schedule_without_length_is_one_shot(end_step: int) -> None:
     model, other = Small(), Small()
@@ -276,13 +295,16 @@ def test_nothing_is_left_in_the_model() -> None:
         ({"density": 1.1}, r"density must be in \[0, 1\]"),
         ({"score": "l3"}, "score must be one of l2, l1, taylor, activation; given 'l3'"),
         ({"method": "lasso"}, "method must be one of magnitude, group_lasso, admm; given 'lasso'"),
-        ({"allocation": "all"}, "allocation must be one of uniform, global; given 'all'"),
+        ({"allocation": "all"}, "allocation must be one of uniform, global, periodic; given"),
         ({"group_size": 3}, "group_size must be one of 1, 2, 4, 8 channels; given 3"),
         ({"begin_step": -1}, "begin_step must be a whole number, 0 or more; given -1"),
         ({"end_step": 2.5}, r"end_step must be a whole number, 0 or more; given 2\.5"),
         ({"every": 0}, "every must be a whole number, 1 or more; given 0"),
         ({"begin_step": 9, "end_step": 3}, "given begin_step=9, end_step=3"),
-        ({"rho": 1.0}, "method 'magnitude' with score 'l2' has no option 'rho'.* options: none"),
+        ({"rho": 1.0}, "'l2' and allocation 'uniform' has no option 'rho'; its options: none"),
+        ({"period": 2}, "allocation 'uniform' has no option 'period'"),
+        ({"allocation": "periodic", "period": 0}, "period must be a whole number, 1 or more"),
+        ({"allocation": "periodic", "period": 1.5}, "period must be a whole number, 1 or more"),
         ({"method": "admm", "rho": -1.0}, r"rho must be a number from 0 .* given -1\.0"),
         ({"score": "taylor", "decay": 1.0}, "decay must be a number from 0 to below 1; given 1"),
         ({"method": "admm", "score": "l1"}, "score is 'l2'; given 'l1'"),

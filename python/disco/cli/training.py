@@ -85,7 +85,7 @@ def _add_sparsity(group: Any) -> None:
     _add(group, "nodes", int, "that will run the model")
     _add(group, "density", float, "of the exchange at the end")
     _add(group, "score", str, "of a channel: l1, l2, taylor, activation")
-    _add(group, "allocation", str, "of the budget over layers")
+    _add(group, "allocation", str, "of the budget over layers: uniform, global, periodic")
     _add(group, "group-size", int, f"channels chosen together: {', '.join(map(str, GROUP_SIZES))}")
     _add(group, "begin", float, "of sparsification, as a share of all steps")
     _add(group, "end", float, "of sparsification, as a share of all steps")

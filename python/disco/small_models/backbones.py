@@ -1,4 +1,4 @@
-"""Residual networks in the shape that He et al. (arXiv 1512.03385, section 4.2) gave CIFAR-10, and a
+"""Residual networks as He et al. (arXiv 1512.03385, section 4.2) made them for CIFAR-10, and a
 small vision transformer (that of DeiT, arXiv 2012.12877, without the distillation token).
 
 Each is a backbone, which gives maps or tokens, and a classifier on top of it.

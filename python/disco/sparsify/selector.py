@@ -24,9 +24,14 @@ class Selector:
         self._means = means
 
     def select(
-        self, weights: Mapping[str, Tensor], density: float, kept: Sequence[Tensor]
+        self, weights: Mapping[str, Tensor], excess: float, kept: Sequence[Tensor]
     ) -> list[Tensor]:
         """Per group its selection ``[receivers, channels]``, part of `kept`.
+
+        Args:
+            weights: as they are now.
+            excess: of what is to go, the share that stays for now; 0 selects the budget.
+            kept: what may be selected.
 
         Raises:
             InputError: scores that are not finite, or of something that was not seen yet.
@@ -36,11 +41,21 @@ class Selector:
         if self._settings.allocation == "global":
             if self._settings.score != "taylor":
                 scores = [_relative(s, g) for s, g in zip(scores, self._groups, strict=True)]
+            density = _between(self._settings.density, excess)
             return select_global(scores, self._groups, density, size, kept)
         return [
-            select_uniform(score, group, density, size, table)
-            for score, group, table in zip(scores, self._groups, kept, strict=True)
+            select_uniform(score, group, _between(self._budget(number), excess), size, table)
+            for number, (score, group, table) in enumerate(
+                zip(scores, self._groups, kept, strict=True)
+            )
         ]
+
+    def _budget(self, number: int) -> float:
+        """The density of a tensor at the end."""
+        if self._settings.allocation == "periodic":
+            period = int(self._settings.options["period"])
+            return 0.0 if (number + 1) % period else self._settings.density
+        return self._settings.density
 
     def _scores(self, weights: Mapping[str, Tensor], number: int) -> Tensor:
         group, score = self._groups[number], self._settings.score
@@ -70,6 +85,10 @@ class Selector:
                 f"known: {missing} since attach; train before masks change, or take another score"
             )
         return self._means.values[key]
+
+
+def _between(budget: float, excess: float) -> float:
+    return budget + (1.0 - budget) * excess
 
 
 def _names(group: Group) -> str:

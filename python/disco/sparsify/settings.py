@@ -10,7 +10,7 @@ from disco.errors import InputError
 
 GROUP_SIZES = (1, 2, 4, 8)
 SCORES = ("l2", "l1", "taylor", "activation")
-ALLOCATIONS = ("uniform", "global")
+ALLOCATIONS = ("uniform", "global", "periodic")
 
 # Options of the methods and of the scores that watch the training, with their defaults.
 METHODS: Mapping[str, Mapping[str, float]] = {
@@ -22,6 +22,7 @@ _SCORE_OPTIONS: Mapping[str, Mapping[str, float]] = {
     "taylor": {"decay": 0.9},
     "activation": {"decay": 0.9},
 }
+_ALLOCATION_OPTIONS: Mapping[str, Mapping[str, float]] = {"periodic": {"period": 2}}
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,22 @@ class Settings:
         object.__setattr__(self, "options", self._with_defaults())
 
     def _with_defaults(self) -> dict[str, float]:
-        known = {**METHODS[self.method], **_SCORE_OPTIONS.get(self.score, {})}
+        known = {
+            **METHODS[self.method],
+            **_SCORE_OPTIONS.get(self.score, {}),
+            **_ALLOCATION_OPTIONS.get(self.allocation, {}),
+        }
         for name, value in self.options.items():
             if name not in known:
                 raise InputError(
-                    f"method {self.method!r} with score {self.score!r} has no option {name!r}; its "
-                    f"options: {', '.join(known) or 'none'}"
+                    f"method {self.method!r} with score {self.score!r} and allocation "
+                    f"{self.allocation!r} has no option {name!r}; its options: "
+                    f"{', '.join(known) or 'none'}"
                 )
+            if name == "period":
+                if isinstance(value, bool) or value != int(value) or value < 1:
+                    raise InputError(f"period must be a whole number, 1 or more; given {value!r}")
+                continue
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             limit = 1.0 if name == "decay" else math.inf
             if not number or not 0.0 <= value < limit:

@@ -51,12 +51,13 @@ class Sparsifier:
         method: "magnitude": masks tighten along a cubic schedule; "group_lasso" and "admm": a
             penalty shrinks columns from `begin_step` to `end_step`, when all masks come at once.
         allocation: "uniform", the density for every tensor; "global", as many bytes an image in
-            all, spent where the score a byte is highest.
+            all, spent where the score a byte is highest; "periodic", the density for every
+            `period`-th tensor in the order of the model, and nothing for the others.
         group_size: 1, 2, 4 or 8 neighbouring channels that are kept or dropped together.
         begin_step, end_step: numbers of calls of `step`; masks are final after `end_step`.
         every: steps between changes of the masks (for "admm": of the projection).
         options: `strength` of "group_lasso" (1e-4), `rho` of "admm" (1e-3), `decay` of the running
-            means of "taylor" and "activation" (0.9).
+            means of "taylor" and "activation" (0.9), `period` of "periodic" (2).
 
     Raises:
         InputError: any other value, with those that are allowed.
@@ -79,7 +80,7 @@ class Sparsifier:
         self.settings = Settings(
             density, score, method, allocation, group_size, begin_step, end_step, every, options
         )
-        self._schedule = Schedule(density, begin_step, end_step, every)
+        self._schedule = Schedule(begin_step, end_step, every)
         self._model: nn.Module | None = None
         self._optimizer: Optimizer | None = None
         self._groups: list[Group] = []
@@ -246,19 +247,17 @@ class Sparsifier:
             self._settle(weights)
         elif self.settings.method == "admm" and step >= schedule.begin_step:
             if schedule.changes_at(step) or not self._admm.z:
-                self._admm.update(
-                    weights, lambda w: self._selector.select(w, schedule.density, self._kept)
-                )
+                self._admm.update(weights, lambda w: self._selector.select(w, 0.0, self._kept))
         elif self.settings.method == "magnitude" and schedule.changes_at(step):
-            self._prune(weights, schedule.density_at(step))
+            self._prune(weights, schedule.excess_at(step))
 
     def _settle(self, weights: Mapping[str, Tensor]) -> None:
-        self._prune(weights, self._schedule.density)
+        self._prune(weights, 0.0)
         self._admm.forget()
         self._final = True
 
-    def _prune(self, weights: Mapping[str, Tensor], density: float) -> None:
-        self._kept = self._selector.select(weights, density, self._kept)
+    def _prune(self, weights: Mapping[str, Tensor], excess: float) -> None:
+        self._kept = self._selector.select(weights, excess, self._kept)
         self._masks = self._masks_for(weights)
 
     def _masks_for(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
