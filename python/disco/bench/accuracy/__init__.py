@@ -1,0 +1,1 @@
+"""`disco bench accuracy`: the metric against the bytes exchanged, by method, over seeds."""
