@@ -17,7 +17,9 @@ from disco.partition.rules.registry import (
 )
 from disco.program import Arg, Op, Ref, WeightRef
 
-_UNARY = """
+UNARY_KINDS = tuple(
+    f"aten.{name}"
+    for name in """
     _to_copy.default abs.default acos.default acosh.default add.Scalar asin.default
     asinh.default atan.default atanh.default bitwise_not.default ceil.default celu.default
     clamp.default clamp_max.default clamp_min.default copysign.Scalar cos.default cosh.default
@@ -33,18 +35,22 @@ _UNARY = """
     sinh.default softplus.default softshrink.default sqrt.default square.default sub.Scalar
     tan.default tanh.default threshold.default to.dtype trunc.default zero.default
     zeros_like.default
-"""
-_BINARY = """
+""".split()
+)
+BINARY_KINDS = tuple(
+    f"aten.{name}"
+    for name in """
     add.Tensor addcmul.default atan2.default bitwise_and.Tensor bitwise_or.Tensor
     bitwise_xor.Tensor copysign.Tensor div.Tensor eq.Tensor fmax.default fmin.default
     fmod.Tensor ge.Tensor gt.Tensor hypot.default le.Tensor logaddexp.default
     logical_and.default logical_or.default logical_xor.default lt.Tensor masked_fill.Scalar
     masked_fill.Tensor max.other maximum.default min.other minimum.default mul.Tensor ne.Tensor
     pow.Tensor_Tensor remainder.Tensor rsub.Tensor sub.Tensor where.self xlogy.Tensor
-"""
+""".split()
+)
 
 
-@rule(*(f"aten.{name}" for name in _UNARY.split()))
+@rule(*UNARY_KINDS)
 def unary(op: Op, context: RuleContext) -> Lowering | None:
     """One tensor in, any numbers as attributes."""
     placed = context.sharded(op.args[0])
@@ -53,7 +59,7 @@ def unary(op: Op, context: RuleContext) -> Lowering | None:
     return per_channel(placed)
 
 
-@rule(*(f"aten.{name}" for name in _BINARY.split()))
+@rule(*BINARY_KINDS)
 def broadcast(op: Op, context: RuleContext) -> Lowering | None:
     """Several tensors, broadcast: all take the ownership of the first sharded one.
 
