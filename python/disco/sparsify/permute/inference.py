@@ -122,6 +122,6 @@ class Inference:
 
 
 def reason_of(op: Op) -> str:
-    """That an op, by its kind and value, asks for an order."""
-    kind = op.kind.removeprefix("aten.").partition(".")[0] if "aten" in op.kind else op.kind
-    return f"reaches {kind} ({op.name})"
+    """That an op asks for an order."""
+    kind = op.kind.split(".")[1] if op.kind.startswith("aten.") else op.kind
+    return f"reaches {kind}"
