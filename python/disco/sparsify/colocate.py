@@ -68,15 +68,23 @@ class ColocationReport:
         """Channels that have come to another node."""
         return sum(c.moved for c in self.classes)
 
-    def __str__(self) -> str:
+    @property
+    def summary(self) -> str:
+        """One line."""
         change = self.lost_after / self.lost_before - 1 if self.lost_before else 0.0
-        lines = [
+        return (
             f"lost score {self.lost_before:.4g} -> {self.lost_after:.4g} ({change:+.1%}), "
-            f"{self.num_moved} of {sum(c.channels for c in self.classes)} channels moved",
+            f"{self.num_moved} of {sum(c.channels for c in self.classes)} channels moved"
+        )
+
+    def __str__(self) -> str:
+        lines = [
+            self.summary,
             f"{'channels of':<32} {'number':>7} {'moved':>7} {'lost before':>12} {'after':>12}",
         ]
         lines += [
-            f"{c.name:<32} {c.channels:>7} {c.moved:>7} {c.lost_before:>12.4g} {c.lost_after:>12.4g}"
+            f"{c.name:<32} {c.channels:>7} {c.moved:>7} {c.lost_before:>12.4g} "
+            f"{c.lost_after:>12.4g}"
             for c in self.classes
         ]
         by_reason: dict[str, list[str]] = {}
@@ -134,9 +142,7 @@ def colocate_(
     _check_count("starts", starts)
     _check_count("seed", seed)
     solver()
-    groups = find_groups(
-        model, cluster, density, example_inputs, example_kwargs, ignore_zeros=True
-    )
+    groups = find_groups(model, cluster, density, example_inputs, example_kwargs, ignore_zeros=True)
     permutable = find_permutable(model, example_inputs, example_kwargs)
     scores = Scores(groups, density, score_matrices(tensors_of(model), groups, score))
     _check_finite(scores)
@@ -146,9 +152,7 @@ def colocate_(
     return _report(scores, best, movables, left_alone)
 
 
-def _movables(
-    permutable: Permutable, scores: Scores
-) -> tuple[list[Movable], dict[str, str]]:
+def _movables(permutable: Permutable, scores: Scores) -> tuple[list[Movable], dict[str, str]]:
     """The axes of what is exchanged: those that can move, and why the others cannot."""
     names = [name for group in scores.groups for name in group.out_ownership]
     found: list[Movable] = []
@@ -200,7 +204,9 @@ def _report(
         for one in movables
     )
     remote = sum(
-        float((before.columns(g) * (ranks != np.arange(before.groups[g].world_size)[:, None])).sum())
+        float(
+            (before.columns(g) * (ranks != np.arange(before.groups[g].world_size)[:, None])).sum()
+        )
         for g, ranks in enumerate(before.ranks_of_inputs)
     )
     return ColocationReport(
@@ -221,8 +227,6 @@ def _check_finite(scores: Scores) -> None:
     for name, matrix in scores.matrices.items():
         if not np.isfinite(matrix).all():
             raise InputError(
-                f"weights of {name!r} are not finite: training has diverged; go back to a checkpoint"
+                f"weights of {name!r} are not finite: training has diverged; go back to a "
+                "checkpoint"
             )
-
-
-

@@ -17,9 +17,7 @@ from disco.partition.rules.registry import (
 )
 from disco.program import Arg, Op, Ref, WeightRef
 
-UNARY_KINDS = tuple(
-    f"aten.{name}"
-    for name in """
+_UNARY = """
     _to_copy.default abs.default acos.default acosh.default add.Scalar asin.default
     asinh.default atan.default atanh.default bitwise_not.default ceil.default celu.default
     clamp.default clamp_max.default clamp_min.default copysign.Scalar cos.default cosh.default
@@ -35,19 +33,17 @@ UNARY_KINDS = tuple(
     sinh.default softplus.default softshrink.default sqrt.default square.default sub.Scalar
     tan.default tanh.default threshold.default to.dtype trunc.default zero.default
     zeros_like.default
-""".split()
-)
-BINARY_KINDS = tuple(
-    f"aten.{name}"
-    for name in """
+"""
+_BINARY = """
     add.Tensor addcmul.default atan2.default bitwise_and.Tensor bitwise_or.Tensor
     bitwise_xor.Tensor copysign.Tensor div.Tensor eq.Tensor fmax.default fmin.default
     fmod.Tensor ge.Tensor gt.Tensor hypot.default le.Tensor logaddexp.default
     logical_and.default logical_or.default logical_xor.default lt.Tensor masked_fill.Scalar
     masked_fill.Tensor max.other maximum.default min.other minimum.default mul.Tensor ne.Tensor
     pow.Tensor_Tensor remainder.Tensor rsub.Tensor sub.Tensor where.self xlogy.Tensor
-""".split()
-)
+"""
+UNARY_KINDS = tuple(f"aten.{name}" for name in _UNARY.split())
+BINARY_KINDS = tuple(f"aten.{name}" for name in _BINARY.split())
 
 
 @rule(*UNARY_KINDS)

@@ -105,9 +105,10 @@ def find_permutable(
         for axis in dims:
             for repeated in inference.axes.repeats(axis):
                 inference.axes.fix(repeated, "meets itself in one dimension")
-    dims = {name: tuple(dims) for name, dims in inference.dims_of_weight.items()}
-    order = [name for name in dict.fromkeys(first_name.values()) if name in dims]
-    return Permutable(inference.axes, {name: dims[name] for name in order}, first_name)
+    found = inference.dims_of_weight
+    in_order = [name for name in dict.fromkeys(first_name.values()) if name in found]
+    dims_of = {name: tuple(found[name]) for name in in_order}
+    return Permutable(inference.axes, dims_of, first_name)
 
 
 def _named_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -7,6 +7,16 @@ from disco.program import Op, Ref, WeightRef
 from disco.program.ir import Arg
 from disco.sparsify.permute.inference import Dims, Inference, axis_rule
 
+_REDUCTIONS = """
+    amax.default amin.default linalg_vector_norm.default logsumexp.default mean.default mean.dim
+    std.correction std.dim sum.default sum.dim_IntList var.correction var.dim
+"""
+_SPATIAL = """
+    _adaptive_avg_pool2d.default adaptive_avg_pool2d.default avg_pool2d.default max_pool2d.default
+    upsample_bicubic2d.default upsample_bicubic2d.vec upsample_bilinear2d.default
+    upsample_bilinear2d.vec upsample_nearest2d.default upsample_nearest2d.vec
+"""
+
 
 @axis_rule("disco.conv2d")
 def conv2d(inference: Inference, op: Op) -> Dims | None:
@@ -123,14 +133,7 @@ def softmax(inference: Inference, op: Op) -> Dims | None:
     return inference.dims(op.args[0])
 
 
-@axis_rule(
-    *(
-        f"aten.{name}"
-        for name in """mean.dim sum.dim_IntList amax.default amin.default logsumexp.default
-        linalg_vector_norm.default var.dim var.correction std.dim std.correction
-        mean.default sum.default""".split()
-    )
-)
+@axis_rule(*(f"aten.{name}" for name in _REDUCTIONS.split()))
 def reduction(inference: Inference, op: Op) -> Dims | None:
     """What is summed up may come in any order."""
     dims, shape = inference.dims(op.args[0]), inference.shape(op.args[0])
@@ -227,15 +230,7 @@ def einsum(inference: Inference, op: Op) -> Dims | None:
     return [of_letter[letter][0] for letter in result]
 
 
-@axis_rule(
-    *(
-        f"aten.{name}"
-        for name in """max_pool2d.default avg_pool2d.default adaptive_avg_pool2d.default
-        _adaptive_avg_pool2d.default upsample_bilinear2d.vec upsample_bilinear2d.default
-        upsample_nearest2d.vec
-        upsample_nearest2d.default upsample_bicubic2d.vec upsample_bicubic2d.default""".split()
-    )
-)
+@axis_rule(*(f"aten.{name}" for name in _SPATIAL.split()))
 def spatial(inference: Inference, op: Op) -> Dims | None:
     """Channel by channel, over the last two dimensions."""
     dims = inference.dims(op.args[0])
@@ -256,5 +251,3 @@ def pixel_shuffle(inference: Inference, op: Op) -> Dims | None:
     inference.unify(dims[1], axes.product((out, inside)), op)
     inference.fix(dims[2:], "is of an image")
     return [dims[0], out, *inference.fixed_result(op)[2:]]
-
-

@@ -192,7 +192,7 @@ def _all_but(inference: Inference, op: Op, named: Sequence[Arg]) -> Dims | None:
     """As the input, but fixed in these dimensions."""
     dims, made = list(inference.dims(op.args[0])), inference.fixed_result(op)
     numbers = [n % len(dims) for n in named if isinstance(n, int)]
-    if not named and op.kind == "aten.roll.default" or len(numbers) != len(named):
+    if (not named and op.kind == "aten.roll.default") or len(numbers) != len(named):
         return None
     inference.fix([dims[n] for n in numbers], reason_of(op))
     return [made[d] if d in numbers else axis for d, axis in enumerate(dims)]
