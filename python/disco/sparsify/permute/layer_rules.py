@@ -37,7 +37,7 @@ def conv2d(inference: Inference, op: Op) -> Dims | None:
         inference.unify(out, axes.product((group, own)), op)
     if bias is not None:
         inference.unify(inference.dims(bias)[0], out, op)
-    return [batch, out, *inference.fixed_result(op)[2:]]
+    return [batch, out, *_of_an_image(inference, op)]
 
 
 @axis_rule("disco.linear")
@@ -235,8 +235,7 @@ def spatial(inference: Inference, op: Op) -> Dims | None:
     """Channel by channel, over the last two dimensions."""
     dims = inference.dims(op.args[0])
     inference.fix(dims[-2:], "is of an image")
-    result = inference.shape(Ref(op.name))
-    return [*dims[:-2], *inference.fresh(result[-2:], "is of an image")]
+    return [*dims[:-2], *_of_an_image(inference, op)]
 
 
 @axis_rule("aten.pixel_shuffle.default")
@@ -250,4 +249,9 @@ def pixel_shuffle(inference: Inference, op: Op) -> Dims | None:
     inside = axes.plain(factor**2, "is of an image")
     inference.unify(dims[1], axes.product((out, inside)), op)
     inference.fix(dims[2:], "is of an image")
-    return [dims[0], out, *inference.fixed_result(op)[2:]]
+    return [dims[0], out, *_of_an_image(inference, op)]
+
+
+def _of_an_image(inference: Inference, op: Op) -> Dims:
+    """Height and width of a result."""
+    return inference.fresh(inference.shape(Ref(op.name))[-2:], "is of an image")
