@@ -76,3 +76,30 @@ def capture(
     program = fuse_epilogues(remove_dead(program))
     program.validate()
     return Captured(program, weights, origins)
+
+
+def capture_unfolded(
+    model: nn.Module,
+    example_inputs: Sequence[Any],
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[Program, dict[str, Tensor]]:
+    """The program of `model` before anything is folded or fused, and the tensors that it reads.
+
+    Every tensor is there by its own name in the model; batch norms and what is computed from
+    weights alone are ops like others. For looking at a model, not for running it.
+
+    Args:
+        model, example_inputs, example_kwargs: as for `capture`.
+
+    Raises:
+        InputError: as `capture`.
+    """
+    model, (example_inputs, example_kwargs) = on_cpu(model, (example_inputs, example_kwargs))
+    examples = read_examples(model, example_inputs, example_kwargs)
+    exported = export(model, examples, dynamic_batch=True, dynamic_size=False)
+    program, weights = convert(exported, examples.parameters)
+    program = spell_out_views(spell_out_parts(remove_copies(program)))
+    program = lower_convolutions_and_linears(remove_dead(program))
+    program.validate()
+    return program, weights

@@ -87,6 +87,12 @@ def _add_sparsity(group: Any) -> None:
     _add(group, "score", str, "of a channel: l1, l2, taylor, activation")
     _add(group, "allocation", str, "of the budget over layers: uniform, global, periodic")
     _add(group, "group-size", int, f"channels chosen together: {', '.join(map(str, GROUP_SIZES))}")
+    group.add_argument(
+        "--colocate",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="first permute the channels of --init between nodes, so that pruning loses less",
+    )
     _add(group, "begin", float, "of sparsification, as a share of all steps")
     _add(group, "end", float, "of sparsification, as a share of all steps")
     _add(group, "every", int, "steps the masks change", "50 times in all")

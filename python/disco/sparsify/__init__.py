@@ -1,5 +1,6 @@
 """Giving a dense model the structure that makes its exchange small."""
 
+from disco.sparsify.colocate import ColocatedClass, ColocationReport, colocate_
 from disco.sparsify.find_groups import find_groups, tensors_of
 from disco.sparsify.one_shot import sparsify_weights_
 from disco.sparsify.settings import GROUP_SIZES, check_density
@@ -7,8 +8,11 @@ from disco.sparsify.sparsifier import Sparsifier
 
 __all__ = [
     "GROUP_SIZES",
+    "ColocatedClass",
+    "ColocationReport",
     "Sparsifier",
     "check_density",
+    "colocate_",
     "find_groups",
     "sparsify_weights_",
     "tensors_of",

@@ -34,6 +34,7 @@ class TrainConfig:
         method: "dense" (no sparsity), "independent" (no exchange at all: magnitude at density 0),
             "magnitude", "group_lasso" or "admm".
         nodes, density, score, allocation, group_size: of `disco.sparsify.Sparsifier`.
+        colocate: first permute the channels of `init` between nodes (`disco.colocate_`).
         begin, end: when sparsification begins and ends, as shares of all steps.
         every: steps between two updates of the masks; None for about 50 updates in all.
         method_options: what else the method takes, by name.
@@ -68,6 +69,7 @@ class TrainConfig:
     score: str = "l2"
     allocation: str = "uniform"
     group_size: int = 1
+    colocate: bool = False
     begin: float = 0.1
     end: float = 0.6
     every: int | None = None
@@ -104,6 +106,12 @@ class TrainConfig:
             raise InputError(
                 f"sparsification was to begin at {self.begin:g} of the steps and to end at "
                 f"{self.end:g}: let it end later"
+            )
+        if self.colocate and (self.init is None or self.method == "dense"):
+            raise InputError(
+                "colocate puts coupled channels of trained weights on one node, for a method that "
+                f"prunes them; given init={self.init!r} and the method {self.method}: give the "
+                "weights of a dense training with init and another method, or leave colocate out"
             )
         if self.method == "dense" and self.method_options:
             raise InputError(

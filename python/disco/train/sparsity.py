@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -54,3 +55,18 @@ def make_sparsifier(config: TrainConfig, total_steps: int) -> Sparsifier | None:
         **config.method_options,
     )
     return made
+
+
+def colocated(config: TrainConfig, model: nn.Module, image_size: int) -> str:
+    """Permute the model's channels for the run's nodes and density, in place; what came of it."""
+    from disco.sparsify import colocate_
+
+    report = colocate_(
+        model,
+        config.nodes,
+        (torch.zeros(2, 3, image_size, image_size),),
+        config.target_density,
+        config.score if config.score == "l1" else "l2",
+        seed=config.seed,
+    )
+    return f"co-location: {report.summary}"

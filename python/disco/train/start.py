@@ -19,6 +19,7 @@ from disco.train.device import training_device
 from disco.train.evaluation import Evaluation
 from disco.train.loop import Training
 from disco.train.run_folder import Run, check_new, open_run, weights_of
+from disco.train.sparsity import colocated
 from disco.zoo import build_model
 
 Say = Callable[[str], None]
@@ -48,7 +49,7 @@ def train(
     check_new(out)
     task = task_named(config.task)
     data = made_harder(task.load_data(config.data, config.data_options), config.data_options)
-    model = _first_model(config, task, data)
+    model = _first_model(config, task, data, say)
     teacher = _teacher(config, data)
     _check_fits(model, task, config, data)
     run = Run(out, config, data.classes, data.preprocessing)
@@ -102,7 +103,7 @@ def resume(
             "restore the data, or begin a new run"
         )
     begun = bool(run.checkpoints())
-    model = run.new_model() if begun else _first_model(run.config, task, data)
+    model = run.new_model() if begun else _first_model(run.config, task, data, say)
     teacher = _teacher(run.config, data)
     say(data.text)
     with run.locked(), _random(run.config.seed, found):
@@ -124,11 +125,11 @@ def _random(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _first_model(config: TrainConfig, task: Task, data: TaskData) -> nn.Module:
+def _first_model(config: TrainConfig, task: Task, data: TaskData, say: Say) -> nn.Module:
     size, classes = data.preprocessing.size, len(data.classes)
     if config.init is None:
         return task.build_model(config.source, config.model_name, classes, size, config.seed)
-    return build_model(
+    model = build_model(
         config.source,
         config.model_name,
         weights=weights_of(config.init),
@@ -136,6 +137,9 @@ def _first_model(config: TrainConfig, task: Task, data: TaskData) -> nn.Module:
         num_classes=classes,
         image_size=size,
     )
+    if config.colocate:
+        say(colocated(config, model, size))
+    return model
 
 
 def _teacher(config: TrainConfig, data: TaskData) -> nn.Module | None:

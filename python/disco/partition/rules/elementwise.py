@@ -42,9 +42,11 @@ _BINARY = """
     masked_fill.Tensor max.other maximum.default min.other minimum.default mul.Tensor ne.Tensor
     pow.Tensor_Tensor remainder.Tensor rsub.Tensor sub.Tensor where.self xlogy.Tensor
 """
+UNARY_KINDS = tuple(f"aten.{name}" for name in _UNARY.split())
+BINARY_KINDS = tuple(f"aten.{name}" for name in _BINARY.split())
 
 
-@rule(*(f"aten.{name}" for name in _UNARY.split()))
+@rule(*UNARY_KINDS)
 def unary(op: Op, context: RuleContext) -> Lowering | None:
     """One tensor in, any numbers as attributes."""
     placed = context.sharded(op.args[0])
@@ -53,7 +55,7 @@ def unary(op: Op, context: RuleContext) -> Lowering | None:
     return per_channel(placed)
 
 
-@rule(*(f"aten.{name}" for name in _BINARY.split()))
+@rule(*BINARY_KINDS)
 def broadcast(op: Op, context: RuleContext) -> Lowering | None:
     """Several tensors, broadcast: all take the ownership of the first sharded one.
 
