@@ -2,7 +2,8 @@
 
 `partition` cuts a model into one shard per node, `partition_submodules_` the parts of a model that
 can be cut, `compile` makes it fast on one machine, `load` runs saved shards, `sparsify_` gives a
-model the structure that makes the exchange small, `Sparsifier` gives it that during training.
+model the structure that makes the exchange small, `Sparsifier` gives it that during training,
+`WireSimulation` lets it be trained for rounded payloads and lost nodes.
 Importing the package is light: model zoos and optional backends are loaded on use only.
 """
 
@@ -19,7 +20,7 @@ from disco.api import (
 )
 from disco.errors import DeadlineError, InputError, TransportError
 from disco.partition.cluster import Cluster, Link, Node
-from disco.sparsify import Sparsifier
+from disco.sparsify import Sparsifier, WireSimulation
 from disco.submodules import partition_submodules_, submodule_inputs
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Partitioned",
     "Sparsifier",
     "TransportError",
+    "WireSimulation",
     "compile",
     "load",
     "partition",
