@@ -4,6 +4,7 @@
 can be cut, `compile` makes it fast on one machine, `load` runs saved shards, `sparsify_` gives a
 model the structure that makes the exchange small, `Sparsifier` gives it that during training,
 `colocate_` puts coupled channels on one node before.
+`WireSimulation` lets it be trained for rounded payloads and lost nodes.
 Importing the package is light: model zoos and optional backends are loaded on use only.
 """
 
@@ -20,7 +21,7 @@ from disco.api import (
 )
 from disco.errors import DeadlineError, InputError, TransportError
 from disco.partition.cluster import Cluster, Link, Node
-from disco.sparsify import ColocationReport, Sparsifier, colocate_
+from disco.sparsify import ColocationReport, Sparsifier, WireSimulation, colocate_
 from disco.submodules import partition_submodules_, submodule_inputs
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Partitioned",
     "Sparsifier",
     "TransportError",
+    "WireSimulation",
     "colocate_",
     "compile",
     "load",

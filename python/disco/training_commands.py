@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from disco.bench.accuracy.command import AccuracyOptions, bench_accuracy
 from disco.command_output import check_json, say, write_json
 from disco.errors import InputError
 from disco.partition.shards import load_manifest
 from disco.recipe import Recipe
 from disco.runtime import RankProcesses
-from disco.train import Run, TrainConfig, evaluate_run, is_run, open_run, resume, train
+from disco.train import Run, TrainConfig, evaluate_run, is_run, open_run, resume, simulated, train
 from disco.train.config import parse_options
 from disco.train.device import training_device
 from disco.zoo import weights_digest
@@ -68,13 +69,53 @@ def evaluate_command(args: argparse.Namespace) -> None:
         say(f"{result.data}\n{result}")
         write_json(args.json, result.to_json())
 
+    simulates = args.wire_dtype is not None or args.lose is not None
     if args.partition is None:
-        measured(None)
+        measured(_simulated(run, args, device) if simulates else None)
         return
+    if simulates:
+        raise InputError(
+            f"--wire-dtype and --lose simulate nodes, and {args.partition} has its own wire dtype "
+            "and real nodes: leave them out, or --partition"
+        )
     _check_is_of(run, args.partition)
     with RankProcesses(args.partition, threads=args.threads) as processes:
         say(f"{processes.manifest.plan.world_size} nodes over {processes.carrier.text}")
         measured(lambda inputs: processes.run(inputs).answer)
+
+
+def _simulated(run: Run, args: argparse.Namespace, device: torch.device) -> Callable[[Tensor], Any]:
+    run.require_finished()
+    wire, lost = args.wire_dtype or "float32", _ranks(args.lose)
+    predict = simulated(run, wire, lost, device)
+    without = f", without {', '.join(map(str, lost))}" if lost else ""
+    say(f"{run.config.nodes} nodes, simulated: payloads in {wire}{without}")
+    return predict
+
+
+def _ranks(text: str | None) -> list[int]:
+    """``"0,2"`` as numbers. Raises InputError."""
+    try:
+        return [] if text is None else [int(rank) for rank in text.split(",")]
+    except ValueError:
+        raise InputError(f"--lose takes ranks, as in 0 or 0,2; given {text!r}") from None
+
+
+def accuracy_command(args: argparse.Namespace) -> None:
+    """`disco bench accuracy`."""
+    check_json(args.json)
+    if args.plots is not None and not args.plots.is_dir():
+        raise InputError(f"--plots {args.plots} is no folder: give one that exists")
+    options = AccuracyOptions(
+        json=args.json,
+        runs=args.json.with_suffix(".runs") if args.runs is None else args.runs,
+        plots=args.plots,
+        studies=tuple(args.study),
+        methods=tuple(args.method),
+        seeds=args.seeds,
+        device=args.device,
+    )
+    say(f"\n{bench_accuracy(options, say)}")
 
 
 def run_of(args: argparse.Namespace) -> Run | None:

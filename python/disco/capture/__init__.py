@@ -1,6 +1,6 @@
 """From an `nn.Module` to a program: `torch.export`, then folding and fusing. See `capture`."""
 
-from disco.capture.capture import Captured, capture, capture_unfolded
+from disco.capture.capture import Captured, Unfolded, capture, capture_source, capture_unfolded
 from disco.capture.on_cpu import device_of
 
-__all__ = ["Captured", "capture", "capture_unfolded", "device_of"]
+__all__ = ["Captured", "Unfolded", "capture", "capture_source", "capture_unfolded", "device_of"]

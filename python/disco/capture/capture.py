@@ -63,22 +63,42 @@ def capture(
         InputError: the model cannot be exported (with torch's reason), or the program would need an
             op outside the allow-list.
     """
-    model, (example_inputs, example_kwargs) = on_cpu(model, (example_inputs, example_kwargs))
-    examples = read_examples(model, example_inputs, example_kwargs)
-    exported = export(model, examples, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
-    program, weights = convert(exported, examples.parameters)
-    origins: dict[str, str] = {}
-    program = fold_constants(spell_out_parts(remove_copies(program)), weights)
-    program = spell_out_views(program)
-    program = remove_dead(spell_out_shuffles(program, weights))
-    program = lower_convolutions_and_linears(program)
-    program = fold_batch_norm(program, weights, origins)
-    program = fuse_epilogues(remove_dead(program))
-    program.validate()
-    return Captured(program, weights, origins)
+    exported = _functional(model, example_inputs, dynamic_batch, example_kwargs, dynamic_size)
+    return _folded(*exported)
+
+
+class Unfolded(NamedTuple):
+    """A captured model, and the same function before anything was folded or fused.
+
+    Attributes:
+        captured: as `capture` gives it.
+        source: reads the model's own parameters and buffers; what depends on these alone is
+            computed by ops, batch norms are ops of their own (in evaluation mode), and so are
+            residuals and activations. Every value of `captured.program` is one of `source`, too.
+    """
+
+    captured: Captured
+    source: Program
 
 
 def capture_unfolded(
+    model: nn.Module,
+    example_inputs: Sequence[Any],
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> Unfolded:
+    """Capture `model` as `capture` does with an open batch, keeping what training changes apart.
+
+    Raises:
+        InputError: as `capture`.
+    """
+    program, weights = _functional(model, example_inputs, True, example_kwargs, False)
+    source = spell_out_views(spell_out_parts(remove_copies(program)))
+    source = lower_convolutions_and_linears(remove_dead(spell_out_shuffles(source, weights)))
+    return Unfolded(_folded(program, weights), source)
+
+
+def capture_source(
     model: nn.Module,
     example_inputs: Sequence[Any],
     *,
@@ -95,11 +115,34 @@ def capture_unfolded(
     Raises:
         InputError: as `capture`.
     """
-    model, (example_inputs, example_kwargs) = on_cpu(model, (example_inputs, example_kwargs))
-    examples = read_examples(model, example_inputs, example_kwargs)
-    exported = export(model, examples, dynamic_batch=True, dynamic_size=False)
-    program, weights = convert(exported, examples.parameters)
+    program, weights = _functional(model, example_inputs, True, example_kwargs, False)
     program = spell_out_views(spell_out_parts(remove_copies(program)))
     program = lower_convolutions_and_linears(remove_dead(program))
     program.validate()
     return program, weights
+
+
+def _functional(
+    model: nn.Module,
+    example_inputs: Sequence[Any],
+    dynamic_batch: bool,
+    example_kwargs: Mapping[str, Any] | None,
+    dynamic_size: bool,
+) -> tuple[Program, dict[str, Tensor]]:
+    """The exported program, as it is, and its weights."""
+    model, (example_inputs, example_kwargs) = on_cpu(model, (example_inputs, example_kwargs))
+    examples = read_examples(model, example_inputs, example_kwargs)
+    exported = export(model, examples, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
+    return convert(exported, examples.parameters)
+
+
+def _folded(program: Program, weights: dict[str, Tensor]) -> Captured:
+    origins: dict[str, str] = {}
+    program = fold_constants(spell_out_parts(remove_copies(program)), weights)
+    program = spell_out_views(program)
+    program = remove_dead(spell_out_shuffles(program, weights))
+    program = lower_convolutions_and_linears(program)
+    program = fold_batch_norm(program, weights, origins)
+    program = fuse_epilogues(remove_dead(program))
+    program.validate()
+    return Captured(program, weights, origins)

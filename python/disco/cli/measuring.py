@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from disco import commands
 from disco.bench.throughput import BF16_ENGINES, DENSE_ENGINES, DTYPES
 from disco.cli.options import add_json, add_model_options
+from disco.training_commands import accuracy_command
 from disco_kernels import WINOGRAD
 
 
@@ -42,6 +44,31 @@ def add_bench(subparsers: Any) -> None:
     add_json(throughput)
     throughput.set_defaults(handler=commands.throughput)
     _add_bench_cluster(kinds)
+    _add_bench_accuracy(kinds)
+
+
+def _add_bench_accuracy(kinds: Any) -> None:
+    accuracy = kinds.add_parser(
+        "accuracy",
+        help="train methods and baselines, and compare their metrics and bytes",
+        description="Train every method of every study with several seeds, one cell after the "
+        "other on one thread, and print the metric against the bytes exchanged. What FILE has is "
+        "not trained again, and an interrupted cell goes on after its last epoch.",
+        epilog="examples:\n"
+        "  disco bench accuracy --json FILE\n"
+        "  disco bench accuracy --json FILE --study digits-resnet --method magnitude --seeds 3",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    accuracy.add_argument("--json", type=Path, required=True, help="results, added to")
+    accuracy.add_argument(
+        "--runs", type=Path, metavar="DIR", help="of the trainings (default: FILE with .runs)"
+    )
+    accuracy.add_argument("--plots", type=Path, metavar="DIR", help="draw PNGs into this folder")
+    accuracy.add_argument("--study", action="append", default=[], help="may be repeated")
+    accuracy.add_argument("--method", action="append", default=[], help="may be repeated")
+    accuracy.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
+    accuracy.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
+    accuracy.set_defaults(handler=accuracy_command)
 
 
 def _add_bench_cluster(kinds: Any) -> None:

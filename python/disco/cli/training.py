@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from disco.cli.options import add_json
-from disco.sparsify import GROUP_SIZES
+from disco.sparsify import GROUP_SIZES, WIRE_DTYPES
 from disco.tasks import TASKS
 from disco.train import METHODS
 from disco.train.config import OPTIMIZERS, TrainConfig
@@ -95,6 +95,8 @@ def _add_sparsity(group: Any) -> None:
     )
     _add(group, "begin", float, "of sparsification, as a share of all steps")
     _add(group, "end", float, "of sparsification, as a share of all steps")
+    _add(group, "wire-dtype", str, f"of payloads, simulated: {', '.join(WIRE_DTYPES)}")
+    _add(group, "node-dropout", float, "probability that a step loses a node")
     _add(group, "every", int, "steps the masks change", "50 times in all")
     group.add_argument(
         "--method-option",
@@ -119,7 +121,8 @@ def add_evaluate(subparsers: Any) -> None:
         "evaluate",
         help="measure a trained model, whole or on its nodes",
         description="Print the metric of a finished run on its validation images, or on others. "
-        "--partition measures the nodes, one process each, in place of the model.",
+        "--partition measures the nodes, one process each, in place of the model; --wire-dtype and "
+        "--lose simulate them.",
         epilog="example:\n  disco evaluate runs/x --json result.json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -128,6 +131,16 @@ def add_evaluate(subparsers: Any) -> None:
     evaluate.add_argument("--split", choices=SPLITS, default="val", help="default: %(default)s")
     evaluate.add_argument(
         "--partition", type=Path, metavar="DIR", help="made from the run by `disco partition`"
+    )
+    evaluate.add_argument(
+        "--wire-dtype",
+        choices=WIRE_DTYPES,
+        help="simulate payloads of the run's nodes in it",
+    )
+    evaluate.add_argument(
+        "--lose",
+        metavar="RANK[,RANK]",
+        help="simulate the run's nodes without these",
     )
     evaluate.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     evaluate.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")

@@ -4,6 +4,7 @@ from disco.train.config import METHODS, TrainConfig
 from disco.train.evaluation import Evaluation, evaluate, evaluate_run
 from disco.train.run_folder import Run, is_run, open_run
 from disco.train.start import resume, train
+from disco.train.wire import simulated
 
 __all__ = [
     "METHODS",
@@ -15,5 +16,6 @@ __all__ = [
     "is_run",
     "open_run",
     "resume",
+    "simulated",
     "train",
 ]

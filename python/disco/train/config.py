@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from disco.errors import InputError
+from disco.sparsify import WIRE_DTYPES
 from disco.tasks import DataOptions, DistillOptions, LossOptions, task_named
 
 METHODS = ("dense", "independent", "magnitude", "group_lasso", "admm")
@@ -38,6 +39,10 @@ class TrainConfig:
         begin, end: when sparsification begins and ends, as shares of all steps.
         every: steps between two updates of the masks; None for about 50 updates in all.
         method_options: what else the method takes, by name.
+        wire_dtype: that payloads will travel in, "float32", "float16", "bfloat16" or "int8": from
+            `end` of the steps on, when masks are final, training sees what arrives of them.
+        node_dropout: with this probability a step, from `end` of the steps on, one node is lost in
+            it, in [0, 1).
         teacher: a finished run's folder, whose model is imitated; None for none.
         distill_weight: of the teacher's part of the loss, in [0, 1]; the labels' has the rest.
         distill_temperature: see `DistillOptions`.
@@ -74,6 +79,8 @@ class TrainConfig:
     end: float = 0.6
     every: int | None = None
     method_options: Mapping[str, float] = field(default_factory=dict)
+    wire_dtype: str = "float32"
+    node_dropout: float = 0.0
     teacher: str | None = None
     distill_weight: float = 0.5
     distill_temperature: float = 2.0
@@ -93,7 +100,19 @@ class TrainConfig:
             _check(self, name, "a number, 0 or more", lambda v: _number(v) and v >= 0)
         for name in ("density", "begin", "end", "distill_weight"):
             _check(self, name, "a number in [0, 1]", lambda v: _number(v) and 0 <= v <= 1)
-        _check(self, "label_smoothing", "a number in [0, 1)", lambda v: _number(v) and 0 <= v < 1)
+        for name in ("label_smoothing", "node_dropout"):
+            _check(self, name, "a number in [0, 1)", lambda v: _number(v) and 0 <= v < 1)
+        _check_choice("wire_dtype", self.wire_dtype, WIRE_DTYPES)
+        if self.node_dropout and self.nodes < 2:
+            raise InputError(
+                f"node_dropout {self.node_dropout:g} was given for one node, which cannot be lost: "
+                "leave it out, or give more nodes"
+            )
+        if self.end == 1 and (self.node_dropout or self.wire_dtype != "float32"):
+            raise InputError(
+                "training for payloads in a wire dtype and for lost nodes begins when masks are "
+                "final, and end 1 leaves no steps for it: let sparsification end earlier"
+            )
         for name, value in self.method_options.items():
             if not _number(value):
                 raise InputError(f"the option {name} must be a number; given {value!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from disco.train.log import Progress, TensorBoard, describe
 from disco.train.run_folder import Run
 from disco.train.schedule import learning_rate
 from disco.train.sparsity import make_sparsifier
+from disco.train.wire import make_wire_training
 
 Say = Callable[[str], None]
 
@@ -62,10 +63,13 @@ class Training:
         self.total_steps = self.config.epochs * len(self.batches)
         self.optimizer = _optimizer(self.model, self.config)
         self.sparsifier = make_sparsifier(self.config, self.total_steps)
+        size = data.preprocessing.size
+        example = torch.zeros(2, 3, size, size, device=device)
         if self.sparsifier is not None:
-            size = data.preprocessing.size
-            example = torch.zeros(2, 3, size, size, device=device)
             self.sparsifier.attach(self.model, (example,), self.optimizer)
+        self.simulation = make_wire_training(self.config, self.total_steps, example)
+        if self.simulation is not None:
+            self.simulation.check(self.model)
         self.epoch = 0
         self.rows: list[dict[str, Any]] = []
 
@@ -153,7 +157,7 @@ class Training:
     def _step(self, inputs: Tensor, targets: Any, number: int) -> float:
         """One update; the loss that led to it."""
         self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
+        with self._autocast(), self._simulated(number):
             outputs = self.model(inputs)
         loss = self.task.loss(outputs, targets, self.config.loss_options)
         if self.teacher is not None:
@@ -200,7 +204,11 @@ class Training:
         if self.sparsifier is not None:
             pattern = self.sparsifier.finalize()
             write_whole(self.run.pattern, pattern.save)
+        if self.simulation is not None:
+            self.simulation.attach(self.model)
         result = self._evaluate()
+        if self.simulation is not None:
+            self.simulation.detach()
         self.run.save_final(self.model)
         return result
 
@@ -215,6 +223,15 @@ class Training:
             f"training diverged: {what} in epoch {self.epoch + 1}, {where}. The last checkpoint, "
             f"after epoch {self.epoch}, stays; begin again in another folder with a lower --lr, a "
             "longer --warmup-epochs or --clip-norm"
+        )
+
+    def _simulated(self, number: int) -> AbstractContextManager[None]:
+        """What nodes do, around the forward pass of step `number` of the epoch."""
+        if self.simulation is None:
+            return nullcontext()
+        step = self.epoch * len(self.batches) + number
+        return self.simulation.step(
+            self.model, step if self.sparsifier is None else self.sparsifier.steps
         )
 
     @contextmanager

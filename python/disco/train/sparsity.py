@@ -19,6 +19,9 @@ class Sparsifier(Protocol):
     @property
     def density_now(self) -> float: ...
 
+    @property
+    def steps(self) -> int: ...
+
     def attach(
         self, model: nn.Module, example_inputs: Sequence[Any], optimizer: Optimizer | None = None
     ) -> Any: ...

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from disco.bench.accuracy.studies import DENSE, FIRST, METHODS, STUDIES, THIN, Method, Study
+from disco.bench.accuracy.studies import DENSE, FIRST, METHODS, STUDIES, Method, Study
 from disco.errors import InputError
 from disco.train import TrainConfig
 
@@ -102,6 +102,3 @@ def _check_known(settings: dict[str, Any]) -> None:
     unknown = sorted(set(settings) - {f.name for f in fields(TrainConfig)})
     if unknown:
         raise AssertionError(f"a study sets {', '.join(unknown)}, which no training has")
-
-
-__all__ = ["THIN", "Cell", "cells_of"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Options:
+class AccuracyOptions:
     """What `disco bench accuracy` was asked for.
 
     Attributes:
@@ -49,7 +49,7 @@ class Options:
     device: str
 
 
-def bench_accuracy(options: Options, say: Say = print) -> str:
+def bench_accuracy(options: AccuracyOptions, say: Say = print) -> str:
     """Train and measure what the file of results does not have, and tell all that it has.
 
     Cells go one after the other on one thread, so that they are the same wherever they are trained.
@@ -87,7 +87,7 @@ def bench_accuracy(options: Options, say: Say = print) -> str:
     return text_of(results.cells)
 
 
-def _one(cell: Cell, config: TrainConfig, options: Options, say: Say) -> dict[str, Any]:
+def _one(cell: Cell, config: TrainConfig, options: AccuracyOptions, say: Say) -> dict[str, Any]:
     begin = time.perf_counter()
     if cell.needs is not None:
         # Its weights may be gone where only the results were kept.
@@ -98,10 +98,10 @@ def _one(cell: Cell, config: TrainConfig, options: Options, say: Say) -> dict[st
         found["bytes_dense"] = {n: bytes_dense(run, n) for n in cell.study.methods}
     seconds = round(time.perf_counter() - begin, 1)
     say(f"  {found['metric']} {found['value']:.4f} in {seconds:.0f} s")
-    return {**found, "seconds": seconds, "config": _plain(config, options.runs), **made_by()}
+    return {**found, "seconds": seconds, "config": _plain(config), **made_by()}
 
 
-def _trained(cell: Cell, config: TrainConfig, options: Options) -> Run:
+def _trained(cell: Cell, config: TrainConfig, options: AccuracyOptions) -> Run:
     """The finished run of a cell: as it is there, gone on with, or trained."""
     path = options.runs / cell.key
     if is_run(path) and open_run(path).config != config:
@@ -172,10 +172,10 @@ def _is_done(results: Results, cell: Cell, config: TrainConfig) -> bool:
     found = results.cells.get(cell.key)
     if found is None:
         return False
-    return bool(found["config"] == _plain(config, None))
+    return bool(found["config"] == _plain(config))
 
 
-def _plain(config: TrainConfig, _: Path | None) -> dict[str, Any]:
+def _plain(config: TrainConfig) -> dict[str, Any]:
     """Settings without the places of other runs, which say nothing about them."""
     plain = config.to_json()
     for name in ("init", "teacher"):
@@ -201,8 +201,3 @@ def _left(results: Results, cells: Sequence[Cell]) -> str:
 
 def _silent(line: str) -> None:
     """Takes a line and drops it."""
-
-
-def tables(cells: Mapping[str, Mapping[str, Any]]) -> str:
-    """See `text_of`."""
-    return text_of(cells)

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from disco import api
 from disco.bench.accuracy.cells import Cell
-from disco.bench.accuracy.studies import DENSE
 from disco.partition import Plan
-from disco.recipe import Recipe
 from disco.runtime import RankProcesses
+from disco.sparsify import WireSimulation
 from disco.train import Run, evaluate_run
 from disco_kernels.pattern import Pattern
 
@@ -96,7 +95,7 @@ def _exchange(plan: Plan, wires: Mapping[str, int]) -> Exchange:
 
 def _without_nodes(cell: Cell, run: Run, model: nn.Module, say: Say) -> list[float]:
     """The metric without each node in turn: its channels are zeros, as the runtime has it."""
-    simulation = api.WireSimulation(cell.nodes)
+    simulation = WireSimulation(cell.nodes)
     simulation.attach(model, (_example(run),))
     values = []
     try:
@@ -119,10 +118,12 @@ def _on_ranks(cell: Cell, run: Run, say: Say) -> dict[str, float]:
         with tempfile.TemporaryDirectory() as folder:
             parted.save(Path(folder) / "parts")
             with RankProcesses(Path(folder) / "parts", threads=1) as ranks:
-                values[name] = evaluate_run(
-                    run, say, predict=lambda inputs, ranks=ranks: ranks.run(inputs).answer
-                ).value
+                values[name] = evaluate_run(run, say, predict=_answers(ranks)).value
     return values
+
+
+def _answers(ranks: RankProcesses) -> Callable[[Tensor], Any]:
+    return lambda inputs: ranks.run(inputs).answer
 
 
 def _pattern_of(run: Run) -> Pattern | None:
@@ -132,6 +133,3 @@ def _pattern_of(run: Run) -> Pattern | None:
 def _example(run: Run) -> Tensor:
     size = run.preprocessing.size
     return torch.zeros(1, 3, size, size)
-
-
-__all__ = ["DENSE", "Exchange", "Recipe", "bytes_dense", "measure"]

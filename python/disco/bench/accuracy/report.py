@@ -26,9 +26,7 @@ def text_of(cells: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n\n".join(parts) + f"\n\n{_cost(cells)}"
 
 
-def _of_study(
-    study: Study, lines: Sequence[Line], cells: Mapping[str, Mapping[str, Any]]
-) -> str:
+def _of_study(study: Study, lines: Sequence[Line], cells: Mapping[str, Mapping[str, Any]]) -> str:
     seeds = max(len(line.values) for line in lines)
     rows = [_HEAD, *(_row(line) for line in lines)]
     head = f"{study.text}; mean ± deviation over {seeds} seeds, differences with 95% intervals"
@@ -95,10 +93,10 @@ def _draw(lines: Sequence[Line], path: Path) -> None:
     )
     dense = next((line for line in lines if line.nodes == 1), None)
     for axis, nodes in zip(axes[0], counts, strict=True):
-        shown = [line for line in lines if line.nodes == nodes and line.bytes is not None]
-        for number, line in enumerate(shown):
+        shown = [(line, line.bytes) for line in lines if line.nodes == nodes]
+        for number, (line, exchanged) in enumerate(shown):
             axis.errorbar(
-                line.bytes / 1e3,
+                (exchanged or 0.0) / 1e3,
                 scale * line.mean,
                 yerr=scale * line.deviation,
                 fmt="osD^vP*X"[number % 8],

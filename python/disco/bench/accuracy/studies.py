@@ -52,9 +52,15 @@ METHODS: Mapping[str, Method] = {
         Method(DENSE, "dense", {"method": "dense"}),
         Method("independent", "independent nodes", {"method": "independent"}),
         Method(THIN, "thin dense, DISCO's FLOPs", {"method": "dense"}, scratch=True),
-        Method("every-2", "all channels, every 2nd", {**_PERIODIC, "method_options": {"period": 2}}),
-        Method("every-4", "all channels, every 4th", {**_PERIODIC, "method_options": {"period": 4}}),
-        Method("magnitude", "magnitude, d=0.2", _magnitude(0.2), wire_dtypes=("int8",), on_ranks=True),
+        Method(
+            "every-2", "all channels, every 2nd", {**_PERIODIC, "method_options": {"period": 2}}
+        ),
+        Method(
+            "every-4", "all channels, every 4th", {**_PERIODIC, "method_options": {"period": 4}}
+        ),
+        Method(
+            "magnitude", "magnitude, d=0.2", _magnitude(0.2), wire_dtypes=("int8",), on_ranks=True
+        ),
         Method("d0.4", "magnitude, d=0.4", _magnitude(0.4)),
         Method("d0.1", "magnitude, d=0.1", _magnitude(0.1), wire_dtypes=("int8",)),
         Method("l1", "score l1, d=0.2", _magnitude(0.2, score="l1")),

@@ -123,9 +123,7 @@ def _of_nodes(
             continue
         found = _by_seed(cells, study, name, nodes)
         for wire in ("float32", *METHODS[name].wire_dtypes) if found else ():
-            lines.append(
-                _line(study, METHODS[name], nodes, wire, found, dense, independent)
-            )
+            lines.append(_line(study, METHODS[name], nodes, wire, found, dense, independent))
     return lines
 
 
@@ -146,7 +144,9 @@ def _line(
         nodes=nodes,
         wire=wire,
         values=values,
-        bytes=_mean([e["bytes"] if wire == "float32" else e["bytes_wire"][wire] for e in exchanges]),
+        bytes=_mean(
+            [e["bytes"] if wire == "float32" else e["bytes_wire"][wire] for e in exchanges]
+        ),
         bytes_dense=_mean([e["bytes_dense"] for e in exchanges]),
         flops_share=_mean([e["flops_most"] / e["flops_dense"] for e in exchanges]),
         to_dense=paired(values, dense, study.points),
@@ -182,7 +182,7 @@ def _half(differences: Sequence[float]) -> float:
 def _t(freedom: int) -> float:
     """Student's t that 95% of draws lie within."""
     try:
-        from scipy.stats import t
+        from scipy.stats import t  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
         raise InputError(
             "confidence intervals need scipy, which is not installed: `pip install scipy`"

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from disco.capture import capture_unfolded
+from disco.capture import capture_source
 from disco.errors import InputError
 from disco.sparsify.permute import layer_rules, shape_rules
 from disco.sparsify.permute.axes import Axes, Indices
@@ -94,7 +94,7 @@ def find_permutable(
             evaluation mode: what they go with is not seen.
     """
     first_name = _first_names(model)
-    program, weights = capture_unfolded(model, example_inputs, example_kwargs=example_kwargs)
+    program, weights = capture_source(model, example_inputs, example_kwargs=example_kwargs)
     inference = Inference(program, weights, first_name)
     _check_all_read(model, inference.dims_of_weight, first_name)
     for name in _in_shared_memory(model):

@@ -1,0 +1,63 @@
+"""Whether a model's training pass is what a capture of its evaluation shows, batch norms aside."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from disco.capture import device_of
+from disco.errors import InputError
+
+
+def check_trains_alike(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise InputError for what a captured model, which is one in evaluation mode, leaves out:
+    random numbers, and outputs that it has in training only. The model is not changed."""
+    tried = _copied(model)
+    device = device_of(model)
+    devices = [device] if device.type == "cuda" else []
+    found = []
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        for training in (True, False):
+            before = _random_states(device)
+            result = tried.train(training)(*args, **kwargs)
+            drew = any(
+                not torch.equal(a, b) for a, b in zip(before, _random_states(device), strict=True)
+            )
+            if training and drew:
+                raise InputError(
+                    f"{type(model).__name__} draws random numbers in training"
+                    f"{_of_dropouts(model)}, and a simulation computes the captured model, which "
+                    "has none: set the rates to 0"
+                )
+            found.append(pytree.tree_structure(result))
+    if found[0] != found[1]:
+        raise InputError(
+            f"{type(model).__name__} returns something else in training ({found[0]}) than in "
+            f"evaluation ({found[1]}), which a captured model does not: leave out its auxiliary "
+            "outputs"
+        )
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _of_dropouts(model: nn.Module) -> str:
+    kinds = ("drop", "stochasticdepth")
+    names = [n for n, m in model.named_modules() if type(m).__name__.lower().startswith(kinds)]
+    return f" (it has {', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else ""
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy with the `forward` of its class, whatever the instance has been given."""
+    given = vars(model).get("forward")
+    owner = getattr(given, "__self__", None)
+    copied = copy.deepcopy(model, {} if owner is None else {id(owner): owner})
+    vars(copied).pop("forward", None)
+    return copied
