@@ -1,0 +1,181 @@
+"""The table of accuracies: cells and their order, statistics worked out here, a small one whole."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from disco.bench.accuracy import cells as cells_module
+from disco.bench.accuracy import command, summary
+from disco.bench.accuracy.cells import Cell, cells_of
+from disco.bench.accuracy.command import AccuracyOptions, bench_accuracy
+from disco.bench.accuracy.report import text_of
+from disco.bench.accuracy.results import Results
+from disco.bench.accuracy.studies import METHODS, STUDIES, Study
+from disco.bench.accuracy.summary import lines_of, paired
+from disco.errors import InputError
+from tests.tasks.small_data import write_digits
+
+
+def test_cells_come_after_what_they_need_and_once() -> None:
+    cells = cells_of((), (), range(2))
+    assert len(set(cells)) == len(cells)
+    seen: set[Cell] = set()
+    for cell in cells:
+        assert cell.needs is None or cell.needs in seen, cell
+        seen.add(cell)
+    for name, study in STUDIES.items():
+        trained = {(c.method_name, c.nodes) for c in cells if c.study_name == name}
+        assert {("first", 1), ("dense", 1)} <= trained
+        assert len({n for _, n in trained} - {1}) == len(study.methods)
+
+
+def test_every_cell_is_a_training_that_the_settings_allow(tmp_path: Path) -> None:
+    for cell in cells_of((), (), [3]):
+        config = cell.config(tmp_path, "resnet8-w8" if cell.method_name == "thin" else None)
+        assert (config.seed, config.split_seed) == (3, 3)
+        epochs = config.epochs + (cell.study.first_epochs if config.init else 0)
+        if cell.method_name != "first":  # the same number of epochs for all
+            assert epochs == cell.study.first_epochs + cell.study.epochs
+        assert (config.teacher is not None) == cell.method.taught
+
+
+def test_names_that_there_are_none_of() -> None:
+    with pytest.raises(InputError, match="no study 'x': digits-resnet"):
+        cells_of(("x",), (), [0])
+    with pytest.raises(InputError, match="no method 'x': first, dense"):
+        cells_of((), ("x",), [0])
+
+
+def test_paired_differences_and_their_interval() -> None:
+    ours, theirs = {0: 0.91, 1: 0.93, 2: 0.92, 7: 0.1}, {0: 0.90, 1: 0.90, 2: 0.90, 8: 0.2}
+    found = paired(ours, theirs, 0.01)
+    assert found is not None and found.seeds == 3
+    assert math.isclose(found.mean, 2.0)
+    # Deviation 1 of three; t of 2 degrees of freedom is 4.302653 (tables).
+    assert math.isclose(found.half, 4.302653 / math.sqrt(3), rel_tol=1e-6)
+    assert math.isclose(found.low, found.mean - found.half)
+    assert paired({0: 1.0}, {1: 1.0}, 1.0) is None
+    single = paired({0: 1.0}, {0: 0.5}, 1.0)
+    assert single is not None and math.isinf(single.half) and str(single) == "+0.50"
+
+
+def _cell(value: float, **more: Any) -> dict[str, Any]:
+    exchange = {
+        "bytes": 200, "bytes_dense": 1000, "bytes_wire": {"int8": 60},
+        "flops": 50, "flops_dense": 100, "flops_most": 30,
+    }  # fmt: skip
+    return {"metric": "top1", "value": value, "seconds": 36.0, "exchange": exchange, **more}
+
+
+def test_lines_compare_the_same_seeds() -> None:
+    cells: dict[str, Mapping[str, Any]] = {
+        f"digits-resnet/{method}/{nodes}/{seed}": _cell(value + 0.01 * seed, value_int8=value - 0.1)
+        for method, nodes, value in (
+            ("dense", 1, 0.9),
+            ("independent", 4, 0.8),
+            ("magnitude", 4, 0.89),
+        )
+        for seed in (0, 1)
+    }
+    lines = {(line.method.name, line.nodes, line.wire): line for line in lines_of(cells)}
+    assert set(lines) == {
+        ("dense", 1, "float32"),
+        ("independent", 4, "float32"),
+        ("magnitude", 4, "float32"),
+        ("magnitude", 4, "int8"),
+    }
+    found = lines["magnitude", 4, "float32"]
+    assert found.to_dense is not None and math.isclose(found.to_dense.mean, -1.0)
+    assert found.to_independent is not None and math.isclose(found.to_independent.mean, 9.0)
+    assert found.times_less == 5.0 and found.flops_share == 0.3
+    assert lines["magnitude", 4, "int8"].bytes == 60
+    text = text_of(cells)
+    assert "89.50 ±0.71" in text and "5.0x" in text and "6 cells, 0.06 hours" in text
+
+
+def test_results_are_shared_by_processes_and_checked(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    first, second = Results(path), Results(path)
+    first.add("a", {"value": 1})
+    second.add("b", {"value": 2})
+    assert set(Results(path).cells) == {"a", "b"}
+    path.write_text("{}")
+    with pytest.raises(InputError, match="holds no results of `disco bench accuracy`"):
+        Results(path)
+    path.write_text('{"format": "disco-accuracy", "version": 9, "cells": {}}')
+    with pytest.raises(InputError, match="of another version"):
+        Results(path)
+
+
+@pytest.fixture
+def small_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    data = write_digits(tmp_path / "digits.csv.gz")
+    settings = {
+        "data": f"digits:{data}", "model": "resnet8-w8", "batch_size": 32, "warmup_epochs": 0.2,
+    }  # fmt: skip
+    names = ("independent", "thin", "magnitude", "disco-int8", "node-dropout")
+    study = Study("small", "small digits", settings, 1, 1, {2: names})
+    for module in (cells_module, summary):
+        monkeypatch.setattr(module, "STUDIES", {"small": study})
+    return "small"
+
+
+def test_a_small_table_is_made_and_gone_on_with(
+    small_study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = AccuracyOptions(
+        json=tmp_path / "a.json", runs=tmp_path / "runs", plots=tmp_path,
+        studies=(), methods=(), seeds=1, device="cpu",
+    )  # fmt: skip
+    trained = []
+    train = command.train
+    monkeypatch.setattr(
+        command, "train", lambda c, p, *a, **k: (trained.append(p), train(c, p, *a, **k))
+    )
+    threads = torch.get_num_threads()
+    text = bench_accuracy(options, lambda line: None)
+    assert torch.get_num_threads() == threads
+    assert len(trained) == 6  # and the one that they begin with: dense is not in the list
+    cells = json.loads(options.json.read_text())["cells"]
+    assert "6 cells" in text and len(cells) == 6
+    found = cells["small/magnitude/2/0"]
+    assert found["value_on_ranks"] == {"float32": found["value"], "int8": found["value_int8"]}
+    assert found["exchange"]["bytes"] < found["exchange"]["bytes_dense"]
+    assert found["exchange"]["bytes_wire"]["int8"] < found["exchange"]["bytes"]
+    assert len(cells["small/node-dropout/2/0"]["value_without"]) == 2
+    thin = cells["small/thin/2/0"]["config"]["model"]
+    assert thin.startswith("resnet8-w") and 4 <= int(thin[9:]) < 8
+    assert (tmp_path / "accuracy-small.png").stat().st_size > 1000
+
+    # A cell that is gone is made again, from runs that are there; others are not touched.
+    plain = json.loads(options.json.read_text())
+    del plain["cells"]["small/magnitude/2/0"]
+    options.json.write_text(json.dumps(plain))
+    bench_accuracy(options, lambda line: None)
+    again = json.loads(options.json.read_text())["cells"]
+    assert len(trained) == 6
+    assert again["small/magnitude/2/0"]["value"] == found["value"]
+
+
+def test_runs_of_other_settings_are_refused(small_study: str, tmp_path: Path) -> None:
+    options = AccuracyOptions(
+        json=tmp_path / "a.json", runs=tmp_path / "runs", plots=None,
+        studies=(), methods=("independent",), seeds=1, device="cpu",
+    )  # fmt: skip
+    bench_accuracy(options, lambda line: None)
+    path = tmp_path / "runs" / "small/independent/2/0/config.json"
+    path.write_text(path.read_text().replace('"epochs": 1', '"epochs": 3'))
+    options.json.unlink()
+    with pytest.raises(InputError, match="has other settings than the cell"):
+        bench_accuracy(options, lambda line: None)
+
+
+def test_methods_have_names_of_their_own() -> None:
+    assert len({method.text for method in METHODS.values()}) == len(METHODS)
