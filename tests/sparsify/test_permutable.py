@@ -61,7 +61,11 @@ CASES = {
     "chain": (
         lambda m, x: head(torch.relu(m.b(torch.relu(m.a(x)))), m.fc),
         {"a": conv(3, 8), "b": conv(8, 6), "fc": nn.Linear(6, 4)},
-        {("a.weight", 0): [(8, FREE)], ("b.weight", 0): [(6, FREE)], ("fc.bias", 0): [(4, "output")]},
+        {
+            ("a.weight", 0): [(8, FREE)],
+            ("b.weight", 0): [(6, FREE)],
+            ("fc.bias", 0): [(4, "output")],
+        },
     ),
     "residual": (
         lambda m, x: head((y := m.a(x)) + m.norm(m.b(y)), m.fc),
@@ -277,7 +281,9 @@ def test_tied_and_shared_memory() -> None:
 
 def test_parameters_that_evaluation_does_not_read() -> None:
     model = Net(
-        lambda m, x: (m.aux(m.a(x)), m.fc(m.a(x).mean((2, 3)))) if m.training else head(m.a(x), m.fc),
+        lambda m, x: (
+            (m.aux(m.a(x)), m.fc(m.a(x).mean((2, 3)))) if m.training else head(m.a(x), m.fc)
+        ),
         a=conv(3, 8),
         aux=conv(8, 2),
         fc=nn.Linear(8, 4),
