@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from disco import Cluster
 from disco.sparsify import find_groups, tensors_of
 from disco.sparsify.permute import Permutable, find_permutable, permute_
 from disco.sparsify.permute.axes import Indices
@@ -71,7 +73,7 @@ def make_local_(model: nn.Module, nodes: int, x: Tensor) -> None:
     """Zero all weights between nodes."""
     tensors = tensors_of(model)
     with torch.no_grad():
-        for group in find_groups(model, _cluster(nodes), 0.2, (x,), ignore_zeros=True):
+        for group in find_groups(model, Cluster(nodes), 0.2, (x,), ignore_zeros=True):
             for name, out in group.out_ownership.items():
                 for i, rows in enumerate(out.channels):
                     for j, columns in enumerate(group.in_ownership.channels):
@@ -80,14 +82,7 @@ def make_local_(model: nn.Module, nodes: int, x: Tensor) -> None:
                             tensors[name][block] = 0.0
 
 
-def _cluster(nodes: int):  # type: ignore[no-untyped-def]
-    from disco import Cluster
-
-    return Cluster(nodes)
-
-
-def _flat(outputs: object) -> Tensor:
-    if isinstance(outputs, Tensor):
-        return outputs.flatten()
-    parts = outputs.values() if isinstance(outputs, dict) else outputs
-    return torch.cat([_flat(part) for part in parts])  # type: ignore[attr-defined]
+def _flat(outputs: Any) -> Tensor:
+    """A tensor, or all of a tuple's behind each other."""
+    parts = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    return torch.cat([part.flatten().double() for part in parts])

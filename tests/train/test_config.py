@@ -36,6 +36,8 @@ from disco.train.schedule import learning_rate
         ({"warmup_epochs": 20.0}, "a warm-up of 20 epochs was given for a training of 20"),
         ({"method_options": {"rho": "high"}}, "the option rho must be a number; given 'high'"),
         ({"begin": 0.7}, "to begin at 0.7 of the steps and to end at 0.6"),
+        ({"colocate": True}, "given init=None and the method magnitude: give the weights"),
+        ({"colocate": True, "method": "dense", "init": "x"}, "init='x' and the method dense"),
         ({"method": "dense", "method_options": {"rho": 1}}, "dense takes no options, and rho"),
     ],
 )

@@ -345,6 +345,19 @@ def test_a_teacher_is_imitated_and_weights_are_begun_with(
     assert not (tmp_path / "wrong").exists()
 
 
+def test_colocation_comes_once_before_training(settings: Settings, tmp_path: Path) -> None:
+    train(settings(**EASY), tmp_path / "dense", silent)
+    config = settings(
+        method="magnitude", nodes=4, init=str(tmp_path / "dense"), colocate=True, epochs=1
+    )
+    said: list[str] = []
+    train(config, tmp_path / "x", said.append)
+    assert sum(line.startswith("co-location: lost score") for line in said) == 1
+    first, final = (open_run(tmp_path / name).load_model() for name in ("dense", "x"))
+    assert {n for n, _ in first.named_parameters()} == {n for n, _ in final.named_parameters()}
+    assert TrainConfig.from_json(config.to_json()) == config
+
+
 def test_unreadable_images_are_named_once_left_out_and_counted(tmp_path: Path) -> None:
     write_folder(tmp_path / "data", count=20)
     broken = sorted((tmp_path / "data" / "cat").iterdir())[3:8]

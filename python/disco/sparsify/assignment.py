@@ -20,9 +20,9 @@ from disco.sparsify.lost_score import Floats, Scores, ranks_of
 from disco.sparsify.permute import Axis, Permutable
 from disco.sparsify.permute.axes import Indices
 
-# Entries are to stay where they are by these parts of what the best of them would gain: all at once
-# they leave for the same places. 0 goes first; below an eighth hardly anything stays, with a half
-# only the best few move.
+# Costs hold for one entry that moves; all at once they leave for the same places. So staying is
+# rewarded with these parts of what the best entry would gain, until less is lost: with 0 all may
+# move, with 0.9 only the best few.
 _HOLDS = (0.0, 0.125, 0.25, 0.5, 0.75, 0.9)
 # Sweeps over all axes end when one gains less than this part.
 _LEAST_GAIN = 1e-3
@@ -53,7 +53,6 @@ class Movable:
     Attributes:
         axis: which.
         sides: all that is scored along it.
-        columns: by group, its layers and their own places: what is reordered.
         kinds: per place its kind: places of the same ranks on all sides are alike.
         kind_ranks: ``[kinds, sides]`` their ranks.
     """
