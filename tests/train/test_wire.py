@@ -1,4 +1,4 @@
-"""Training for rounded payloads and lost nodes: when it begins, that it resumes, what it measures."""
+"""Training for rounded payloads and lost nodes: its beginning, resuming, and what it measures."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_resuming_gives_the_same_bits(
 def test_it_begins_when_masks_are_final(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done: list[tuple[int, bool, tuple[int, ...]]] = []
+    done: dict[int, tuple[bool, tuple[int, ...]]] = {}
     before = Training._step
 
     def watched(self: Training, *args: Any) -> float:
@@ -63,8 +63,8 @@ def test_it_begins_when_masks_are_final(
         simulation = self.simulation._simulation
 
         def note(module: torch.nn.Module, _: Any) -> None:
-            if module is self.model:  # and not the copy on which training is tried
-                done.append((steps, simulation.attached, simulation.lost))
+            # The last of a step: the first simulated one also tries and captures the model.
+            done[steps] = simulation.attached, simulation.lost
 
         hook = self.model.register_forward_pre_hook(note)
         found = before(self, *args)
@@ -76,11 +76,11 @@ def test_it_begins_when_masks_are_final(
     train(config, tmp_path / "x", silent)
     total = len(done)
     _, end, _ = config.steps_between(total)
-    assert all(on == (steps >= end) for steps, on, _ in done)
-    lost = [ranks for _, on, ranks in done if on]
+    assert all(on == (steps >= end) for steps, (on, _) in done.items())
+    lost = [ranks for on, ranks in done.values() if on]
     # Half of 18 steps or so, of either node; and none before.
     assert {(), (0,), (1,)} == set(lost) and 0 < lost.count(()) < len(lost)
-    assert not any(ranks for _, on, ranks in done if not on)
+    assert not any(ranks for on, ranks in done.values() if not on)
 
 
 def test_simulated_runs_are_their_ranks(settings: Settings, tmp_path: Path) -> None:
