@@ -112,15 +112,18 @@ def of_ranks(
     return list(zip(left, found, strict=True))
 
 
-def check(found: Tensor, expected: Tensor) -> None:
+def check(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
     error, scale = float((found - expected).abs().max()), float(expected.abs().max())
     assert found.shape == expected.shape
-    assert error <= TOLERANCE * scale, f"{error:.2e} of {scale:.2e}"
+    assert error <= tolerance * scale, f"{error:.2e} of {scale:.2e}"
 
 
-@pytest.mark.parametrize("nodes", [2, 3])
-@pytest.mark.parametrize("wire", WIRE_DTYPES)
-@pytest.mark.parametrize("name", CASES)
+# Every model in int8 for three, and every other wire dtype.
+PAIRS = [(name, "int8", 3) for name in CASES]
+PAIRS += [("resnet8", wire, 2) for wire in WIRE_DTYPES] + [("odd", "bfloat16", 2)]
+
+
+@pytest.mark.parametrize(("name", "wire", "nodes"), PAIRS)
 @torch.no_grad()
 def test_as_the_ranks(name: str, wire: str, nodes: int) -> None:
     model, example, x = made(name, nodes)
@@ -131,48 +134,45 @@ def test_as_the_ranks(name: str, wire: str, nodes: int) -> None:
     simulation.attach(model, (example,))
     (_, expected), *_ = of_ranks(partitioned, x)
     check(model(x), expected)
-    # Rounding in no less than one layer; float64 to float32 is the smallest.
+    # Float64 to float32 is the least that is rounded.
     assert float((model(x) - whole).abs().max()) > 1e-9 * float(whole.abs().max())
     simulation.detach()
     assert torch.equal(model(x), whole)
 
 
-@pytest.mark.parametrize("lost", [(0,), (2,), (0, 1)])
-@pytest.mark.parametrize("wire", ["int8", "float32"])
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
-def test_as_the_ranks_that_are_left(name: str, wire: str, lost: tuple[int, ...]) -> None:
+def test_as_the_ranks_that_are_left(name: str) -> None:
     model, example, x = made(name, 3)
-    dtype = getattr(torch, wire)
-    partitioned = disco.partition(model, (example,), 3, wire_dtype=dtype, survivable=True)
-    simulation = disco.WireSimulation(3, wire, survivable=True)
+    wire = torch.int8
+    partitioned = disco.partition(model, (example,), 3, wire_dtype=wire, survivable=True)
+    simulation = disco.WireSimulation(3, "int8", survivable=True)
     simulation.attach(model, (example,))
-    check(model(x), of_ranks(partitioned, x)[0][1])
-    with simulation.without(lost):
-        assert simulation.lost == lost
-        check(model(x), of_ranks(partitioned, x, lost)[0][1])
-    assert simulation.lost == ()
-    check(model(x), of_ranks(partitioned, x)[0][1])
+    for lost in ((), (0,), (2,), (0, 1), ()):
+        with simulation.without(lost):
+            assert simulation.lost == lost
+            check(model(x), of_ranks(partitioned, x, lost)[0][1])
+        assert simulation.lost == ()
 
 
-@pytest.mark.parametrize("lost", [(0,), (1,), (0, 2)])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["residual", "normed"])
 @torch.no_grad()
-def test_as_the_model_without_their_channels(name: str, lost: tuple[int, ...]) -> None:
+def test_as_the_model_without_their_channels(name: str) -> None:
     """The same as written down by hand, for the tests of the executor."""
     torch.manual_seed(0)
     make, shape, *_ = MODELS[name]
-    model = make().double().eval()
+    model = make().eval()
+    exact = copy.deepcopy(model).double()
     owned = (Ownership.contiguous(12, 3), Ownership.contiguous(18, 3))
-    there = [torch.ones(one.num_channels, dtype=torch.float64) for one in owned]
-    for mask, one in zip(there, owned, strict=True):
-        mask[[channel for rank in lost for channel in one.channels[rank]]] = 0
-    x = torch.randn(shape, dtype=torch.float64)
-    expected = model(x, there)
+    x = torch.randn(shape)
     simulation = disco.WireSimulation(3)
     simulation.attach(model, (x,))
-    with simulation.without(lost):
-        check(model(x), expected)
+    for lost in ((0,), (1,), (0, 2)):
+        there = [torch.ones(one.num_channels, dtype=torch.float64) for one in owned]
+        for mask, one in zip(there, owned, strict=True):
+            mask[[channel for rank in lost for channel in one.channels[rank]]] = 0
+        with simulation.without(lost):
+            check(model(x), exact(x.double(), there), 64 * torch.finfo(torch.float32).eps)
 
 
 @pytest.mark.parametrize("wire", ["float16", "bfloat16", "int8"])
@@ -203,8 +203,8 @@ def test_rounding_is_the_kernels(wire: str, dim: int) -> None:
 class Two(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b = nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(8, 6, 3)
-        self.c = nn.Conv2d(6, 4, 1)
+        self.a, self.b = nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(8, 16, 3)
+        self.c = nn.Conv2d(16, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c(torch.relu(self.b(torch.relu(self.a(x)))))
@@ -220,7 +220,7 @@ def test_gradients_pass_the_rounding() -> None:
     simulation.attach(model, (x,))
     model(x).square().sum().backward()
     h = torch.relu(by_hand.a(x))
-    remote = by_hand.b.weight * _other_blocks(6, 8)
+    remote = by_hand.b.weight * _other_blocks(16, 8)
     error = rounding_error(h, "int8", 1)
     y = torch.relu(by_hand.b(h) + F.conv2d(error, remote))
     by_hand.c(y).square().sum().backward()
@@ -270,7 +270,7 @@ def test_batch_norms_stay_when_ranks_are_lost() -> None:
     for name, buffer in model.named_buffers():
         assert torch.equal(buffer, before[name]), name
     # What the lost rank computes is not trained; what is computed of its channels is not either.
-    conv = model.get_parameter("stages.1.0.conv1.weight").grad
+    conv = model.get_parameter("stages.1.conv1.weight").grad
     assert conv is not None and not conv[16:].any() and not conv[:, 8:].any()
     assert conv[:16, :8].any()
 

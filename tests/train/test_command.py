@@ -222,3 +222,21 @@ def test_a_killed_process_loses_at_most_an_epoch(digits: str, tmp_path: Path) ->
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert open_run(tmp_path / "cut").is_finished
+
+
+def test_training_for_what_nodes_do(command: Any, digits: str, tmp_path: Path) -> None:
+    run = tmp_path / "x"
+    trained = command(
+        "train", "classification", *QUICK, "--nodes", "2", "--density", "0.25", "--epochs", "2",
+        "--warmup-epochs", "0.2", "--wire-dtype", "int8", "--node-dropout", "0.3",
+        "--data", digits, "--out", run,
+    )  # fmt: skip
+    assert trained.code == 0, trained.err
+    found = command("evaluate", run, "--wire-dtype", "int8", "--lose", "1")
+    assert found.code == 0, found.err
+    assert "2 nodes, simulated: payloads in int8, without 1" in found.out + found.err
+    for given, text in (("2", "ranks are 0 to 1"), ("0,1", "leave at least one"), ("a", "'a'")):
+        wrong = command("evaluate", run, "--lose", given)
+        assert wrong.code != 0 and text in wrong.err
+    both = command("evaluate", run, "--lose", "1", "--partition", tmp_path / "none")
+    assert both.code != 0 and "leave them out" in both.err
