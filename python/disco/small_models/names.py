@@ -10,6 +10,7 @@ from torch import nn
 
 from disco.errors import InputError
 from disco.small_models.backbones import SmallDeiT, SmallResNet
+from disco.small_models.segmenters import SmallDeepLab, SmallSegmenter
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,18 @@ def _deit(width: int, depth: int, heads: int) -> SmallModel:
     )
 
 
+def _deeplab(blocks: int, width: int) -> SmallModel:
+    return SmallModel(lambda classes, size, width: SmallDeepLab(classes, blocks, width), width)
+
+
+def _segmenter(width: int, depth: int, heads: int) -> SmallModel:
+    return SmallModel(
+        lambda classes, size, width: SmallSegmenter(classes, size, width, depth, heads),
+        width,
+        heads,
+    )
+
+
 SMALL_MODELS: Mapping[str, SmallModel] = {
     "resnet8_thin": _resnet(blocks=1, width=8),
     "resnet8": _resnet(blocks=1, width=16),
@@ -44,6 +57,8 @@ SMALL_MODELS: Mapping[str, SmallModel] = {
     "resnet20": _resnet(blocks=3, width=16),
     "deit_micro": _deit(width=64, depth=4, heads=4),
     "deit_mini": _deit(width=128, depth=6, heads=4),
+    "deeplab_small": _deeplab(blocks=1, width=16),
+    "segmenter_small": _segmenter(width=64, depth=4, heads=4),
 }
 _WITH_WIDTH = re.compile(r"(?P<name>.+)-w(?P<width>[0-9]{1,5})")
 

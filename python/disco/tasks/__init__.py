@@ -2,6 +2,7 @@
 
 from disco.tasks.classification import Classification
 from disco.tasks.data import DataOptions, Example, Examples, TaskData, made_harder
+from disco.tasks.segmentation import Segmentation
 from disco.tasks.task import TASKS, DistillOptions, LossOptions, Meter, Task, task_named
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Examples",
     "LossOptions",
     "Meter",
+    "Segmentation",
     "Task",
     "TaskData",
     "made_harder",

@@ -11,6 +11,7 @@ from disco.errors import InputError
 from disco.tasks.classification import Classification
 from disco.tasks.data import DataOptions, TaskData
 from disco.tasks.options import DistillOptions, LossOptions
+from disco.tasks.segmentation import Segmentation
 
 __all__ = ["TASKS", "DistillOptions", "LossOptions", "Meter", "Task", "task_named"]
 
@@ -67,7 +68,7 @@ class Task(Protocol):
         ...
 
 
-TASKS: dict[str, Task] = {"classification": Classification()}
+TASKS: dict[str, Task] = {task.name: task for task in (Classification(), Segmentation())}
 
 
 def task_named(name: str) -> Task:
