@@ -10,6 +10,7 @@ from torch import nn
 
 from disco.errors import InputError
 from disco.small_models.backbones import SmallDeiT, SmallResNet
+from disco.small_models.detectors import SmallSSD, SmallViTSSD
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,16 @@ def _deit(width: int, depth: int, heads: int) -> SmallModel:
     )
 
 
+def _ssd(blocks: int, width: int) -> SmallModel:
+    return SmallModel(lambda classes, size, width: SmallSSD(classes, size, blocks, width), width)
+
+
+def _vit_ssd(width: int, depth: int, heads: int) -> SmallModel:
+    return SmallModel(
+        lambda classes, size, width: SmallViTSSD(classes, size, width, depth, heads), width, heads
+    )
+
+
 SMALL_MODELS: Mapping[str, SmallModel] = {
     "resnet8_thin": _resnet(blocks=1, width=8),
     "resnet8": _resnet(blocks=1, width=16),
@@ -44,6 +55,8 @@ SMALL_MODELS: Mapping[str, SmallModel] = {
     "resnet20": _resnet(blocks=3, width=16),
     "deit_micro": _deit(width=64, depth=4, heads=4),
     "deit_mini": _deit(width=128, depth=6, heads=4),
+    "ssd_small": _ssd(blocks=1, width=16),
+    "vit_ssd_small": _vit_ssd(width=64, depth=4, heads=4),
 }
 _WITH_WIDTH = re.compile(r"(?P<name>.+)-w(?P<width>[0-9]{1,5})")
 

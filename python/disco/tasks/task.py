@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from disco.errors import InputError
 from disco.tasks.classification import Classification
 from disco.tasks.data import DataOptions, TaskData
+from disco.tasks.detection import Detection
 from disco.tasks.options import DistillOptions, LossOptions
 
 __all__ = ["TASKS", "DistillOptions", "LossOptions", "Meter", "Task", "task_named"]
@@ -67,7 +68,7 @@ class Task(Protocol):
         ...
 
 
-TASKS: dict[str, Task] = {"classification": Classification()}
+TASKS: dict[str, Task] = {"classification": Classification(), "detection": Detection()}
 
 
 def task_named(name: str) -> Task:
