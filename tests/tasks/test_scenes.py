@@ -9,8 +9,8 @@ import pytest
 
 from disco.errors import InputError
 from disco.tasks import photographs
-from disco.tasks.photographs import photograph_files, read_photographs
 from disco.tasks.data import DataOptions
+from disco.tasks.photographs import photograph_files, read_photographs
 from disco.tasks.scene_data import load_scenes
 from disco.tasks.scene_shapes import SHAPES, distance
 from disco.tasks.scenes import CLASSES, scenes

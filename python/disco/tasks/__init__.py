@@ -3,7 +3,15 @@
 from disco.tasks.classification import Classification
 from disco.tasks.data import DataOptions, Example, Examples, TaskData, made_harder
 from disco.tasks.detection import Detection
-from disco.tasks.task import TASKS, DistillOptions, LossOptions, Meter, Task, task_named
+from disco.tasks.task import (
+    TASKS,
+    DistillOptions,
+    LossOptions,
+    Meter,
+    MoreMetrics,
+    Task,
+    task_named,
+)
 
 __all__ = [
     "TASKS",
@@ -15,6 +23,7 @@ __all__ = [
     "Examples",
     "LossOptions",
     "Meter",
+    "MoreMetrics",
     "Task",
     "TaskData",
     "made_harder",

@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from disco.errors import InputError
@@ -79,10 +80,14 @@ class MeanAveragePrecision:
 
     def value(self) -> float:
         """mAP in [0, 1]; 0 if there is no object in any image."""
-        return self.values()["map"]
+        return self._computed()["map"]
 
-    def values(self) -> dict[str, float]:
-        """ "map", and "map_50" and "map_75" at one threshold."""
+    def others(self) -> dict[str, float]:
+        """mAP where boxes have to overlap by 0.5 of their union, and by 0.75."""
+        found = self._computed()
+        return {"mAP50": found["map_50"], "mAP75": found["map_75"]}
+
+    def _computed(self) -> dict[str, float]:
         if self._values is None:
             found = self._metric.compute()
             # It says -1 where there is nothing to find.
@@ -99,6 +104,11 @@ def _torchmetrics_metric() -> Any:
             "`pip install torchmetrics pycocotools`"
         )
     detection = importlib.import_module("torchmetrics.detection")
-    metric = detection.MeanAveragePrecision(backend=backend)
+    # COCO's own points in float64: torchmetrics' are float32, and a recall of 0.6 is below its 0.6.
+    metric = detection.MeanAveragePrecision(
+        iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+        rec_thresholds=np.linspace(0.0, 1.0, 101).tolist(),
+        backend=backend,
+    )
     metric.warn_on_many_detections = False
     return metric

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -13,7 +13,7 @@ from disco.tasks.data import DataOptions, TaskData
 from disco.tasks.detection import Detection
 from disco.tasks.options import DistillOptions, LossOptions
 
-__all__ = ["TASKS", "DistillOptions", "LossOptions", "Meter", "Task", "task_named"]
+__all__ = ["TASKS", "DistillOptions", "LossOptions", "Meter", "MoreMetrics", "Task", "task_named"]
 
 
 class Meter(Protocol):
@@ -25,6 +25,15 @@ class Meter(Protocol):
 
     def value(self) -> float:
         """Of all batches so far; larger is better."""
+        ...
+
+
+@runtime_checkable
+class MoreMetrics(Protocol):
+    """What a meter may have besides."""
+
+    def others(self) -> dict[str, float]:
+        """More metrics of all batches so far, by name, for the report."""
         ...
 
 
