@@ -122,17 +122,16 @@ def _distances(rng: np.random.Generator, classes: NDArray[np.int64], size: int) 
     centre = rng.uniform(0.08, 0.92, (2, *classes.shape)) * size
     detail = rng.random(classes.shape)
     out = np.full((*classes.shape, size, size), np.inf, np.float32)
-    pixel = np.arange(size, dtype=np.float32) + 0.5
+    pixel = np.arange(size, dtype=np.float32) + np.float32(0.5)
     for number in range(1, len(CLASSES)):
         where = classes == number
 
-        def of(values: NDArray[np.float64], where: NDArray[np.bool_] = where) -> Floats:
+        def of(values: NDArray[np.floating], where: NDArray[np.bool_] = where) -> Floats:
             return values[where].astype(np.float32)[:, None, None]
 
         x, y = pixel[None, None, :] - of(centre[0]), pixel[None, :, None] - of(centre[1])
         cos, sin = of(np.cos(angle)), of(np.sin(angle))
-        across: Floats = (cos * x + sin * y) / of(stretch)
-        down: Floats = (cos * y - sin * x) * of(stretch)
+        across, down = (cos * x + sin * y) / of(stretch), (cos * y - sin * x) * of(stretch)
         out[where] = distance(SHAPES[number - 1], across, down, of(radius), of(detail))
     return out
 
@@ -192,8 +191,8 @@ def _jittered(rng: np.random.Generator, parts: Pixels) -> Floats:
     contrast = rng.uniform(0.6, 1.3, (count, 1, 1, 1)).astype(np.float32) / 255
     tint = rng.uniform(0.8, 1.2, (count, 1, 1, 3)).astype(np.float32)
     shift = rng.uniform(-0.15, 0.15, (count, 1, 1, 1)).astype(np.float32)
-    changed: Floats = parts * (contrast * tint) + (shift + 0.5 - 127.5 * contrast)
-    return changed
+    scaled = parts.astype(np.float32) * (contrast * tint)
+    return scaled + (shift + np.float32(0.5) - np.float32(127.5) * contrast)
 
 
 def _photographed(rng: np.random.Generator, canvas: Floats) -> Pixels:
