@@ -236,7 +236,7 @@ def test_map_is_cocos(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against its definition in float64: precision at 101 recalls, over thresholds and classes."""
     from disco.tasks import mean_average_precision as module
 
-    monkeypatch.setattr(module, "_BACKENDS", {backend: backend})
+    monkeypatch.setattr(module, "_BACKENDS", (backend,))
     targets, generator = _targets([3, 1, 2, 3, 0, 3] * 3), torch.Generator().manual_seed(5)
     found = []
     for wanted in targets:
@@ -287,11 +287,14 @@ def _average_precision(found: Any, targets: Any, label: int, threshold: float) -
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
-    for absent in (("torchmetrics",), ("faster_coco_eval", "pycocotools")):
+    for absent, said in (
+        (("torchmetrics",), "pip install torchmetrics"),
+        (("faster_coco_eval", "pycocotools"), "pip install pycocotools"),
+    ):
         monkeypatch.setattr(
             importlib.util, "find_spec", lambda n, a=absent: None if n in a else real(n)
         )
-        with pytest.raises(InputError, match="pip install torchmetrics pycocotools"):
+        with pytest.raises(InputError, match=said):
             TASK.new_meter(())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,12 +11,12 @@ from torch import Tensor
 
 from disco.errors import InputError
 from disco.tasks.boxes import decode, suppress
-from disco.torchvision_compat import import_torchvision
+from disco.tasks.metric_library import import_torchmetrics
 
 # SSD's (arXiv 1512.02325, section 3.1), but for the number that is kept: COCO counts 100.
 _LEAST_SCORE, _NMS_IOU, _CANDIDATES, _KEPT = 0.01, 0.45, 200, 100
-# The second is the same computation in C++, many times faster where there are thousands of images.
-_BACKENDS = {"faster_coco_eval": "faster-coco-eval", "pycocotools": "pycocotools"}
+# The same numbers; the first in C++, many times faster where there are thousands of images.
+_BACKENDS = ("faster_coco_eval", "pycocotools")
 
 
 def detect(logits: Tensor, offsets: Tensor, anchors: Tensor) -> list[dict[str, Tensor]]:
@@ -96,14 +95,12 @@ class MeanAveragePrecision:
 
 
 def _torchmetrics_metric() -> Any:
-    import_torchvision()  # torchmetrics imports it
+    detection = import_torchmetrics("detection")
     backend = next((name for name in _BACKENDS if importlib.util.find_spec(name)), None)
-    if backend is None or importlib.util.find_spec("torchmetrics") is None:
+    if backend is None:
         raise InputError(
-            "mAP is measured by torchmetrics with COCO's tools, which are not installed: "
-            "`pip install torchmetrics pycocotools`"
+            "mAP is measured with COCO's tools, which are not installed: `pip install pycocotools`"
         )
-    detection = importlib.import_module("torchmetrics.detection")
     # COCO's own points in float64: torchmetrics' are float32, and a recall of 0.6 is below its 0.6.
     metric = detection.MeanAveragePrecision(
         iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
