@@ -9,10 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import disco
+from disco.capture import capture
+from disco.detector_heads import DetectorHeads
 from disco.errors import InputError
+from disco.executor import Executor, InProcessHub, run_together
+from disco.partition import build_all, decide
 from disco.small_models.detectors import grid_anchors
 from disco.tasks import Detection, DistillOptions, LossOptions, task_named
 from disco.tasks.boxes import MATCH_IOU, decode, encode, match, padded, suppress
@@ -315,19 +319,26 @@ def test_outputs_that_are_none_of_a_detector_are_refused(outputs: object) -> Non
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["ssd_small-w8", "vit_ssd_small-w32"])
-@pytest.mark.parametrize("nodes", [2, 4])
-def test_small_detectors_are_cut_exactly(name: str, nodes: int) -> None:
+def test_small_detectors_are_cut_exactly(name: str) -> None:
     model = TASK.build_model("disco", name, CLASSES, 32, seed=1)
     x = torch.randn(3, 3, 32, 32)
-    disco.sparsify_(model, nodes, 0.25, (x,))
+    disco.sparsify_(model, 4, 0.25, (x,))
+    captured = capture(model, (x,))
+    anchors = model.anchors.clone()
     exact = model.double()(x.double())
-    partitioned = disco.partition(model.float(), (x,), nodes)
-    found = partitioned(x)
-    assert exact[0].shape == (3, len(exact[2]), CLASSES + 1)
-    for a, b in zip(found[:2], exact[:2], strict=True):
-        assert float((a - b).abs().max()) <= 2e-5 * float(b.abs().max())
-    assert torch.equal(found[2], model.anchors)
-    assert found[2].dtype == torch.float32 and "anchors" not in model.state_dict()
+    assert exact[0].shape == (3, len(anchors), CLASSES + 1)
+    for nodes in (2, 4):
+        plan, ranks = build_all(decide(*captured, nodes))
+        executors = [Executor(rank.program, rank.weights) for rank in ranks]
+        transports = InProcessHub(nodes).transports()
+        for logits, offsets, third in run_together(executors, (x,), transports):
+            for a, b in ((logits, exact[0]), (offsets, exact[1])):
+                assert float((a - b).abs().max()) <= 2e-5 * float(b.abs().max())
+            assert torch.equal(third, anchors)
+        # The anchors are known to every node.
+        sent = sum(transport.bytes_sent for transport in transports)
+        assert sent == len(x) * plan.bytes_per_image
+    assert "anchors" not in model.state_dict()
 
 
 def test_detectors_by_name() -> None:
@@ -362,10 +373,15 @@ def test_the_network_in_an_ssd_of_torchvision() -> None:
 
 
 def test_other_detectors_of_torchvision_are_refused() -> None:
-    with pytest.raises(InputError, match="RetinaNet do not have SSD's form"):
-        TASK.build_model("torchvision", "retinanet_resnet50_fpn:heads", 3, 320, seed=0)
+    import_torchvision()
+    with pytest.raises(InputError, match="Identity do not have SSD's form"):
+        DetectorHeads(nn.Identity(), 320)
     with pytest.raises(InputError, match=r"no model 'ssd301': did you mean"):
         TASK.build_model("torchvision", "ssd301:heads", 3, 320, seed=0)
+
+
+@pytest.mark.slow
+def test_a_size_that_an_ssd_of_torchvision_cannot_have() -> None:
     with pytest.raises(InputError, match="cannot be used on images of 16 x 16 pixels"):
         TASK.build_model("torchvision", "ssd300_vgg16:heads", 3, 16, seed=0)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from disco.detector_heads import SUFFIX as HEADS
 from disco.errors import InputError
 from disco.tasks.annotated import scene_boxes
 from disco.tasks.boxes import encode, match, padded
@@ -62,8 +63,17 @@ class Detection:
     def build_model(
         self, source: str, name: str, num_classes: int, image_size: int, seed: int
     ) -> nn.Module:
-        """With random weights, in `eval()` mode, on the CPU."""
-        return build_model(source, name, num_classes=num_classes, image_size=image_size, seed=seed)
+        """With random weights, in `eval()` mode, on the CPU.
+
+        Raises InputError for a whole detector, which hides what is learnt from.
+        """
+        model = build_model(source, name, num_classes=num_classes, image_size=image_size, seed=seed)
+        if hasattr(model, "anchor_generator"):
+            raise InputError(
+                f"{source}:{name} is a whole detector, suppression included: give its network, "
+                f"{source}:{name}{HEADS}"
+            )
+        return model
 
     def loss(self, outputs: Any, targets: Any, options: LossOptions) -> Tensor:
         """SSD's (arXiv 1512.02325, section 2.2), over the anchors of objects in the batch.
