@@ -19,7 +19,7 @@ from disco.executor import Executor, InProcessHub, run_together
 from disco.partition import build_all, decide
 from disco.small_models.detectors import grid_anchors
 from disco.tasks import Detection, DistillOptions, LossOptions, task_named
-from disco.tasks.boxes import MATCH_IOU, decode, encode, match, padded, suppress
+from disco.tasks.boxes import MATCH_IOU, decode, encode, iou, match, padded, suppress
 from disco.tasks.mean_average_precision import MeanAveragePrecision, detect
 from disco.torchvision_compat import import_torchvision
 from disco.zoo import build_model
@@ -68,7 +68,7 @@ def test_matching_is_torchvisions() -> None:
     boxes, labels, there = padded(targets)
     assert boxes.shape == (5, 8, 4) and there.sum(1).tolist() == [0, 1, 3, 8, 5]
     found = match(boxes, there, ANCHORS)
-    iou, matcher = import_torchvision().ops.box_iou, _part("_utils").SSDMatcher(MATCH_IOU)
+    box_iou, matcher = import_torchvision().ops.box_iou, _part("_utils").SSDMatcher(MATCH_IOU)
     for image, wanted in enumerate(targets):
         kept = wanted["boxes"][~wanted["ignored"]]
         assert torch.equal(boxes[image, : len(kept)], kept)
@@ -76,7 +76,8 @@ def test_matching_is_torchvisions() -> None:
         if not len(kept):
             assert (found[image] == -1).all()
             continue
-        quality = iou(kept, ANCHORS)
+        quality = box_iou(kept, ANCHORS)
+        assert torch.allclose(iou(kept, ANCHORS), quality, rtol=0, atol=1e-6)
         if len(quality.argmax(1).unique()) == len(kept):
             assert torch.equal(found[image], matcher(quality).clamp(min=-1))
     # Two objects whose best anchor is the same: the later one has it.
@@ -263,7 +264,6 @@ def test_map_is_cocos(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _average_precision(found: Any, targets: Any, label: int, threshold: float) -> float:
-    iou = import_torchvision().ops.box_iou
     marks, wanted = [], 0
     for image, truth in zip(found, targets, strict=True):
         left = truth["boxes"][truth["labels"] == label].double()

@@ -41,6 +41,18 @@ def padded(targets: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor, Ten
     return filled, named, there
 
 
+def iou(first: Tensor, second: Tensor) -> Tensor:
+    """What two boxes share of their union, [..., n, m]; the boxes are [..., n, 4] and [..., m, 4].
+
+    As `torchvision.ops.box_iou`, which takes no batches in older versions.
+    """
+    a, b = first[..., :, None, :], second[..., None, :, :]
+    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
+    shared = (high - low).clamp(min=0).prod(-1)
+    areas = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1)
+    return shared / (areas - shared)
+
+
 def match(boxes: Tensor, there: Tensor, anchors: Tensor) -> Tensor:
     """Which object each anchor is of.
 
@@ -55,11 +67,11 @@ def match(boxes: Tensor, there: Tensor, anchors: Tensor) -> Tensor:
     Returns:
         int64 [B, A], an object's number or -1.
     """
-    iou = import_torchvision().ops.box_iou(boxes, anchors).masked_fill(~there[..., None], -1.0)
-    most, which = iou.max(1)
+    overlap = iou(boxes, anchors).masked_fill(~there[..., None], -1.0)
+    most, which = overlap.max(1)
     which = torch.where(most >= MATCH_IOU, which, -1)
     numbers = torch.arange(boxes.shape[1], device=boxes.device).where(there, -1)
-    certain = torch.full_like(which, -1).scatter_reduce(1, iou.argmax(2), numbers, "amax")
+    certain = torch.full_like(which, -1).scatter_reduce(1, overlap.argmax(2), numbers, "amax")
     return torch.where(certain >= 0, certain, which)
 
 
@@ -92,8 +104,7 @@ def suppress(boxes: Tensor, labels: Tensor, there: Tensor, iou_threshold: float)
     Returns:
         bool [B, N], those that are kept.
     """
-    iou = import_torchvision().ops.box_iou(boxes, boxes)
-    clash = (iou > iou_threshold) & (labels[:, :, None] == labels[:, None, :])
+    clash = (iou(boxes, boxes) > iou_threshold) & (labels[:, :, None] == labels[:, None, :])
     free = ~clash.triu(1)
     kept = there.clone()
     for number in range(boxes.shape[1] - 1):
