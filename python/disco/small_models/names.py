@@ -55,8 +55,8 @@ SMALL_MODELS: Mapping[str, SmallModel] = {
     "resnet20": _resnet(blocks=3, width=16),
     "deit_micro": _deit(width=64, depth=4, heads=4),
     "deit_mini": _deit(width=128, depth=6, heads=4),
-    "ssd_small": _ssd(blocks=1, width=16),
-    "vit_ssd_small": _vit_ssd(width=64, depth=4, heads=4),
+    "ssd_small": _ssd(blocks=1, width=24),
+    "vit_ssd_small": _vit_ssd(width=64, depth=3, heads=8),
 }
 _WITH_WIDTH = re.compile(r"(?P<name>.+)-w(?P<width>[0-9]{1,5})")
 
