@@ -11,6 +11,7 @@ from torch import nn
 from disco.errors import InputError
 from disco.small_models.backbones import SmallDeiT, SmallResNet
 from disco.small_models.detectors import SmallSSD, SmallViTSSD
+from disco.small_models.segmenters import SmallDeepLab, SmallSegmenter
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,18 @@ def _vit_ssd(width: int, depth: int, heads: int) -> SmallModel:
     )
 
 
+def _deeplab(blocks: int, width: int) -> SmallModel:
+    return SmallModel(lambda classes, size, width: SmallDeepLab(classes, blocks, width), width)
+
+
+def _segmenter(width: int, depth: int, heads: int) -> SmallModel:
+    return SmallModel(
+        lambda classes, size, width: SmallSegmenter(classes, size, width, depth, heads),
+        width,
+        heads,
+    )
+
+
 SMALL_MODELS: Mapping[str, SmallModel] = {
     "resnet8_thin": _resnet(blocks=1, width=8),
     "resnet8": _resnet(blocks=1, width=16),
@@ -57,6 +70,8 @@ SMALL_MODELS: Mapping[str, SmallModel] = {
     "deit_mini": _deit(width=128, depth=6, heads=4),
     "ssd_small": _ssd(blocks=1, width=24),
     "vit_ssd_small": _vit_ssd(width=64, depth=3, heads=8),
+    "deeplab_small": _deeplab(blocks=1, width=16),
+    "segmenter_small": _segmenter(width=64, depth=4, heads=4),
 }
 _WITH_WIDTH = re.compile(r"(?P<name>.+)-w(?P<width>[0-9]{1,5})")
 

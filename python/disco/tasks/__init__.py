@@ -3,6 +3,7 @@
 from disco.tasks.classification import Classification
 from disco.tasks.data import DataOptions, Example, Examples, TaskData, made_harder
 from disco.tasks.detection import Detection
+from disco.tasks.segmentation import Segmentation
 from disco.tasks.task import (
     TASKS,
     DistillOptions,
@@ -24,6 +25,7 @@ __all__ = [
     "LossOptions",
     "Meter",
     "MoreMetrics",
+    "Segmentation",
     "Task",
     "TaskData",
     "made_harder",

@@ -125,18 +125,30 @@ def _flat(found: Sequence[Sequence[Path]]) -> tuple[Path, ...]:
 
 def _cut(image: Image.Image, size: int, seed: int) -> Image.Image:
     """A part of random size, aspect and place, scaled to a square, mirrored half of the time."""
+    box, mirrored = drawn_part(image.width, image.height, seed)
+    image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
+
+
+def drawn_part(width: int, height: int, seed: int) -> tuple[tuple[int, int, int, int], bool]:
+    """The part of an image that is shown in training: its edges, and whether it is mirrored.
+
+    Args:
+        width, height: of the image, in pixels.
+        seed: which part.
+
+    Returns:
+        Left, top, right and bottom edge, at least a pixel apart.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low: float, high: float) -> float:
         return low + (high - low) * float(torch.rand((), generator=generator))
 
-    area = draw(*_AREA) * image.width * image.height
+    area = draw(*_AREA) * width * height
     aspect = math.exp(draw(math.log(_ASPECT[0]), math.log(_ASPECT[1])))
-    width = min(image.width, max(1, round(math.sqrt(area * aspect))))
-    height = min(image.height, max(1, round(math.sqrt(area / aspect))))
-    left = round(draw(0, image.width - width))
-    top = round(draw(0, image.height - height))
-    box = (left, top, left + width, top + height)
-    image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    mirrored = draw(0, 1) < 0.5
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
+    across = min(width, max(1, round(math.sqrt(area * aspect))))
+    down = min(height, max(1, round(math.sqrt(area / aspect))))
+    left = round(draw(0, width - across))
+    top = round(draw(0, height - down))
+    return (left, top, left + across, top + down), draw(0, 1) < 0.5

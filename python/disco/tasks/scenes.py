@@ -1,9 +1,10 @@
 """Generated scenes: shapes composed over parts of photographs, with exact labels.
 
-A scene is a part of a photograph, over which some shapes lie, one before the other. A shape is
-filled with a part of another photograph or with a colour, unevenly lit, of random size, place,
-proportions, rotation and opacity; the whole is then blurred or not, and noisy. Labels are those of
-the geometry: a pixel belongs to the foremost shape that covers its centre.
+A scene is a part of a photograph, over which one to four shapes lie, one before the other. A shape
+has a colour near its class's hue, perhaps with a part of another photograph in it, is unevenly lit,
+and of random size, place, proportions, rotation and opacity; the whole is then blurred or not, and
+noisy. Labels are those of the geometry: a pixel belongs to the foremost shape that covers its
+centre.
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ from disco.tasks.scene_shapes import SHAPES, Floats, distance
 CLASSES = ("background", *SHAPES)
 # Scenes made at a time. The first n of a seed do not depend on how many are asked for.
 _CHUNK = 32
-_MOST_OBJECTS = 6
+_MOST_OBJECTS = 4
 # Of a shape, as shares of the scene's side: half its extent, drawn log-uniformly.
-_RADIUS = (0.09, 0.3)
+_RADIUS = (0.15, 0.36)
+# Deviation of a hue, of a whole circle of hues.
+_HUE_SPREAD = 0.11
+# To either side, in radians: some 30 degrees.
+_TURN = 0.5
 # A shape is not placed if less of it would be seen: of its pixels in the scene, and of the scene.
 _SEEN, _SEEN_OF_SCENE = 0.4, 1 / 200
 
@@ -94,8 +99,8 @@ def _chunk(
     canvas = _jittered(rng, _parts(rng, _CHUNK, size, pyramids))
     for slot in range(_MOST_OBJECTS):
         chosen = placed[:, slot].nonzero()[0]
-        fill = _fill(rng, len(chosen), size, pyramids)
-        opacity = rng.uniform(0.65, 1, (len(chosen), 1, 1)).astype(np.float32)
+        fill = _fill(rng, classes[chosen, slot], size, pyramids)
+        opacity = rng.uniform(0.8, 1, (len(chosen), 1, 1)).astype(np.float32)
         # An edge that is a pixel wide, as an antialiased one is.
         alpha = (opacity * np.clip(0.5 - distances[chosen, slot], 0, 1))[..., None]
         canvas[chosen] += alpha * (fill - canvas[chosen])
@@ -117,8 +122,8 @@ def _distances(rng: np.random.Generator, classes: NDArray[np.int64], size: int) 
     """
     low, high = np.log(_RADIUS)
     radius = size * np.exp(rng.uniform(low, high, classes.shape))
-    angle = rng.uniform(0, 2 * np.pi, classes.shape)
-    stretch = np.exp(rng.uniform(-0.3, 0.3, classes.shape))
+    angle = rng.uniform(-_TURN, _TURN, classes.shape)
+    stretch = np.exp(rng.uniform(-0.2, 0.2, classes.shape))
     centre = rng.uniform(0.08, 0.92, (2, *classes.shape)) * size
     detail = rng.random(classes.shape)
     out = np.full((*classes.shape, size, size), np.inf, np.float32)
@@ -168,12 +173,16 @@ def _boxes(owner: NDArray[np.int64]) -> Floats:
 
 
 def _fill(
-    rng: np.random.Generator, count: int, size: int, pyramids: Sequence[Sequence[Image.Image]]
+    rng: np.random.Generator,
+    classes: NDArray[np.int64],
+    size: int,
+    pyramids: Sequence[Sequence[Image.Image]],
 ) -> Floats:
     """What shapes are filled with: [count, size, size, 3] in 0..1, about."""
-    fill = np.broadcast_to(rng.random((count, 1, 1, 3), np.float32), (count, size, size, 3)).copy()
-    # A third each: the colour, half and half, and the photograph.
-    share = rng.integers(0, 3, count).astype(np.float32) / 2
+    count = len(classes)
+    fill = np.broadcast_to(_colours(rng, classes)[:, None, None], (count, size, size, 3)).copy()
+    # Half of them are a colour, half a photograph of two fifths.
+    share = rng.integers(0, 2, count).astype(np.float32) * np.float32(0.4)
     mixed = share.nonzero()[0]
     texture = _jittered(rng, _parts(rng, len(mixed), size, pyramids))
     fill[mixed] += share[mixed, None, None, None] * (texture - fill[mixed])
@@ -183,6 +192,16 @@ def _fill(
     strength = rng.uniform(0, 0.6, (count, 1, 1))
     fill *= (1 + strength * light).astype(np.float32)[..., None]
     return fill
+
+
+def _colours(rng: np.random.Generator, classes: NDArray[np.int64]) -> Floats:
+    """Strong ones, float32 [count, 3]. A class has its hue, which spreads to the next's."""
+    count = len(classes)
+    hue = classes[:, None] / len(SHAPES) + rng.normal(0, _HUE_SPREAD, (count, 1))
+    hue = hue + np.array([0, 1 / 3, 2 / 3])
+    pure = np.clip(np.abs(6 * (hue % 1) - 3) - 1, 0, 1)
+    saturation, value = rng.uniform(0.5, 1, (2, count, 1))
+    return (value * (1 - saturation * (1 - pure))).astype(np.float32)
 
 
 def _jittered(rng: np.random.Generator, parts: Pixels) -> Floats:
@@ -206,7 +225,7 @@ def _photographed(rng: np.random.Generator, canvas: Floats) -> Pixels:
         neighbours[tuple(border)] = 0
         canvas = canvas + blur * neighbours
     noise = rng.standard_normal(canvas.shape, np.float32)
-    noise *= rng.uniform(0, 0.08, (len(canvas), 1, 1, 1)).astype(np.float32)
+    noise *= rng.uniform(0, 0.05, (len(canvas), 1, 1, 1)).astype(np.float32)
     return np.rint((canvas + noise).clip(0, 1) * 255).astype(np.uint8)
 
 

@@ -12,6 +12,7 @@ from disco.tasks.classification import Classification
 from disco.tasks.data import DataOptions, TaskData
 from disco.tasks.detection import Detection
 from disco.tasks.options import DistillOptions, LossOptions
+from disco.tasks.segmentation import Segmentation
 
 __all__ = ["TASKS", "DistillOptions", "LossOptions", "Meter", "MoreMetrics", "Task", "task_named"]
 
@@ -77,7 +78,9 @@ class Task(Protocol):
         ...
 
 
-TASKS: dict[str, Task] = {"classification": Classification(), "detection": Detection()}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (Classification(), Segmentation(), Detection())
+}
 
 
 def task_named(name: str) -> Task:
