@@ -18,6 +18,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from disco.detector_heads import SUFFIX as HEADS
+from disco.detector_heads import DetectorHeads
 from disco.errors import InputError
 from disco.small_models import SMALL_MODELS, base_name, small_model
 from disco.torchvision_compat import import_torchvision
@@ -40,7 +42,8 @@ def build_model(
 
     Args:
         source: "torchvision", "timm", or "disco" for the small models of `disco.small_models`.
-        name: the model's name there, "resnet50".
+        name: the model's name there, "resnet50"; "ssd300_vgg16:heads" is the network in an SSD of
+            torchvision (see `disco.detector_heads`).
         weights: a `.safetensors`, `.pth` or `.pt` file with a state dict of exactly this model;
             None leaves the weights as the model's own initialisation drew them.
         seed: of torch's generator while the model is made; the caller's generator is not touched.
@@ -161,7 +164,13 @@ def _factory(
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if source == "torchvision":
         models = import_torchvision().models
-        _check_name(source, name, models.list_models())
+        whole = name.removesuffix(HEADS)
+        _check_name(source, whole, models.list_models())
+        if whole != name:
+            # Detectors of torchvision count the background.
+            classes = None if num_classes is None else num_classes + 1
+            detector = _factory(source, whole, classes, image_size)
+            return lambda: DetectorHeads(detector(), image_size)
         builder = models.get_model_builder(name)
         options["weights"] = None
         # Without this, a detection or segmentation model downloads its backbone's weights.

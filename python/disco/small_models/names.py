@@ -10,6 +10,7 @@ from torch import nn
 
 from disco.errors import InputError
 from disco.small_models.backbones import SmallDeiT, SmallResNet
+from disco.small_models.detectors import SmallSSD, SmallViTSSD
 from disco.small_models.segmenters import SmallDeepLab, SmallSegmenter
 
 
@@ -38,6 +39,16 @@ def _deit(width: int, depth: int, heads: int) -> SmallModel:
     )
 
 
+def _ssd(blocks: int, width: int) -> SmallModel:
+    return SmallModel(lambda classes, size, width: SmallSSD(classes, size, blocks, width), width)
+
+
+def _vit_ssd(width: int, depth: int, heads: int) -> SmallModel:
+    return SmallModel(
+        lambda classes, size, width: SmallViTSSD(classes, size, width, depth, heads), width, heads
+    )
+
+
 def _deeplab(blocks: int, width: int) -> SmallModel:
     return SmallModel(lambda classes, size, width: SmallDeepLab(classes, blocks, width), width)
 
@@ -57,6 +68,8 @@ SMALL_MODELS: Mapping[str, SmallModel] = {
     "resnet20": _resnet(blocks=3, width=16),
     "deit_micro": _deit(width=64, depth=4, heads=4),
     "deit_mini": _deit(width=128, depth=6, heads=4),
+    "ssd_small": _ssd(blocks=1, width=24),
+    "vit_ssd_small": _vit_ssd(width=64, depth=3, heads=8),
     "deeplab_small": _deeplab(blocks=1, width=16),
     "segmenter_small": _segmenter(width=64, depth=4, heads=4),
 }

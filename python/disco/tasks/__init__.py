@@ -2,18 +2,29 @@
 
 from disco.tasks.classification import Classification
 from disco.tasks.data import DataOptions, Example, Examples, TaskData, made_harder
+from disco.tasks.detection import Detection
 from disco.tasks.segmentation import Segmentation
-from disco.tasks.task import TASKS, DistillOptions, LossOptions, Meter, Task, task_named
+from disco.tasks.task import (
+    TASKS,
+    DistillOptions,
+    LossOptions,
+    Meter,
+    MoreMetrics,
+    Task,
+    task_named,
+)
 
 __all__ = [
     "TASKS",
     "Classification",
     "DataOptions",
+    "Detection",
     "DistillOptions",
     "Example",
     "Examples",
     "LossOptions",
     "Meter",
+    "MoreMetrics",
     "Segmentation",
     "Task",
     "TaskData",

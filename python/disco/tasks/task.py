@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from disco.errors import InputError
 from disco.tasks.classification import Classification
 from disco.tasks.data import DataOptions, TaskData
+from disco.tasks.detection import Detection
 from disco.tasks.options import DistillOptions, LossOptions
 from disco.tasks.segmentation import Segmentation
 
-__all__ = ["TASKS", "DistillOptions", "LossOptions", "Meter", "Task", "task_named"]
+__all__ = ["TASKS", "DistillOptions", "LossOptions", "Meter", "MoreMetrics", "Task", "task_named"]
 
 
 class Meter(Protocol):
@@ -25,6 +26,15 @@ class Meter(Protocol):
 
     def value(self) -> float:
         """Of all batches so far; larger is better."""
+        ...
+
+
+@runtime_checkable
+class MoreMetrics(Protocol):
+    """What a meter may have besides."""
+
+    def others(self) -> dict[str, float]:
+        """More metrics of all batches so far, by name, for the report."""
         ...
 
 
@@ -68,7 +78,9 @@ class Task(Protocol):
         ...
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (Classification(), Segmentation())}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (Classification(), Segmentation(), Detection())
+}
 
 
 def task_named(name: str) -> Task:

@@ -138,7 +138,7 @@ class Training:
                 f"none of {len(self.refused)} training images could be read: give others"
             )
         self._check_finite()
-        metric = self._evaluate()
+        metric = self._evaluate(others=False)
         self.epoch += 1
         row = {
             "epoch": self.epoch,
@@ -186,7 +186,7 @@ class Training:
             group["lr"] = lr
         return lr
 
-    def _evaluate(self) -> Evaluation:
+    def _evaluate(self, others: bool) -> Evaluation:
         self.model.eval()
         return evaluate(
             self.model,
@@ -198,6 +198,7 @@ class Training:
             workers=self.workers,
             device=self.device,
             data=f"{self.data.text}; val",
+            others=others,
         )
 
     def _end(self) -> Evaluation:
@@ -206,7 +207,7 @@ class Training:
             write_whole(self.run.pattern, pattern.save)
         if self.simulation is not None:
             self.simulation.attach(self.model)
-        result = self._evaluate()
+        result = self._evaluate(others=True)
         if self.simulation is not None:
             self.simulation.detach()
         self.run.save_final(self.model)
