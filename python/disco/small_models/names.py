@@ -10,6 +10,7 @@ from torch import nn
 
 from disco.errors import InputError
 from disco.small_models.backbones import SmallDeiT, SmallResNet
+from disco.small_models.super_resolution import EDSR, SRResNet, SRTransformer
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,19 @@ def _deit(width: int, depth: int, heads: int) -> SmallModel:
     )
 
 
+# By the scale. Outputs are the three colours, whatever the number of classes.
+_ENLARGING: Mapping[str, Callable[[int], SmallModel]] = {
+    "edsr_small": lambda scale: SmallModel(lambda c, s, w: EDSR(scale, w, 3, small=True), 40),
+    "srresnet_small": lambda scale: SmallModel(
+        lambda c, s, w: SRResNet(scale, w, 3, small=True), 40
+    ),
+    "sr_transformer_small": lambda scale: SmallModel(
+        lambda c, s, w: SRTransformer(scale, s, w, depth=4, heads=4), 80, 4
+    ),
+    # The papers' sizes: EDSR's baseline, and SRResNet.
+    "edsr": lambda scale: SmallModel(lambda c, s, w: EDSR(scale, w, 16), 64),
+    "srresnet": lambda scale: SmallModel(lambda c, s, w: SRResNet(scale, w, 16), 64),
+}
 SMALL_MODELS: Mapping[str, SmallModel] = {
     "resnet8_thin": _resnet(blocks=1, width=8),
     "resnet8": _resnet(blocks=1, width=16),
@@ -44,6 +58,7 @@ SMALL_MODELS: Mapping[str, SmallModel] = {
     "resnet20": _resnet(blocks=3, width=16),
     "deit_micro": _deit(width=64, depth=4, heads=4),
     "deit_mini": _deit(width=128, depth=6, heads=4),
+    **{f"{name}_x{scale}": make(scale) for name, make in _ENLARGING.items() for scale in (2, 3, 4)},
 }
 _WITH_WIDTH = re.compile(r"(?P<name>.+)-w(?P<width>[0-9]{1,5})")
 

@@ -2,7 +2,16 @@
 
 from disco.tasks.classification import Classification
 from disco.tasks.data import DataOptions, Example, Examples, TaskData, made_harder
-from disco.tasks.task import TASKS, DistillOptions, LossOptions, Meter, Task, task_named
+from disco.tasks.super_resolution import SuperResolution
+from disco.tasks.task import (
+    TASKS,
+    DistillOptions,
+    LossOptions,
+    Meter,
+    MoreMetrics,
+    Task,
+    task_named,
+)
 
 __all__ = [
     "TASKS",
@@ -13,6 +22,8 @@ __all__ = [
     "Examples",
     "LossOptions",
     "Meter",
+    "MoreMetrics",
+    "SuperResolution",
     "Task",
     "TaskData",
     "made_harder",

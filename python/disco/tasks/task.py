@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -11,8 +11,9 @@ from disco.errors import InputError
 from disco.tasks.classification import Classification
 from disco.tasks.data import DataOptions, TaskData
 from disco.tasks.options import DistillOptions, LossOptions
+from disco.tasks.super_resolution import SuperResolution
 
-__all__ = ["TASKS", "DistillOptions", "LossOptions", "Meter", "Task", "task_named"]
+__all__ = ["TASKS", "DistillOptions", "LossOptions", "Meter", "MoreMetrics", "Task", "task_named"]
 
 
 class Meter(Protocol):
@@ -24,6 +25,15 @@ class Meter(Protocol):
 
     def value(self) -> float:
         """Of all batches so far; larger is better."""
+        ...
+
+
+@runtime_checkable
+class MoreMetrics(Protocol):
+    """What a meter may have besides."""
+
+    def others(self) -> dict[str, float]:
+        """More metrics of all batches so far, by name, for the report."""
         ...
 
 
@@ -67,7 +77,10 @@ class Task(Protocol):
         ...
 
 
-TASKS: dict[str, Task] = {"classification": Classification()}
+TASKS: dict[str, Task] = {
+    "classification": Classification(),
+    "super-resolution": SuperResolution(),
+}
 
 
 def task_named(name: str) -> Task:

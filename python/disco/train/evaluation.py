@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from disco.errors import InputError
-from disco.tasks import Examples, Task, made_harder, task_named
+from disco.tasks import Examples, MoreMetrics, Task, made_harder, task_named
 from disco.train.batches import Batches, Refused, moved
 from disco.train.run_folder import Run
 
@@ -28,6 +28,7 @@ class Evaluation:
         images: evaluated.
         refused: images that could not be read, and do not count.
         data: where the images are from, in words.
+        others: more metrics, by name; see `disco.tasks.MoreMetrics`.
     """
 
     metric: str
@@ -35,10 +36,12 @@ class Evaluation:
     images: int
     refused: int
     data: str
+    others: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         left_out = f" ({self.refused} could not be read)" if self.refused else ""
-        return f"{self.metric} {self.value:.4f} on {self.images} images{left_out}"
+        others = "".join(f", {name} {value:.4f}" for name, value in self.others.items())
+        return f"{self.metric} {self.value:.4f}{others} on {self.images} images{left_out}"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -56,6 +59,7 @@ def evaluate(
     workers: int = 0,
     device: torch.device | str = "cpu",
     data: str = "",
+    others: bool = True,
 ) -> Evaluation:
     """Ask for the outputs of all examples, unchanged, and measure them.
 
@@ -68,6 +72,7 @@ def evaluate(
         batch_size, workers: of reading.
         device: where inputs go.
         data: where the examples are from, for the result.
+        others: measure the task's other metrics, too.
 
     Raises:
         InputError: not one example could be read.
@@ -81,7 +86,8 @@ def evaluate(
         images += len(inputs)
     if not images:
         raise InputError(f"none of {len(refused)} images could be read: give others")
-    return Evaluation(task.metric, meter.value(), images, len(refused), data)
+    more = meter.others() if others and isinstance(meter, MoreMetrics) else {}
+    return Evaluation(task.metric, meter.value(), images, len(refused), data, more)
 
 
 def evaluate_run(

@@ -134,7 +134,7 @@ class Training:
                 f"none of {len(self.refused)} training images could be read: give others"
             )
         self._check_finite()
-        metric = self._evaluate()
+        metric = self._evaluate(others=False)
         self.epoch += 1
         row = {
             "epoch": self.epoch,
@@ -182,7 +182,7 @@ class Training:
             group["lr"] = lr
         return lr
 
-    def _evaluate(self) -> Evaluation:
+    def _evaluate(self, others: bool) -> Evaluation:
         self.model.eval()
         return evaluate(
             self.model,
@@ -194,13 +194,14 @@ class Training:
             workers=self.workers,
             device=self.device,
             data=f"{self.data.text}; val",
+            others=others,
         )
 
     def _end(self) -> Evaluation:
         if self.sparsifier is not None:
             pattern = self.sparsifier.finalize()
             write_whole(self.run.pattern, pattern.save)
-        result = self._evaluate()
+        result = self._evaluate(others=True)
         self.run.save_final(self.model)
         return result
 
