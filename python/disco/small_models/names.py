@@ -40,9 +40,9 @@ def _deit(width: int, depth: int, heads: int) -> SmallModel:
 
 # By the scale. Outputs are the three colours, whatever the number of classes.
 _ENLARGING: Mapping[str, Callable[[int], SmallModel]] = {
-    "edsr_small": lambda scale: SmallModel(lambda c, s, w: EDSR(scale, w, 3, small=True), 40),
+    "edsr_small": lambda scale: SmallModel(lambda c, s, w: EDSR(scale, w, 2, small=True), 40),
     "srresnet_small": lambda scale: SmallModel(
-        lambda c, s, w: SRResNet(scale, w, 3, small=True), 40
+        lambda c, s, w: SRResNet(scale, w, 2, small=True), 40
     ),
     "sr_transformer_small": lambda scale: SmallModel(
         lambda c, s, w: SRTransformer(scale, s, w, depth=4, heads=4), 80, 4
