@@ -15,7 +15,8 @@ from disco.train.evaluation import SPLITS
 from disco.training_commands import evaluate_command, train_command
 
 _DEFAULT = TrainConfig()
-_MODELS = "small ones (resnet8, resnet14, resnet20, deit_micro, ...), torchvision:NAME, timm:NAME"
+_MODELS = "small ones (resnet8, deit_micro, edsr_small_x2, ...), torchvision:NAME, timm:NAME"
+_DATA = "digits[:FILE] or folder:PATH; to enlarge: photographs[:scale=N] or photos:PATH[:scale=N]"
 
 
 def add_train(subparsers: Any) -> None:
@@ -46,7 +47,7 @@ def add_train(subparsers: Any) -> None:
 
 def _add_learning(group: Any) -> None:
     _add(group, "model", str, _MODELS)
-    _add(group, "data", str, "digits, digits:FILE or folder:PATH")
+    _add(group, "data", str, _DATA)
     _add(group, "image-size", int, "in pixels", "the data's")
     _add(group, "val-share", float, "of each class, where data are not divided yet")
     _add(group, "split-seed", int, "of that division")
