@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import disco
 from disco.errors import InputError
 from disco.small_models import SMALL_MODELS
+from disco.small_models.super_resolution import EDSR
 from disco.tasks import Classification, DistillOptions, LossOptions, SuperResolution, task_named
 from disco.tasks.patches import Target
 from disco.tasks.super_resolution import bicubic, luminance
@@ -179,6 +180,21 @@ def test_the_papers_sizes_enlarge_too(name: str) -> None:
     exact = model.double()(x.double())
     found = disco.partition(model.float(), (x,), 2)(x)
     assert float((found - exact).abs().max()) <= 2e-5 * float(exact.abs().max())
+
+
+@torch.no_grad()
+def test_scaled_residuals_are_cut_exactly() -> None:
+    model = EDSR(2, 8, 2, residual_scale=0.1).eval()
+    x = torch.rand(2, 3, 6, 6)
+    plain = EDSR(2, 8, 2).eval()
+    plain.load_state_dict(model.state_dict())
+    for block in plain.blocks:
+        block.conv2.weight *= 0.1
+        block.conv2.bias *= 0.1
+    exact = model.double()(x.double())
+    for network in (model, plain):
+        found = disco.partition(network.float(), (x,), 2)(x)
+        assert float((found - exact).abs().max()) <= 2e-5 * float(exact.abs().max())
 
 
 @torch.no_grad()

@@ -45,7 +45,7 @@ _ENLARGING: Mapping[str, Callable[[int], SmallModel]] = {
         lambda c, s, w: SRResNet(scale, w, 2, small=True), 40
     ),
     "sr_transformer_small": lambda scale: SmallModel(
-        lambda c, s, w: SRTransformer(scale, s, w, depth=4, heads=4), 80, 4
+        lambda c, s, w: SRTransformer(scale, s, w, depth=3, heads=4), 80, 4
     ),
     # The papers' sizes: EDSR's baseline, and SRResNet.
     "edsr": lambda scale: SmallModel(lambda c, s, w: EDSR(scale, w, 16), 64),
