@@ -17,11 +17,12 @@ from disco.training_commands import evaluate_command, train_command
 _DEFAULT = TrainConfig()
 _MODELS = (
     "small ones (resnet8, deit_micro, ...; deeplab_small, segmenter_small; ssd_small, "
-    "vit_ssd_small), torchvision:NAME, timm:NAME"
+    "vit_ssd_small; edsr_small_x2, ...), torchvision:NAME, timm:NAME"
 )
 _DATA = (
     "to classify: digits, digits:FILE or folder:PATH; to segment: scenes, "
-    "scenes:train=2000,val=5000, voc:PATH or masks:PATH; to detect: scenes, coco:PATH or voc:PATH"
+    "scenes:train=2000,val=5000, voc:PATH or masks:PATH; to detect: scenes, coco:PATH or "
+    "voc:PATH; to enlarge: photographs, photographs:scale=3 or photos:PATH"
 )
 
 

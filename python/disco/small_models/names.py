@@ -12,6 +12,7 @@ from disco.errors import InputError
 from disco.small_models.backbones import SmallDeiT, SmallResNet
 from disco.small_models.detectors import SmallSSD, SmallViTSSD
 from disco.small_models.segmenters import SmallDeepLab, SmallSegmenter
+from disco.small_models.super_resolution import EDSR, SRResNet, SRTransformer
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,19 @@ def _segmenter(width: int, depth: int, heads: int) -> SmallModel:
     )
 
 
+# By the scale. Outputs are the three colours, whatever the number of classes.
+_ENLARGING: Mapping[str, Callable[[int], SmallModel]] = {
+    "edsr_small": lambda scale: SmallModel(lambda c, s, w: EDSR(scale, w, 2, small=True), 40),
+    "srresnet_small": lambda scale: SmallModel(
+        lambda c, s, w: SRResNet(scale, w, 2, small=True), 40
+    ),
+    "sr_transformer_small": lambda scale: SmallModel(
+        lambda c, s, w: SRTransformer(scale, s, w, depth=3, heads=4), 80, 4
+    ),
+    # The papers' sizes: EDSR's baseline, and SRResNet.
+    "edsr": lambda scale: SmallModel(lambda c, s, w: EDSR(scale, w, 16), 64),
+    "srresnet": lambda scale: SmallModel(lambda c, s, w: SRResNet(scale, w, 16), 64),
+}
 SMALL_MODELS: Mapping[str, SmallModel] = {
     "resnet8_thin": _resnet(blocks=1, width=8),
     "resnet8": _resnet(blocks=1, width=16),
@@ -72,6 +86,7 @@ SMALL_MODELS: Mapping[str, SmallModel] = {
     "vit_ssd_small": _vit_ssd(width=64, depth=3, heads=8),
     "deeplab_small": _deeplab(blocks=1, width=16),
     "segmenter_small": _segmenter(width=64, depth=4, heads=4),
+    **{f"{name}_x{scale}": make(scale) for name, make in _ENLARGING.items() for scale in (2, 3, 4)},
 }
 _WITH_WIDTH = re.compile(r"(?P<name>.+)-w(?P<width>[0-9]{1,5})")
 

@@ -4,6 +4,7 @@ from disco.tasks.classification import Classification
 from disco.tasks.data import DataOptions, Example, Examples, TaskData, made_harder
 from disco.tasks.detection import Detection
 from disco.tasks.segmentation import Segmentation
+from disco.tasks.super_resolution import SuperResolution
 from disco.tasks.task import (
     TASKS,
     DistillOptions,
@@ -26,6 +27,7 @@ __all__ = [
     "Meter",
     "MoreMetrics",
     "Segmentation",
+    "SuperResolution",
     "Task",
     "TaskData",
     "made_harder",

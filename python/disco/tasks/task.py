@@ -13,6 +13,7 @@ from disco.tasks.data import DataOptions, TaskData
 from disco.tasks.detection import Detection
 from disco.tasks.options import DistillOptions, LossOptions
 from disco.tasks.segmentation import Segmentation
+from disco.tasks.super_resolution import SuperResolution
 
 __all__ = ["TASKS", "DistillOptions", "LossOptions", "Meter", "MoreMetrics", "Task", "task_named"]
 
@@ -79,7 +80,7 @@ class Task(Protocol):
 
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (Classification(), Segmentation(), Detection())
+    task.name: task for task in (Classification(), Segmentation(), Detection(), SuperResolution())
 }
 
 
