@@ -481,3 +481,16 @@ def test_tensorboard_is_written_where_it_is_installed(
 def test_two_epochs_on_the_real_digits(settings: Settings, tmp_path: Path) -> None:
     config = settings(data="digits", batch_size=32, lr=0.1)
     assert train(config, tmp_path / "x", silent).value >= 0.8
+
+
+def test_the_metric_is_measured_as_often_as_asked(settings: Settings, tmp_path: Path) -> None:
+    lines: list[str] = []
+    result = train(settings(epochs=5, evaluate_every=2), tmp_path / "x", lines.append)
+    with open(tmp_path / "x" / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [bool(row["top1"]) for row in rows] == [False, True, False, True, False]
+    assert [", top1 " in line for line in lines if line.startswith("epoch")] == [
+        bool(row["top1"]) for row in rows
+    ]
+    every = train(settings(epochs=5), tmp_path / "y", silent)
+    assert result == every

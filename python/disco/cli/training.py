@@ -68,6 +68,7 @@ def _add_learning(group: Any) -> None:
         help="show training images unchanged",
     )
     _add(group, "epochs", int, "over the training images")
+    _add(group, "evaluate-every", int, "epochs from one measurement to the next")
     _add(group, "batch-size", int, "images a step")
     _add(group, "optimizer", str, " or ".join(OPTIMIZERS))
     _add(group, "lr", float, "largest learning rate", "0.05 for sgd, 0.001 for adamw")

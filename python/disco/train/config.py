@@ -24,6 +24,7 @@ class TrainConfig:
         image_size: side of the inputs in pixels; None for the data's usual one.
         val_share, split_seed, augment, train_count, noise: see `DataOptions`.
         epochs, batch_size: the last batch of an epoch is left out if it is smaller.
+        evaluate_every: epochs from one measurement of the metric to the next; the last is measured.
         optimizer: "sgd" (momentum 0.9, Nesterov) or "adamw".
         lr: the largest learning rate; None is 0.05 for SGD and 0.001 for AdamW.
         weight_decay: not for vectors (norms, biases); None is 5e-4 for SGD and 0.05 for AdamW.
@@ -59,6 +60,7 @@ class TrainConfig:
     train_count: int | None = None
     noise: float = 0.0
     epochs: int = 20
+    evaluate_every: int = 1
     batch_size: int = 64
     optimizer: str = "sgd"
     lr: float | None = None
@@ -90,7 +92,15 @@ class TrainConfig:
         task_named(self.task)
         _check_choice("method", self.method, METHODS)
         _check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        for name in ("epochs", "batch_size", "nodes", "every", "image_size", "train_count"):
+        for name in (
+            "epochs",
+            "evaluate_every",
+            "batch_size",
+            "nodes",
+            "every",
+            "image_size",
+            "train_count",
+        ):
             _check(self, name, "a whole number, 1 or more", lambda v: _whole(v) and v >= 1)
         for name in ("seed", "split_seed"):
             _check(self, name, "a whole number, 0 or more", lambda v: _whole(v) and 0 <= v < 2**63)

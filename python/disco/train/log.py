@@ -56,7 +56,8 @@ class TensorBoard:
 
 def describe(row: Mapping[str, Any], epochs: int, metric: str) -> str:
     """An epoch's row as a line."""
+    value = "" if row[metric] is None else f"{metric} {row[metric]:.4f}, "
     return (
-        f"epoch {row['epoch']}/{epochs}: loss {row['loss']:.4f}, {metric} {row[metric]:.4f}, "
+        f"epoch {row['epoch']}/{epochs}: loss {row['loss']:.4f}, {value}"
         f"density {row['density']:.3f}, lr {row['lr']:.2e}, {row['seconds']:.1f} s"
     )

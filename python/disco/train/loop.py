@@ -138,13 +138,14 @@ class Training:
                 f"none of {len(self.refused)} training images could be read: give others"
             )
         self._check_finite()
-        metric = self._evaluate(others=False)
+        due = (self.epoch + 1) % self.config.evaluate_every == 0
+        metric = self._evaluate(others=False).value if due else None
         self.epoch += 1
         row = {
             "epoch": self.epoch,
             "step": self.epoch * len(self.batches),
             "loss": losses / images,
-            self.task.metric: metric.value,
+            self.task.metric: metric,
             "lr": lr,
             "density": 1.0 if self.sparsifier is None else float(self.sparsifier.density_now),
             "images": images,
@@ -188,12 +189,13 @@ class Training:
 
     def _evaluate(self, others: bool) -> Evaluation:
         self.model.eval()
+        first = self.epoch < self.config.evaluate_every
         return evaluate(
             self.model,
             self.task,
             self.data.val,
             self.data.classes,
-            self.say if self.epoch == 0 else _silent,  # the same images are refused every epoch
+            self.say if first else _silent,  # the same images are refused every epoch
             batch_size=self.config.batch_size,
             workers=self.workers,
             device=self.device,

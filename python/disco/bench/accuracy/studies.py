@@ -87,18 +87,21 @@ METHODS: Mapping[str, Method] = {
             wire_dtypes=("int8",),
             on_ranks=True,
         ),
-        Method("whole", "without node dropout, d=0.2", _magnitude(0.2), loses_nodes=True),
+        Method(
+            "whole", "without node dropout, d=0.2", _magnitude(0.2, clip_norm=1.0), loses_nodes=True
+        ),
         Method(
             "node-dropout",
-            "node dropout 0.3, d=0.2",
-            _magnitude(0.2, node_dropout=0.3),
+            "node dropout 0.5, d=0.2",
+            _magnitude(0.2, clip_norm=1.0, node_dropout=0.5),
             loses_nodes=True,
         ),
     )
 }
 
 _ALL = tuple(name for name in METHODS if name not in (FIRST, "whole", "node-dropout"))
-_MAIN = ("dense", "independent", "magnitude", "disco", "disco-int8")
+_SOME = ("dense", "independent", "thin", "every-2", "magnitude", "disco", "disco-int8")
+_MOST = (*_SOME, "d0.1", "d0.4", "global", "colocate", "distill", "activation")
 _FEW = ("independent", "magnitude", "disco", "disco-int8")
 _LOSS = ("whole", "node-dropout")
 
@@ -130,23 +133,63 @@ class Study:
     allowed: float = 0.5
 
 
+# Of all trainings: masks tighten over the first half, and the second half is trained with them.
+_SCHEDULE = {"begin": 0.0, "end": 0.5, "warmup_epochs": 1}
+
 STUDIES: Mapping[str, Study] = {
     study.name: study
     for study in (
         Study(
             "digits-resnet",
-            "classification, convolutions: noisy digits, resnet8-w40, top-1",
+            "classification, convolutions: noisy digits, resnet8-w40, top-1 in %",
             {
+                **_SCHEDULE,
                 "task": "classification",
                 "data": "digits",
                 "model": "resnet8-w40",
                 "val_share": 0.5,
                 "noise": 0.8,
-                "warmup_epochs": 2,
             },
             first_epochs=25,
             epochs=25,
-            methods={2: (*_FEW, *_LOSS), 4: _ALL, 8: (*_FEW, "global", "colocate")},
+            methods={4: _ALL, 2: (*_FEW, *_LOSS), 8: (*_FEW, "global", "colocate")},
+        ),
+        Study(
+            "digits-deit",
+            "classification, transformer: noisy digits, deit_micro-w80, top-1 in %",
+            {
+                **_SCHEDULE,
+                "task": "classification",
+                "data": "digits",
+                "model": "deit_micro-w80",
+                "val_share": 0.5,
+                "noise": 0.4,
+                "optimizer": "adamw",
+                "lr": 0.002,
+            },
+            first_epochs=30,
+            epochs=30,
+            methods={4: _MOST, 2: (*_FEW, *_LOSS)},
+            width_step=4,
+        ),
+        Study(
+            "photographs-edsr",
+            "super-resolution x2, convolutions: photographs, edsr_small_x2, PSNR in dB",
+            {
+                **_SCHEDULE,
+                "task": "super-resolution",
+                "data": "photographs:train=1000",
+                "model": "edsr_small_x2",
+                "optimizer": "adamw",
+                "lr": 0.002,
+                "weight_decay": 0.0,
+                "batch_size": 16,
+            },
+            first_epochs=8,
+            epochs=8,
+            methods={4: _SOME, 2: _FEW, 8: ("independent", "magnitude", "disco")},
+            points=1.0,
+            allowed=0.2,
         ),
     )
 }
