@@ -21,7 +21,7 @@ DetectorOutputs = tuple[Tensor, Tensor, Tensor]
 _ASPECTS = (1.0, 2.0, 0.5)
 PER_CELL = len(_ASPECTS) + 1
 # Of anchors, see `grid_anchors`. SSD spaces them evenly from 0.2 to 0.9; objects of generated
-# scenes have sides of 0.25 to 0.6. Of the anchors of 48 pixels 7.0 and 4.3 match an object, with
+# scenes have sides of 0.25 to 0.6: of the anchors of 48 pixels 7.0 and 4.3 match an object, with
 # SSD's spacing 4.2 and 2.4.
 _CONV_SCALES, _VIT_SCALES = (0.25, 0.4, 0.6, 0.8), (0.3, 0.5, 0.8)
 
