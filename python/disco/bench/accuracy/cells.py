@@ -7,7 +7,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from disco.bench.accuracy.studies import DENSE, FIRST, METHODS, STUDIES, Method, Study
+from disco.bench.accuracy.studies import (
+    DENSE,
+    FIRST,
+    METHODS,
+    STUDIES,
+    THIN,
+    THIN_FIRST,
+    Method,
+    Study,
+)
 from disco.errors import InputError
 from disco.train import TrainConfig
 
@@ -35,10 +44,32 @@ class Cell:
         return f"{self.study_name}/{self.method_name}/{self.nodes}/{self.seed}"
 
     @property
-    def needs(self) -> Cell | None:
+    def is_first(self) -> bool:
+        """Whether it begins with random weights."""
+        return self.method_name in (FIRST, THIN_FIRST)
+
+    @property
+    def is_thin(self) -> bool:
+        """Whether its model is narrower than the study's."""
+        return self.method_name in (THIN_FIRST, THIN)
+
+    @property
+    def needs(self) -> tuple[Cell, ...]:
+        """The cells whose weights it begins with or imitates; they come before it."""
+        return tuple(cell for cell in (self.begins_with, self.teacher) if cell is not None)
+
+    @property
+    def teacher(self) -> Cell | None:
+        """The cell that it imitates."""
+        return Cell(self.study_name, DENSE, 1, self.seed) if self.method.taught else None
+
+    @property
+    def begins_with(self) -> Cell | None:
         """The cell whose weights it begins with."""
-        if self.method_name == FIRST or self.method.scratch:
+        if self.is_first:
             return None
+        if self.method_name == THIN:
+            return Cell(self.study_name, THIN_FIRST, self.nodes, self.seed)
         return Cell(self.study_name, FIRST, 1, self.seed)
 
     def config(self, runs: Path, model: str | None = None) -> TrainConfig:
@@ -49,17 +80,19 @@ class Cell:
             model: in place of the study's, for the thin one.
         """
         study, method = self.study, self.method
-        first = None if self.needs is None else str(runs / self.needs.key)
-        epochs = study.first_epochs if self.method_name == FIRST else study.epochs
+        first, teacher = (
+            None if cell is None else str(runs / cell.key)
+            for cell in (self.begins_with, self.teacher)
+        )
         settings: dict[str, Any] = {
             **study.settings,
             **method.settings,
             "seed": self.seed,
             "split_seed": self.seed,
             "nodes": self.nodes,
-            "epochs": epochs + (study.first_epochs if method.scratch else 0),
+            "epochs": study.first_epochs if self.is_first else study.epochs,
             "init": first,
-            "teacher": first if method.taught else None,
+            "teacher": teacher,
         }
         if model is not None:
             settings["model"] = model
@@ -85,10 +118,16 @@ def cells_of(studies: Sequence[str], methods: Sequence[str], seeds: Sequence[int
     for seed in seeds:
         for name in studies or STUDIES:
             for cell in _of_study(name, methods, seed):
-                if cell.needs is not None:
-                    found.setdefault(cell.needs)
-                found.setdefault(cell)
+                for needed in (*_needed(cell), cell):
+                    found.setdefault(needed)
     return list(found)
+
+
+def _needed(cell: Cell) -> Iterator[Cell]:
+    """All that it needs, and what these need before them."""
+    for needed in cell.needs:
+        yield from _needed(needed)
+        yield needed
 
 
 def _of_study(name: str, methods: Sequence[str], seed: int) -> Iterator[Cell]:

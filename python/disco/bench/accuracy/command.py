@@ -17,7 +17,7 @@ from disco.bench.accuracy.cells import Cell, cells_of
 from disco.bench.accuracy.measure import bytes_dense, measure
 from disco.bench.accuracy.report import plot, text_of
 from disco.bench.accuracy.results import Results, made_by
-from disco.bench.accuracy.studies import DENSE, THIN, Study
+from disco.bench.accuracy.studies import DENSE, Study
 from disco.errors import InputError
 from disco.small_models import base_name
 from disco.tasks import task_named
@@ -89,9 +89,6 @@ def bench_accuracy(options: AccuracyOptions, say: Say = print) -> str:
 
 def _one(cell: Cell, config: TrainConfig, options: AccuracyOptions, say: Say) -> dict[str, Any]:
     begin = time.perf_counter()
-    if cell.needs is not None:
-        # Its weights may be gone where only the results were kept.
-        _trained(cell.needs, _config(cell.needs, options.runs), options)
     run = _trained(cell, config, options)
     found = measure(cell, run, say)
     if cell.method_name == DENSE:
@@ -103,6 +100,8 @@ def _one(cell: Cell, config: TrainConfig, options: AccuracyOptions, say: Say) ->
 
 def _trained(cell: Cell, config: TrainConfig, options: AccuracyOptions) -> Run:
     """The finished run of a cell: as it is there, gone on with, or trained."""
+    for needed in cell.needs:  # their weights may be gone where only the results were kept
+        _trained(needed, _config(needed, options.runs), options)
     path = options.runs / cell.key
     if is_run(path) and open_run(path).config != config:
         raise InputError(
@@ -120,7 +119,7 @@ def _trained(cell: Cell, config: TrainConfig, options: AccuracyOptions) -> Run:
 
 
 def _config(cell: Cell, runs: Path) -> TrainConfig:
-    model = _thin(cell.study, cell.nodes) if cell.method_name == THIN else None
+    model = _thin(cell.study, cell.nodes) if cell.is_thin else None
     return cell.config(runs, model)
 
 

@@ -1,7 +1,8 @@
 """What is compared: studies (a task, a model and its data) and methods, as plain settings.
 
-A run of a method begins with the weights of the study's dense model, so all methods have the same
-epochs: those of the dense model and then their own. The dense baseline is trained on as long.
+A run of a method begins with the weights of the study's dense model (the thin one with those of a
+thin model), so all methods have the same epochs and schedules: those of the dense model and then
+their own. The dense baseline is trained on as long.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-FIRST, DENSE, THIN = "first", "dense", "thin"
+FIRST, DENSE, THIN_FIRST, THIN = "first", "dense", "thin-first", "thin"
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,7 @@ class Method:
         name: in results.
         text: in tables.
         settings: fields of `TrainConfig`, beside the study's.
-        taught: imitate the study's dense model.
-        scratch: begin with random weights, and train as long as the dense model and a method.
+        taught: imitate the study's dense model, trained to its end.
         wire_dtypes: the metric is measured with these on the wire, too, by the nodes themselves.
         loses_nodes: measure what remains without each node.
         on_ranks: with two nodes, measure the metric over processes as well.
@@ -32,7 +32,6 @@ class Method:
     text: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     taught: bool = False
-    scratch: bool = False
     wire_dtypes: tuple[str, ...] = ()
     loses_nodes: bool = False
     on_ranks: bool = False
@@ -51,7 +50,8 @@ METHODS: Mapping[str, Method] = {
         Method(FIRST, "dense, before", {"method": "dense"}),
         Method(DENSE, "dense", {"method": "dense"}),
         Method("independent", "independent nodes", {"method": "independent"}),
-        Method(THIN, "thin dense, DISCO's FLOPs", {"method": "dense"}, scratch=True),
+        Method(THIN_FIRST, "thin dense, before", {"method": "dense"}),
+        Method(THIN, "thin dense, DISCO's FLOPs", {"method": "dense"}),
         Method(
             "every-2", "all channels, every 2nd", {**_PERIODIC, "method_options": {"period": 2}}
         ),
@@ -99,7 +99,7 @@ METHODS: Mapping[str, Method] = {
     )
 }
 
-_ALL = tuple(name for name in METHODS if name not in (FIRST, "whole", "node-dropout"))
+_ALL = tuple(name for name in METHODS if name not in (FIRST, THIN_FIRST, "whole", "node-dropout"))
 _SOME = ("dense", "independent", "thin", "every-2", "magnitude", "disco", "disco-int8")
 _MOST = (*_SOME, "d0.1", "d0.4", "global", "colocate", "distill", "activation")
 _FEW = ("independent", "magnitude", "disco", "disco-int8")
@@ -134,7 +134,18 @@ class Study:
 
 
 # Of all trainings: masks tighten over the first half, and the second half is trained with them.
-_SCHEDULE = {"begin": 0.0, "end": 0.5, "warmup_epochs": 1}
+_SCHEDULE = {"begin": 0.0, "end": 0.5, "warmup_epochs": 1, "evaluate_every": 1000}
+
+_SCENES = {**_SCHEDULE, "data": "scenes:train=2000,val=5000", "batch_size": 16}
+_ENLARGE = {
+    **_SCHEDULE,
+    "task": "super-resolution",
+    "data": "photographs:train=1000",
+    "optimizer": "adamw",
+    "lr": 0.002,
+    "weight_decay": 0.0,
+    "batch_size": 16,
+}
 
 STUDIES: Mapping[str, Study] = {
     study.name: study
@@ -167,27 +178,89 @@ STUDIES: Mapping[str, Study] = {
                 "optimizer": "adamw",
                 "lr": 0.002,
             },
-            first_epochs=30,
-            epochs=30,
+            first_epochs=25,
+            epochs=40,
             methods={4: _MOST, 2: (*_FEW, *_LOSS)},
             width_step=4,
         ),
         Study(
-            "photographs-edsr",
-            "super-resolution x2, convolutions: photographs, edsr_small_x2, PSNR in dB",
+            "scenes-deeplab",
+            "segmentation, convolutions: scenes of 32 px, deeplab_small-w20, mIoU in %",
             {
-                **_SCHEDULE,
-                "task": "super-resolution",
-                "data": "photographs:train=1000",
-                "model": "edsr_small_x2",
+                **_SCENES,
+                "task": "segmentation",
+                "model": "deeplab_small-w20",
+                "image_size": 32,
+                "optimizer": "adamw",
+                "lr": 0.004,
+            },
+            first_epochs=10,
+            epochs=20,
+            methods={4: _SOME, 2: _FEW},
+        ),
+        Study(
+            "scenes-segmenter",
+            "segmentation, transformer: scenes of 32 px, segmenter_small, mIoU in %",
+            {
+                **_SCENES,
+                "task": "segmentation",
+                "model": "segmenter_small-w80",
+                "image_size": 32,
                 "optimizer": "adamw",
                 "lr": 0.002,
-                "weight_decay": 0.0,
-                "batch_size": 16,
             },
+            first_epochs=10,
+            epochs=20,
+            methods={4: _MAIN},
+            width_step=4,
+        ),
+        Study(
+            "scenes-ssd",
+            "detection, convolutions: scenes of 48 px, ssd_small-w20, mAP in %",
+            {
+                **_SCENES,
+                "task": "detection",
+                "model": "ssd_small-w20",
+                "optimizer": "adamw",
+                "lr": 0.003,
+            },
+            first_epochs=10,
+            epochs=16,
+            methods={4: _SOME, 2: _FEW},
+        ),
+        Study(
+            "scenes-vit-ssd",
+            "detection, transformer: scenes of 48 px, vit_ssd_small, mAP in %",
+            {
+                **_SCENES,
+                "task": "detection",
+                "model": "vit_ssd_small-w80",
+                "optimizer": "adamw",
+                "lr": 0.002,
+            },
+            first_epochs=10,
+            epochs=16,
+            methods={4: _MAIN},
+            width_step=8,
+        ),
+        Study(
+            "photographs-edsr",
+            "super-resolution x2, convolutions: photographs, edsr_small_x2, PSNR in dB",
+            {**_ENLARGE, "model": "edsr_small_x2-w40"},
             first_epochs=8,
             epochs=8,
             methods={4: _SOME, 2: _FEW, 8: ("independent", "magnitude", "disco")},
+            points=1.0,
+            allowed=0.2,
+        ),
+        Study(
+            "photographs-transformer",
+            "super-resolution x2, transformer: photographs, sr_transformer_small_x2, PSNR in dB",
+            {**_ENLARGE, "model": "sr_transformer_small_x2-w80"},
+            first_epochs=8,
+            epochs=8,
+            methods={4: _MAIN},
+            width_step=4,
             points=1.0,
             allowed=0.2,
         ),
