@@ -101,6 +101,7 @@ METHODS: Mapping[str, Method] = {
 
 _ALL = tuple(name for name in METHODS if name not in (FIRST, THIN_FIRST, "whole", "node-dropout"))
 _SOME = ("dense", "independent", "thin", "every-2", "magnitude", "disco", "disco-int8")
+_MAIN = ("dense", "independent", "magnitude", "disco", "disco-int8")
 _MOST = (*_SOME, "d0.1", "d0.4", "global", "colocate", "distill", "activation")
 _FEW = ("independent", "magnitude", "disco", "disco-int8")
 _LOSS = ("whole", "node-dropout")
