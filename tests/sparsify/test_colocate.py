@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import disco
 from disco import Cluster, Node
 from disco.errors import InputError
-from disco.small_models import SMALL_MODELS
+from disco.small_models import small_model
 from disco.sparsify import find_groups, tensors_of
 from disco.sparsify.groups import Group
 from disco.sparsify.lost_score import Scores, score_matrices
@@ -30,7 +30,7 @@ CLUSTERS = {"2": Cluster(2), "4": Cluster(4), "8": Cluster(8), "uneven": UNEVEN}
 
 def model_named(name: str, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    return trained_like(SMALL_MODELS[name](10, 16))
+    return trained_like(small_model(name)(10, 16))
 
 
 def groups_of(model: nn.Module, cluster: Cluster, density: float = 0.2) -> list[Group]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from disco.errors import InputError
-from disco.small_models import SMALL_MODELS
+from disco.small_models import SMALL_MODELS, small_model
 from disco.sparsify import tensors_of
 from disco.sparsify.permute import Permutable, find_permutable, permute_
 from disco.sparsify.permute.axes import Axes
@@ -220,7 +220,7 @@ def test_what_is_free_moves_and_the_rest_has_a_reason(name: str) -> None:
 
 @pytest.mark.parametrize("name", SMALL_MODELS)
 def test_small_models(name: str) -> None:
-    model = trained_like(SMALL_MODELS[name](10, 16))
+    model = trained_like(small_model(name)(10, 16))
     other, moved = permuted_copy(model, X)
     assert moved >= 100
     check_same_function(model, other, X)
@@ -250,7 +250,7 @@ def test_zoo(source: str, name: str, size: int, least: int) -> None:
 
 def test_a_wrong_permutation_is_seen() -> None:
     """Of the check itself."""
-    model = trained_like(SMALL_MODELS["resnet8"](10, 16))
+    model = trained_like(small_model("resnet8")(10, 16))
     other = copy.deepcopy(model)
     with torch.no_grad():
         weight = other.get_parameter("stages.0.conv1.weight")
@@ -293,7 +293,7 @@ def test_parameters_that_evaluation_does_not_read() -> None:
 
 
 def test_buffers_of_numbers_follow_on_any_dtype() -> None:
-    model = trained_like(SMALL_MODELS["resnet8"](10, 16)).to(torch.bfloat16)
+    model = trained_like(small_model("resnet8")(10, 16)).to(torch.bfloat16)
     permutable = find_permutable(model, (X.to(torch.bfloat16),))
     before = {name: t.clone() for name, t in tensors_of(model).items()}
     axis = permutable.plain_axes([("stages.0.conv1.weight", 0)])[0]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import disco
 from disco.executor import Executor, InProcessHub, run_together
 from disco.program.message_layout import WIRE_DTYPES
-from disco.small_models import SMALL_MODELS
+from disco.small_models import small_model
 from disco.sparsify.wire_rounding import rounding_error
 from disco_kernels import Ownership
 from disco_kernels.wire import message_shape, message_views, write_int8
@@ -69,8 +69,8 @@ class Pooled(nn.Module):
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "resnet8": (lambda: SMALL_MODELS["resnet8"](10, 8), (3, 8, 8)),
-    "deit_micro": (lambda: SMALL_MODELS["deit_micro"](10, 8), (3, 8, 8)),
+    "resnet8": (lambda: small_model("resnet8")(10, 8), (3, 8, 8)),
+    "deit_micro": (lambda: small_model("deit_micro")(10, 8), (3, 8, 8)),
     "odd": (Odd, (3, 6, 5)),
     "pooled": (Pooled, (3, 7, 6)),
 }
