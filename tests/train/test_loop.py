@@ -345,11 +345,13 @@ def test_a_teacher_is_imitated_and_weights_are_begun_with(
     assert not (tmp_path / "wrong").exists()
 
 
-def test_colocation_comes_once_before_training(settings: Settings, tmp_path: Path) -> None:
+@pytest.mark.parametrize("score", ["l2", "activation"])
+def test_colocation_comes_once_before_training(
+    settings: Settings, tmp_path: Path, score: str
+) -> None:
     train(settings(**EASY), tmp_path / "dense", silent)
-    config = settings(
-        method="magnitude", nodes=4, init=str(tmp_path / "dense"), colocate=True, epochs=1
-    )
+    dense = str(tmp_path / "dense")
+    config = settings(method="magnitude", nodes=4, init=dense, colocate=True, epochs=1, score=score)
     said: list[str] = []
     train(config, tmp_path / "x", said.append)
     assert sum(line.startswith("co-location: lost score") for line in said) == 1

@@ -9,7 +9,7 @@ crosses anyway, and what counts is the rest, which pruning loses.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,15 @@ from torch import nn
 from disco.errors import InputError
 from disco.partition import Cluster
 from disco.sparsify.assignment import Assigner, Movable, movable, solver
+from disco.sparsify.calibration import output_energies
 from disco.sparsify.find_groups import find_groups, tensors_of
 from disco.sparsify.lost_score import Scores, score_matrices
 from disco.sparsify.permute import Permutable, find_permutable, permute_
 from disco.sparsify.permute.axes import Indices
 from disco.sparsify.scores import WEIGHT_SCORES
 from disco.sparsify.settings import check_choice, check_density
+
+COLOCATION_SCORES = (*WEIGHT_SCORES, "activation")
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ def colocate_(
     density: float = 0.2,
     score: str = "l2",
     *,
+    calibration: Iterable[Sequence[Any]] | None = None,
     starts: int = 2,
     seed: int = 0,
     example_kwargs: Mapping[str, Any] | None = None,
@@ -127,7 +131,11 @@ def colocate_(
             averages of weights afterwards: what they remember would not move along.
         nodes, example_inputs, example_kwargs: as for `sparsify_`.
         density: that it will be pruned to, in [0, 1].
-        score: "l2" or "l1", as for `sparsify_`.
+        score: "l2" or "l1", as for `sparsify_`; or "activation", squared weights times the mean
+            squares of their inputs, as a batch norm that follows scales them: about the mean square
+            of what the layer's outputs lose.
+        calibration: for "activation" batches of inputs that the model is used with (not augmented),
+            each a tuple like `example_inputs`; all values of a batch are in memory at once.
         starts: beginnings from random places besides the model as it is; 0 is fastest.
         seed: of those.
 
@@ -138,13 +146,18 @@ def colocate_(
     """
     cluster = Cluster.of(nodes)
     check_density(density)
-    check_choice("score", score, WEIGHT_SCORES)
+    check_choice("score", score, COLOCATION_SCORES)
+    _check_calibration(score, calibration)
     _check_count("starts", starts)
     _check_count("seed", seed)
     solver()
     groups = find_groups(model, cluster, density, example_inputs, example_kwargs, ignore_zeros=True)
     permutable = find_permutable(model, example_inputs, example_kwargs)
-    scores = Scores(groups, density, score_matrices(tensors_of(model), groups, score))
+    if calibration is None:
+        matrices = score_matrices(tensors_of(model), groups, score)
+    else:
+        matrices = output_energies(model, groups, calibration, example_inputs, example_kwargs)
+    scores = Scores(groups, density, matrices)
     _check_finite(scores)
     movables, left_alone = _movables(permutable, scores)
     best = _best(scores, permutable, movables, starts, seed)
@@ -221,6 +234,15 @@ def _num_moved(one: Movable, order: Indices) -> int:
 def _check_count(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise InputError(f"{name} must be a whole number, 0 or more; given {value!r}")
+
+
+def _check_calibration(score: str, calibration: Iterable[Sequence[Any]] | None) -> None:
+    if (score == "activation") != (calibration is not None):
+        raise InputError(
+            f"score {score!r} was given {'with' if calibration is not None else 'without'} "
+            "calibration inputs; score 'activation' needs them, calibration=[(x,)], and the others "
+            "look at weights alone"
+        )
 
 
 def _check_finite(scores: Scores) -> None:

@@ -106,10 +106,7 @@ def ranks_of(ownership: Ownership) -> Indices:
 
 
 def score_matrices(
-    tensors: Mapping[str, Tensor],
-    groups: Sequence[Group],
-    score: str,
-    inputs: Mapping[str, Tensor] | None = None,
+    tensors: Mapping[str, Tensor], groups: Sequence[Group], score: str
 ) -> dict[str, Floats]:
     """By parameter ``[O, I]``: what a weight adds to its column's score, over the kernel.
 
@@ -117,15 +114,12 @@ def score_matrices(
         tensors: weights ``[O, I, *kernel]`` by name.
         groups: whose parameters are wanted.
         score: "l2" (squares) or "l1" (magnitudes).
-        inputs: by parameter the mean magnitude ``[I]`` of its inputs; None for 1.
     """
     found = {}
     for group in groups:
         for name in group.out_ownership:
             weight = tensors[name].detach().double()
             weight = weight.reshape(*weight.shape[:2], -1)
-            if inputs is not None:
-                weight = weight * inputs[name].double().to(weight.device)[:, None]
             summed = weight.square().sum(2) if score == "l2" else weight.abs().sum(2)
             found[name] = np.asarray(summed.cpu().numpy(), dtype=np.float64)
     return found

@@ -138,7 +138,7 @@ def _first_model(config: TrainConfig, task: Task, data: TaskData, say: Say) -> n
         image_size=size,
     )
     if config.colocate:
-        say(colocated(config, model, size))
+        say(colocated(config, model, data))
     return model
 
 
