@@ -270,7 +270,7 @@ def test_batch_norms_stay_when_ranks_are_lost() -> None:
     for name, buffer in model.named_buffers():
         assert torch.equal(buffer, before[name]), name
     # What the lost rank computes is not trained; what is computed of its channels is not either.
-    conv = model.get_parameter("stages.1.conv1.weight").grad
+    conv = model.get_parameter("backbone.stages.1.conv1.weight").grad
     assert conv is not None and not conv[16:].any() and not conv[:, 8:].any()
     assert conv[:16, :8].any()
 
@@ -294,10 +294,10 @@ def test_weights_that_change_are_those_of_the_next_call() -> None:
     simulation.attach(model, (example,))
     with torch.no_grad():
         before = model(x)
-        model.get_parameter("bn.bias").add_(1.0)
+        model.get_parameter("backbone.bn.bias").add_(1.0)
         after = model(x)
         state = model.state_dict()
-        state["bn.bias"] = state["bn.bias"] - 1.0
+        state["backbone.bn.bias"] = state["backbone.bn.bias"] - 1.0
         model.load_state_dict(state)
         check(model(x), before)
     assert not torch.allclose(before, after)
