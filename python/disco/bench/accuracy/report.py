@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,17 @@ from disco.bench.accuracy.summary import Line, lines_of
 from disco.bench.tables import table
 from disco.errors import InputError
 
-_HEAD = ("method", "nodes", "metric", "to dense", "to independent", "bytes", "less", "largest node")
+_HEAD = (
+    "method",
+    "nodes",
+    "metric",
+    "to dense",
+    "to independent",
+    "bytes",
+    "less",
+    "inside",
+    "FLOPs",
+)
 
 
 def text_of(cells: Mapping[str, Mapping[str, Any]]) -> str:
@@ -35,7 +46,7 @@ def _of_study(study: Study, lines: Sequence[Line], cells: Mapping[str, Mapping[s
 
 def _row(line: Line) -> tuple[str, ...]:
     scale = 100 if line.study.points == 0.01 else 1
-    less = line.times_less
+    less, inside = line.times_less, line.times_less_inside
     return (
         line.name,
         str(line.nodes),
@@ -44,7 +55,8 @@ def _row(line: Line) -> tuple[str, ...]:
         "" if line.to_independent is None else str(line.to_independent),
         "" if line.bytes is None else f"{line.bytes:,.0f}",
         "" if less is None else f"{less:.1f}x",
-        "" if line.flops_share is None else f"{100 * line.flops_share:.0f}% FLOPs",
+        "" if inside is None else f"{inside:.1f}x",
+        "" if line.flops_share is None else f"{100 * line.flops_share:.0f}%",
     )
 
 
@@ -59,7 +71,8 @@ def _findings(
     for key in sorted(key for key in cells if key.startswith(f"{study.name}/")):
         for wire, value in cells[key].get("value_on_ranks", {}).items():
             here = cells[key]["value" if wire == "float32" else f"value_{wire}"]
-            same = "the same" if value == here else f"{here:.6f} here"
+            # Sums in another order may turn a tie; a decibel is known to its fifth digit.
+            same = "the same" if math.isclose(value, here, rel_tol=1e-5) else f"{here:.6f} here"
             yield f"{key}: {value:.4f} over processes, {wire} on the wire ({same})"
 
 

@@ -49,6 +49,7 @@ class Line:
         values: of the metric, by seed.
         bytes: an image, the mean over seeds; None for the dense model as it is.
         bytes_dense: where all channels travel, in their own dtype.
+        bytes_outputs: of these, what independent nodes send as well, the outputs; None if unknown.
         flops_share: of the dense model's FLOPs, that of the node that computes most.
         to_dense, to_independent: paired differences; None if there is nothing to compare with.
     """
@@ -60,6 +61,7 @@ class Line:
     values: Mapping[int, float]
     bytes: float | None
     bytes_dense: float | None
+    bytes_outputs: float | None
     flops_share: float | None
     to_dense: Difference | None
     to_independent: Difference | None
@@ -81,9 +83,20 @@ class Line:
     @property
     def times_less(self) -> float | None:
         """Bytes of the dense exchange over those of this."""
-        if self.bytes is None or self.bytes_dense is None or not self.bytes:
+        return _times(self.bytes_dense, self.bytes, 0.0)
+
+    @property
+    def times_less_inside(self) -> float | None:
+        """The same without the outputs, which nothing saves."""
+        if self.bytes_outputs is None or self.wire != "float32":
             return None
-        return self.bytes_dense / self.bytes
+        return _times(self.bytes_dense, self.bytes, self.bytes_outputs)
+
+
+def _times(dense: float | None, ours: float | None, outputs: float) -> float | None:
+    if dense is None or ours is None or ours <= outputs:
+        return None
+    return (dense - outputs) / (ours - outputs)
 
 
 def paired(
@@ -117,7 +130,7 @@ def _of_nodes(
     cells: Mapping[str, Mapping[str, Any]], study: Study, nodes: int, dense: Mapping[int, float]
 ) -> list[Line]:
     lines = []
-    independent = _values(_by_seed(cells, study, "independent", nodes), "value")
+    independent = _by_seed(cells, study, "independent", nodes)
     for name in study.methods[nodes]:
         if name in (DENSE, FIRST):
             continue
@@ -134,7 +147,7 @@ def _line(
     wire: str,
     found: Mapping[int, Mapping[str, Any]],
     dense: Mapping[int, float],
-    independent: Mapping[int, float],
+    independent: Mapping[int, Mapping[str, Any]],
 ) -> Line:
     values = _values(found, "value" if wire == "float32" else f"value_{wire}")
     exchanges = [cell["exchange"] for cell in found.values() if "exchange" in cell]
@@ -148,9 +161,10 @@ def _line(
             [e["bytes"] if wire == "float32" else e["bytes_wire"][wire] for e in exchanges]
         ),
         bytes_dense=_mean([e["bytes_dense"] for e in exchanges]),
+        bytes_outputs=_mean([cell["exchange"]["bytes"] for cell in independent.values()]),
         flops_share=_mean([e["flops_most"] / e["flops_dense"] for e in exchanges]),
         to_dense=paired(values, dense, study.points),
-        to_independent=paired(values, independent, study.points)
+        to_independent=paired(values, _values(independent, "value"), study.points)
         if method.name != "independent"
         else None,
     )
