@@ -97,7 +97,7 @@ def test_lines_compare_the_same_seeds() -> None:
     assert found.times_less == 5.0 and found.flops_share == 0.3
     assert lines["magnitude", 4, "int8"].bytes == 60
     text = text_of(cells)
-    assert "89.50 ±0.71" in text and "5.0x" in text and "6 cells, 0.06 hours" in text
+    assert "89.50 ±0.71" in text and "5.0x" in text and "6 cells, 0.06 core-hours" in text
 
 
 def test_results_are_shared_by_processes_and_checked(tmp_path: Path) -> None:
