@@ -114,6 +114,7 @@ def accuracy_command(args: argparse.Namespace) -> None:
         methods=tuple(args.method),
         seeds=args.seeds,
         device=args.device,
+        jobs=args.jobs,
     )
     say(f"\n{bench_accuracy(options, say)}")
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import threading
+import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +16,16 @@ import pytest
 import torch
 
 from disco.bench.accuracy import cells as cells_module
-from disco.bench.accuracy import command, summary
+from disco.bench.accuracy import side_by_side as side_by_side_module
+from disco.bench.accuracy import summary, work
 from disco.bench.accuracy.cells import Cell, cells_of
 from disco.bench.accuracy.command import AccuracyOptions, bench_accuracy
 from disco.bench.accuracy.report import text_of
 from disco.bench.accuracy.results import Results
+from disco.bench.accuracy.side_by_side import side_by_side
 from disco.bench.accuracy.studies import METHODS, STUDIES, Study
 from disco.bench.accuracy.summary import lines_of, paired
+from disco.bench.accuracy.work import Place
 from disco.errors import InputError
 from tests.tasks.small_data import write_digits
 
@@ -135,9 +142,9 @@ def test_a_small_table_is_made_and_gone_on_with(
         studies=(), methods=(), seeds=1, device="cpu",
     )  # fmt: skip
     trained = []
-    train = command.train
+    train = work.train
     monkeypatch.setattr(
-        command, "train", lambda c, p, *a, **k: (trained.append(p), train(c, p, *a, **k))
+        work, "train", lambda c, p, *a, **k: (trained.append(p), train(c, p, *a, **k))
     )
     threads = torch.get_num_threads()
     text = bench_accuracy(options, lambda line: None)
@@ -150,6 +157,7 @@ def test_a_small_table_is_made_and_gone_on_with(
     assert found["exchange"]["bytes"] < found["exchange"]["bytes_dense"]
     assert found["exchange"]["bytes_wire"]["int8"] < found["exchange"]["bytes"]
     assert len(cells["small/node-dropout/2/0"]["value_without"]) == 2
+    assert found["trained_on"] == f"CPU, torch {torch.__version__}"
     thin = cells["small/thin/2/0"]["config"]["model"]
     assert thin.startswith("resnet8-w") and 4 <= int(thin[9:]) < 8
     assert (tmp_path / "accuracy-small.png").stat().st_size > 1000
@@ -164,6 +172,50 @@ def test_a_small_table_is_made_and_gone_on_with(
     assert again["small/magnitude/2/0"]["value"] == found["value"]
 
 
+def test_cells_side_by_side_wait_for_what_they_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = cells_of(("digits-resnet", "scenes-ssd"), ("disco", "thin", "independent"), range(2))
+    lock, trained, measured, most, now = threading.Lock(), [], [], 0, 0
+
+    def work_on(cell: Cell, done: list[Cell]) -> None:
+        nonlocal most, now
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.002)
+        with lock:
+            now -= 1
+            done.append(cell)
+
+    def train(cell: Cell, place: Place) -> None:
+        assert set(cell.needs) <= set(trained), cell
+        work_on(cell, trained)
+
+    def measure(cell: Cell, place: Place) -> dict[str, Any]:
+        assert cell in trained
+        work_on(cell, measured)
+        return {"metric": "top1", "value": 0.5}
+
+    monkeypatch.setattr(side_by_side_module, "_pool", ThreadPoolExecutor)
+    monkeypatch.setattr(side_by_side_module, "_train", train)
+    monkeypatch.setattr(side_by_side_module, "_measure", measure)
+    results = Results(tmp_path / "a.json")
+    # Its run is not there although its results may be: others begin with it.
+    left = [cell for cell in cells if cell.method_name != "first"]
+    side_by_side(left, results, Place(tmp_path, "cpu"), 3, lambda line: None)
+    assert sorted(map(str, trained)) == sorted(map(str, cells))
+    assert set(results.cells) == {cell.key for cell in left}
+    assert 1 < most <= 3
+
+    def fails(cell: Cell, place: Place) -> None:
+        raise InputError(cell.key)
+
+    monkeypatch.setattr(side_by_side_module, "_train", fails)
+    with pytest.raises(InputError, match="digits-resnet/first/1/0"):
+        side_by_side(cells, Results(tmp_path / "b.json"), Place(tmp_path, "cpu"), 2, lambda _: None)
+
+
 def test_runs_of_other_settings_are_refused(small_study: str, tmp_path: Path) -> None:
     options = AccuracyOptions(
         json=tmp_path / "a.json", runs=tmp_path / "runs", plots=None,
@@ -175,6 +227,8 @@ def test_runs_of_other_settings_are_refused(small_study: str, tmp_path: Path) ->
     options.json.unlink()
     with pytest.raises(InputError, match="has other settings than the cell"):
         bench_accuracy(options, lambda line: None)
+    with pytest.raises(InputError, match="0 jobs were asked for"):
+        bench_accuracy(replace(options, jobs=0))
 
 
 def test_methods_have_names_of_their_own() -> None:

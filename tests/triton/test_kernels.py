@@ -339,6 +339,23 @@ def test_messages_are_those_of_the_reference(wire: torch.dtype) -> None:
     assert covered == 3 * len(LISTS)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_int8_messages_of_values_of_few_bits(dtype: torch.dtype) -> None:
+    """Their products come to ties often, where a fused multiplication and addition rounds
+    otherwise."""
+    seed(0)
+    x = torch.randn(2, 64, 28, 28).to(dtype).to(memory_format=torch.channels_last)
+    largest = x.float().abs().amax((2, 3), keepdim=True)
+    inverse = torch.full_like(largest, 127) / largest
+    fused = (x.double() * inverse.double() + 1.5 * 2**23).float()
+    apart = x.float() * inverse + 1.5 * 2**23
+    assert int((fused != apart).sum()) > 10  # so they are told apart here
+    channels = list(range(0, 64, 3))
+    found = dk.GatherPack([channels], "triton", wire_dtype=torch.int8)(there(x))[0]
+    wanted = dk.GatherPack([channels], "reference", wire_dtype=torch.int8)(x)[0]
+    assert torch.equal(found.cpu(), wanted)
+
+
 def test_int8_messages_of_values_that_have_no_scale() -> None:
     x = torch.randn(2, 4, 3, 3).to(memory_format=torch.channels_last)
     x[0, 0, 1, 1], x[1, 1, 0, 0], x[:, 2] = float("nan"), float("inf"), 1e-35

@@ -68,6 +68,13 @@ def _add_bench_accuracy(kinds: Any) -> None:
     accuracy.add_argument("--method", action="append", default=[], help="may be repeated")
     accuracy.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     accuracy.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
+    accuracy.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="cells side by side, a process and a thread each (default: %(default)s)",
+    )
     accuracy.set_defaults(handler=accuracy_command)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from disco.errors import InputError
 from disco.images import Preprocessing
@@ -44,12 +45,7 @@ def load_scenes(place: str, options: DataOptions) -> SceneData:
     usual = Preprocessing(SCENE_SIZE, SCENE_SIZE, (0.45, 0.45, 0.45), (0.25, 0.25, 0.25))
     preprocessing = options.preprocessing_or(usual)
     made = {
-        part: scenes(
-            count,
-            preprocessing.size,
-            mixed(options.split_seed, number),
-            read_photographs(training=part == "train"),
-        )
+        part: _made(count, preprocessing.size, mixed(options.split_seed, number), part == "train")
         for number, (part, count) in enumerate(counts.items())
     }
     text = (
@@ -57,6 +53,12 @@ def load_scenes(place: str, options: DataOptions) -> SceneData:
         f"for validation, over other photographs, made by seed {options.split_seed}"
     )
     return SceneData(made["train"], made["val"], preprocessing, text)
+
+
+@lru_cache(maxsize=4)
+def _made(count: int, size: int, seed: int, training: bool) -> Scenes:
+    """Kept: a run and what is measured of it ask for the same ones again, and they take seconds."""
+    return scenes(count, size, seed, read_photographs(training=training))
 
 
 def _counts(place: str) -> dict[str, int]:

@@ -37,3 +37,9 @@ def training_device(name: str, amp: bool = False) -> torch.device:
     if amp and not torch.cuda.is_bf16_supported():
         raise InputError(f"--amp computes in bfloat16, which {name} does not have: leave it out")
     return torch.device("cuda", device.index or 0)
+
+
+def describe_device(device: torch.device) -> str:
+    """What it is, and torch's version, in a few words."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return f"{name}, torch {torch.__version__}"

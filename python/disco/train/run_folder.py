@@ -36,12 +36,14 @@ class Run:
         config: what it was asked to do.
         classes: names, in the order of the outputs.
         preprocessing: how an image file becomes an input.
+        trained_on: the device that it began on and torch's version, in words; "" if unknown.
     """
 
     path: Path
     config: TrainConfig
     classes: tuple[str, ...]
     preprocessing: Preprocessing
+    trained_on: str = ""
 
     @property
     def weights(self) -> Path:
@@ -79,6 +81,7 @@ class Run:
             "config": self.config.to_json(),
             "classes": list(self.classes),
             "input": self.preprocessing.to_json(),
+            "trained_on": self.trained_on,
         }
         write_text(self.path / CONFIG_FILE, json.dumps(plain, indent=2) + "\n")
 
@@ -131,6 +134,15 @@ class Run:
         writer.writeheader()
         writer.writerows(rows)
         write_text(self.path / METRICS_FILE, text.getvalue())
+
+    @property
+    def seconds(self) -> float:
+        """That its epochs took, by the clock."""
+        try:
+            with open(self.path / METRICS_FILE, newline="", encoding="utf-8") as file:
+                return sum(float(row["seconds"]) for row in csv.DictReader(file))
+        except (OSError, KeyError, ValueError) as error:
+            raise InputError(f"{self.path / METRICS_FILE} cannot be read ({error!r})") from error
 
     def save_final(self, model: nn.Module) -> None:
         """Write the final weights, which makes the run a finished one."""
@@ -186,7 +198,8 @@ def open_run(path: Path) -> Run:
             )
         config = TrainConfig.from_json(plain["config"])
         classes = tuple(str(name) for name in plain["classes"])
-        return Run(path, config, classes, Preprocessing.from_json(plain["input"]))
+        trained_on = str(plain.get("trained_on", ""))
+        return Run(path, config, classes, Preprocessing.from_json(plain["input"]), trained_on)
     except InputError as error:
         raise InputError(f"{file} cannot be used: {error}") from error
     except (OSError, KeyError, TypeError, ValueError) as error:

@@ -15,7 +15,7 @@ from torch import nn
 from disco.errors import InputError
 from disco.tasks import Task, TaskData, made_harder, task_named
 from disco.train.config import TrainConfig
-from disco.train.device import training_device
+from disco.train.device import describe_device, training_device
 from disco.train.evaluation import Evaluation
 from disco.train.loop import Training
 from disco.train.run_folder import Run, check_new, open_run, weights_of
@@ -52,7 +52,7 @@ def train(
     model = _first_model(config, task, data, say)
     teacher = _teacher(config, data)
     _check_fits(model, task, config, data)
-    run = Run(out, config, data.classes, data.preprocessing)
+    run = Run(out, config, data.classes, data.preprocessing, describe_device(found))
     say(data.text)
     with _random(config.seed, found):
         training = Training(run, task, data, model, teacher, found, workers, say)
