@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,13 @@ def load_image(path: str | Path, preprocessing: Preprocessing | None = None) -> 
 
 def normalised(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
     """uint8 [height, width, 3] to float32 [1, 3, height, width], contiguous."""
-    mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
+    mean, std = _constants(preprocessing)
     return ((pixels.float() / 255.0 - mean) / std).permute(2, 0, 1).unsqueeze(0).contiguous()
+
+
+@lru_cache
+def _constants(preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
+    return torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
 
 
 def find_images(path: str | Path) -> list[Path]:

@@ -46,15 +46,16 @@ class Exchange:
         return {**self.__dict__, "bytes_wire": dict(self.bytes_wire)}
 
 
-def measure(cell: Cell, run: Run, say: Say) -> dict[str, Any]:
+def measure(cell: Cell, run: Run, device: str, say: Say) -> dict[str, Any]:
     """Everything that a cell tells, as plain values.
 
     Args:
         cell: whose run it is.
         run: finished.
+        device: of the whole model; nodes are measured on the CPU.
         say: takes lines about images that cannot be read.
     """
-    whole = evaluate_run(run, say)
+    whole = evaluate_run(run, say, device=device)
     found: dict[str, Any] = {"metric": whole.metric, "value": whole.value, "images": whole.images}
     if cell.nodes == 1:
         return found

@@ -37,14 +37,12 @@ class Place:
 def trained(cell: Cell, place: Place) -> Run:
     """The finished run of a cell: as it is there, gone on with, or trained.
 
-    So are the runs that it needs: they may be gone where only results were kept.
+    Before that, the runs that it needs: they may be gone where only results were kept.
 
     Raises:
         InputError: the run that is there has other settings.
         TrainingError: see `disco.train.train`.
     """
-    for needed in cell.needs:
-        trained(needed, place)
     config = config_of(cell, place)
     path = place.runs / cell.key
     if is_run(path) and open_run(path).config != config:
@@ -52,6 +50,9 @@ def trained(cell: Cell, place: Place) -> Run:
             f"the run in {path} has other settings than the cell {cell.key} has now: remove it, or "
             "give another --runs"
         )
+    if not is_trained(cell, place):
+        for needed in cell.needs:
+            trained(needed, place)
     if not is_run(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         train(config, path, _silent, device=place.device)
@@ -80,7 +81,7 @@ def measured(cell: Cell, place: Place, say: Say) -> dict[str, Any]:
     before = open_run(place.runs / cell.key).seconds if is_trained(cell, place) else 0.0
     begin = time.process_time()
     run = trained(cell, place)
-    found = measure(cell, run, say)
+    found = measure(cell, run, place.device, say)
     if cell.method_name == DENSE:
         found["bytes_dense"] = {n: bytes_dense(run, n) for n in cell.study.methods}
     seconds = round(before + time.process_time() - begin, 1)
