@@ -72,7 +72,7 @@ def measure(cell: Cell, run: Run, device: str, say: Say) -> dict[str, Any]:
     found["exchange"] = _exchange(parted.plan, wires).to_json()
     if cell.method.loses_nodes:
         found["value_without"] = _without_nodes(cell, run, model, say)
-    if cell.method.on_ranks and cell.nodes == 2:
+    if cell.method.on_ranks and cell.nodes == 2 and cell.seed == 0:
         found["value_on_ranks"] = _on_ranks(cell, run, say)
     return found
 

@@ -25,7 +25,7 @@ class Method:
         taught: imitate the study's dense model, trained to its end.
         wire_dtypes: the metric is measured with these on the wire, too, by the nodes themselves.
         loses_nodes: measure what remains without each node.
-        on_ranks: with two nodes, measure the metric over processes as well.
+        on_ranks: with two nodes, measure the first seed's metric over processes as well.
     """
 
     name: str
