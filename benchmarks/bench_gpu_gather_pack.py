@@ -4,10 +4,11 @@ memory's rate it reaches.
     python -m benchmarks.bench_gpu_gather_pack --json FILE
 
 A row a shape, density, wire dtype, way of choosing channels and backend; the backends take turns.
-``useful`` counts each selected value read once and written once; ``touched`` counts what memory
-moves for it, in sectors of 32 bytes. Both are shares of the rate of a large copy. int8 reads its
-values a second time, because their scales come first: that counts in neither, and takes memory's
-time only where the map does not fit the second-level cache.
+``useful`` counts each selected value read once and written once; ``touched`` counts the sectors of
+32 bytes that are read for it; ``moved`` what memory moves at least, 64 bytes at a time. All are
+shares of the rate of a large copy. int8 reads its values a second time, because their scales come
+first: that counts in none, and takes memory's time only where the map does not fit the second-level
+cache.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from benchmarks.cuda_time import as_graph, copy_gb_s, describe_gpu, replay_ms
 from disco_kernels import registry
 from disco_kernels.cuda.launcher import get_launcher
 
-SECTOR_BYTES = 32
+SECTOR_BYTES, MOVED_BYTES = 32, 64
 # Channels and size of a map, in batches of 64: what ResNet-50 exchanges at the ends of its stages.
 MAPS = ((256, 56), (512, 28), (1024, 14), (2048, 7))
 CHOICES = ((1.0, 8), (0.2, 8), (0.2, 1), (0.1, 8), (0.1, 1))
@@ -55,7 +56,10 @@ def measure(
     listed = chosen(channels, density, group)
     wanted = dk.GatherPack([listed], "reference", wire_dtype=wire)(x[:2].cpu())[0]
     pixels = 64 * size * size
-    sectors = len({c * x.element_size() // SECTOR_BYTES for c in listed})
+
+    def read_bytes(at_once: int) -> int:
+        return pixels * at_once * len({c * x.element_size() // at_once for c in listed})
+
     graphs, written, kept = [], 0, []
     for backend in backends:
         pack = dk.GatherPack([listed], backend, wire_dtype=wire)
@@ -66,7 +70,7 @@ def measure(
         graphs.append(as_graph(run, CALLS))
         written = messages[0].nbytes
     useful = pixels * len(listed) * x.element_size() + written
-    touched = pixels * sectors * SECTOR_BYTES + written
+    touched, moved = (read_bytes(n) + written for n in (SECTOR_BYTES, MOVED_BYTES))
     rows = []
     for backend, times in zip(backends, replay_ms(graphs, ROUNDS, CALLS), strict=True):
         milliseconds = statistics.median(times)
@@ -82,6 +86,7 @@ def measure(
                 "ms_max": max(times),
                 "useful": useful / milliseconds / 1e6 / rate,
                 "touched": touched / milliseconds / 1e6 / rate,
+                "moved": moved / milliseconds / 1e6 / rate,
             }
         )
     return rows
@@ -124,7 +129,8 @@ def main() -> None:
                         f"{channels:5d} x {size}x{size} density {density} groups of {group} "
                         f"{row['wire']:15s} {row['backend']:7s} {row['ms']:.4f} ms "
                         f"({row['ms_min']:.4f} to {row['ms_max']:.4f}), useful "
-                        f"{row['useful']:.2f}, touched {row['touched']:.2f}"
+                        f"{row['useful']:.2f}, touched {row['touched']:.2f}, "
+                        f"moved {row['moved']:.2f}"
                     )
     if args.json:
         machine = {"machine": describe_gpu(), "copy_gb_s": rate, "cuda_launcher": launcher}
