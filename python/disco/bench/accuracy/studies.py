@@ -104,7 +104,6 @@ _ALL = tuple(name for name in METHODS if name not in (FIRST, THIN_FIRST, "whole"
 _FEW = ("independent", "magnitude", "disco", "disco-int8")
 _MAIN = ("dense", *_FEW)
 _SOME = (*_MAIN, "thin", "every-2")
-_MOST = (*_SOME, "d0.1", "d0.4", "global", "colocate", "distill", "activation")
 _ENDS = ("independent", "disco")
 _LOSS = ("whole", "node-dropout")
 
@@ -182,8 +181,8 @@ STUDIES: Mapping[str, Study] = {
                 "lr": 0.002,
             },
             first_epochs=25,
-            epochs=40,
-            methods={4: _MOST, 2: (*_FEW, "global", "distill", *_LOSS)},
+            epochs=100,
+            methods={2: (*_SOME, *_LOSS), 4: _ENDS},
             width_step=4,
         ),
         Study(
@@ -262,7 +261,7 @@ STUDIES: Mapping[str, Study] = {
             {**_ENLARGE, "model": "sr_transformer_small_x2-w80"},
             first_epochs=8,
             epochs=8,
-            methods={4: _MAIN, 2: _FEW},
+            methods={4: _MAIN, 2: ("disco",)},
             width_step=4,
             points=1.0,
             allowed=0.2,
