@@ -51,8 +51,8 @@ def _add_bench_accuracy(kinds: Any) -> None:
     accuracy = kinds.add_parser(
         "accuracy",
         help="train methods and baselines, and compare their metrics and bytes",
-        description="Train every method of every study with several seeds, one cell after the "
-        "other on one thread, and print the metric against the bytes exchanged. What FILE has is "
+        description="Train every method of every study with several seeds, each on one thread, "
+        "and print the metric against the bytes exchanged. What FILE has is "
         "not trained again, and an interrupted cell goes on after its last epoch.",
         epilog="examples:\n"
         "  disco bench accuracy --json FILE\n"

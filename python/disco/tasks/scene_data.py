@@ -57,7 +57,10 @@ def load_scenes(place: str, options: DataOptions) -> SceneData:
 
 @lru_cache(maxsize=4)
 def _made(count: int, size: int, seed: int, training: bool) -> Scenes:
-    """Kept: a run and what is measured of it ask for the same ones again, and they take seconds."""
+    """Kept: a run and what is measured of it ask for the same ones again, and they take seconds.
+
+    Callers share the arrays, so they may not be written to.
+    """
     return scenes(count, size, seed, read_photographs(training=training))
 
 

@@ -137,12 +137,14 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """That its epochs took, by the clock."""
+        """That its epochs took, by the clock. InputError if metrics.csv does not tell."""
         try:
             with open(self.path / METRICS_FILE, newline="", encoding="utf-8") as file:
                 return sum(float(row["seconds"]) for row in csv.DictReader(file))
-        except (OSError, KeyError, ValueError) as error:
-            raise InputError(f"{self.path / METRICS_FILE} cannot be read ({error!r})") from error
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{self.path / METRICS_FILE} is damaged ({error!r}): restore it, or train again"
+            ) from error
 
     def save_final(self, model: nn.Module) -> None:
         """Write the final weights, which makes the run a finished one."""

@@ -13,8 +13,9 @@ from disco.bench.accuracy.cells import Cell, cells_of
 from disco.bench.accuracy.report import plot, text_of
 from disco.bench.accuracy.results import Results
 from disco.bench.accuracy.side_by_side import side_by_side
-from disco.bench.accuracy.work import Place, is_done, measured
+from disco.bench.accuracy.work import Place, current, is_done, measured
 from disco.errors import InputError
+from disco.train.device import training_device
 
 Say = Callable[[str], None]
 
@@ -46,8 +47,8 @@ class AccuracyOptions:
 def bench_accuracy(options: AccuracyOptions, say: Say = print) -> str:
     """Train and measure what the file of results does not have, and tell all that it has.
 
-    A cell is trained on one thread, so that it is the same wherever that is, and on how many jobs.
-    Killed at any moment, a cell goes on after its last epoch when the command is given again.
+    A cell is trained on one thread, so that on CPUs of a kind it is the same with any number of
+    jobs. Killed at any moment, a cell goes on after its last epoch when the command is given again.
 
     Args:
         options: what to do.
@@ -57,13 +58,14 @@ def bench_accuracy(options: AccuracyOptions, say: Say = print) -> str:
         The tables.
 
     Raises:
-        InputError: unknown names, a file that is no results, runs of other settings.
-        TrainingError: see `disco.train.train`.
+        InputError: unknown names or device, a file that is no results, runs of other settings.
+        TrainingError: see `disco.train.train` and `side_by_side`.
     """
     if options.seeds < 1:
         raise InputError(f"{options.seeds} seeds were asked for: ask for 1 or more")
     if options.jobs < 1:
         raise InputError(f"{options.jobs} jobs were asked for: ask for 1 or more")
+    training_device(options.device)
     results = Results(options.json)
     cells = cells_of(options.studies, options.methods, range(options.seeds))
     place = Place(options.runs, options.device)
@@ -72,10 +74,16 @@ def bench_accuracy(options: AccuracyOptions, say: Say = print) -> str:
         side_by_side(left, results, place, options.jobs, say)
     else:
         _one_by_one(left, results, place, say)
+    shown = current(results.cells)
+    if len(shown) < len(results.cells):
+        say(
+            f"{len(results.cells) - len(shown)} cells of {options.json} were trained with other "
+            "settings than their studies have now, and are left out"
+        )
     if options.plots is not None:
-        for path in plot(results.cells, options.plots):
+        for path in plot(shown, options.plots):
             say(f"wrote {path}")
-    return text_of(results.cells)
+    return text_of(shown)
 
 
 def _one_by_one(left: Sequence[Cell], results: Results, place: Place, say: Say) -> None:

@@ -78,7 +78,7 @@ def _findings(
 
 def _cost(cells: Mapping[str, Mapping[str, Any]]) -> str:
     hours = sum(float(cell["seconds"]) for cell in cells.values()) / 3600
-    return f"{len(cells)} cells, {hours:.2f} core-hours of training and measuring"
+    return f"{len(cells)} cells, {hours:.2f} hours of training and measuring"
 
 
 def plot(cells: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]:

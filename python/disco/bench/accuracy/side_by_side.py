@@ -1,12 +1,15 @@
-"""Cells side by side, in processes: trainings first, since others wait for them."""
+"""Cells side by side, in processes: trainings before measurements, since others wait for them."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from typing import Any
 
@@ -15,6 +18,7 @@ import torch
 from disco.bench.accuracy.cells import Cell
 from disco.bench.accuracy.results import Results
 from disco.bench.accuracy.work import Place, Say, is_trained, measured, trained
+from disco.errors import TrainingError
 
 
 def side_by_side(left: Sequence[Cell], results: Results, place: Place, jobs: int, say: Say) -> None:
@@ -28,78 +32,104 @@ def side_by_side(left: Sequence[Cell], results: Results, place: Place, jobs: int
         say: takes lines on progress.
 
     Raises:
-        What training or measuring raised first, when the cells that run then have ended.
+        TrainingError: a process ended by itself.
+        What training or measuring raised first; cells that are under way then are finished first.
     """
-    to_train = [cell for cell in _with_needed(left) if not is_trained(cell, place)]
-    to_measure = list(left)
+    try:
+        with _pool(jobs) as pool:
+            _run(pool, left, results, place, jobs, say)
+    except BrokenProcessPool as error:
+        raise TrainingError(
+            "a process of --jobs was ended from outside, perhaps because memory ran out: give the "
+            "command again, with fewer --jobs; it goes on from the last checkpoints"
+        ) from error
+
+
+def _run(
+    pool: Executor, left: Sequence[Cell], results: Results, place: Place, jobs: int, say: Say
+) -> None:
+    to_train, to_measure = _to_train(left, place), list(left)
+    untrained = set(to_train)
     running: dict[Future[dict[str, Any] | None], Cell] = {}
-    busy: set[Cell] = set()
-    with _pool(jobs) as pool:
-        while to_train or to_measure or running:
-            while len(running) < jobs:
-                cell = _next(to_train, {*to_train, *busy}, ready=lambda c: c.needs)
-                if cell is not None:
-                    running[pool.submit(_train, cell, place)] = cell
-                    busy.add(cell)
-                    continue
-                cell = _next(to_measure, {*to_train, *busy}, ready=lambda c: (c,))
-                if cell is None:
-                    break
+    failed: Exception | None = None
+    while True:
+        while len(running) < jobs and failed is None:
+            if (cell := _taken(to_train, untrained)) is not None:
+                running[pool.submit(_train, cell, place)] = cell
+            elif (cell := _taken(to_measure, untrained, itself=True)) is not None:
                 running[pool.submit(_measure, cell, place)] = cell
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                cell = running.pop(future)
+            else:
+                break
+        if not running:
+            break
+        done, _ = wait(running, return_when=FIRST_COMPLETED)
+        for future in done:
+            cell = running.pop(future)
+            try:
                 found = future.result()
-                if found is None:
-                    busy.discard(cell)
-                    say(f"{cell.key} is trained ({len(to_train)} trainings wait)")
-                else:
-                    results.add(cell.key, found)
-                    say(
-                        f"{cell.key}: {found['metric']} {found['value']:.4f} "
-                        f"({len(to_measure)} measurements wait)"
-                    )
+            except Exception as error:  # noqa: BLE001 - raised when the others are done
+                failed = failed or error
+                continue
+            if found is None:
+                untrained.discard(cell)
+                say(f"{cell.key} is trained ({len(to_train)} trainings wait)")
+            else:
+                results.add(cell.key, found)
+                say(
+                    f"{cell.key}: {found['metric']} {found['value']:.4f} "
+                    f"({len(to_measure)} measurements wait)"
+                )
+    if failed is not None:
+        raise failed
 
 
-def _pool(jobs: int) -> Executor:
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin)
-
-
-def _begin() -> None:
-    torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A process of a pool whose parent was killed would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait_for([parent.sentinel])
-        os._exit(1)
-
-
-def _next(
-    waiting: list[Cell], unfinished: set[Cell], ready: Callable[[Cell], Iterable[Cell]]
-) -> Cell | None:
-    """Take out the first cell that waits for none of `unfinished`."""
-    for index, cell in enumerate(waiting):
-        if not unfinished.intersection(ready(cell)):
-            return waiting.pop(index)
-    return None
-
-
-def _with_needed(cells: Sequence[Cell]) -> list[Cell]:
+def _to_train(left: Sequence[Cell], place: Place) -> list[Cell]:
+    """The cells without a finished run, and those that they need, each after what it needs."""
     found: dict[Cell, None] = {}
 
     def add(cell: Cell) -> None:
+        if is_trained(cell, place):
+            return
         for needed in cell.needs:
             add(needed)
         found.setdefault(cell)
 
-    for cell in cells:
+    for cell in left:
         add(cell)
     return list(found)
+
+
+def _taken(waiting: list[Cell], untrained: Collection[Cell], itself: bool = False) -> Cell | None:
+    """Take out the first cell whose needs (with `itself`, which itself) is trained."""
+    for index, cell in enumerate(waiting):
+        if not any(needed in untrained for needed in ((cell,) if itself else cell.needs)):
+            return waiting.pop(index)
+    return None
+
+
+@contextmanager
+def _pool(jobs: int) -> Iterator[Executor]:
+    """Processes that end at once when this one is interrupted or killed."""
+    context = multiprocessing.get_context("spawn")
+    watched, held = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(watched,))
+    try:
+        yield pool
+    finally:
+        held.close()  # what still runs is not wanted any more
+        pool.shutdown(cancel_futures=True)
+        watched.close()
+
+
+def _begin(watched: Connection) -> None:
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
+
+
+def _end_with(watched: Connection) -> None:
+    """End when the other end of a pipe is closed: a pool's processes would wait for ever."""
+    wait_for([watched])
+    os._exit(1)
 
 
 def _train(cell: Cell, place: Place) -> None:

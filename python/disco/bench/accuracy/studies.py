@@ -119,9 +119,8 @@ class Study:
         first_epochs: of the dense model that all methods begin with.
         epochs: of each method after that.
         methods: by number of nodes, those that are compared.
-        width: the thin model's name is the model's with this separator and its width.
+        width_step: widths of the thin model are multiples of it.
         points: of the metric that are called one; 0.01 for shares, 1 for decibels.
-        allowed: points below the dense model that DISCO may be.
     """
 
     name: str
@@ -132,7 +131,6 @@ class Study:
     methods: Mapping[int, tuple[str, ...]]
     width_step: int = 1
     points: float = 0.01
-    allowed: float = 0.5
 
 
 # Of all trainings: masks tighten over the first half, and the second half is trained with them.
@@ -253,7 +251,6 @@ STUDIES: Mapping[str, Study] = {
             epochs=8,
             methods={4: _SOME, 2: _FEW, 8: ("independent", "magnitude", "disco")},
             points=1.0,
-            allowed=0.2,
         ),
         Study(
             "photographs-transformer",
@@ -264,7 +261,6 @@ STUDIES: Mapping[str, Study] = {
             methods={4: _MAIN, 2: ("disco",)},
             width_step=4,
             points=1.0,
-            allowed=0.2,
         ),
     )
 }

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from disco.bench.accuracy.cells import Cell
+from disco.bench.accuracy.cells import Cell, cells_of
 from disco.bench.accuracy.measure import bytes_dense, measure
 from disco.bench.accuracy.results import Results, made_by
 from disco.bench.accuracy.studies import DENSE
@@ -45,7 +45,7 @@ def trained(cell: Cell, place: Place) -> Run:
     """
     config = config_of(cell, place)
     path = place.runs / cell.key
-    if is_run(path) and open_run(path).config != config:
+    if is_run(path) and not _same(open_run(path), config):
         raise InputError(
             f"the run in {path} has other settings than the cell {cell.key} has now: remove it, or "
             "give another --runs"
@@ -69,6 +69,11 @@ def is_trained(cell: Cell, place: Place) -> bool:
     return is_run(path) and open_run(path).is_finished
 
 
+def _same(run: Run, config: TrainConfig) -> bool:
+    """Whether it has these settings; a finished one may have begun in another folder of runs."""
+    return _plain(run.config) == _plain(config) if run.is_finished else run.config == config
+
+
 def measured(cell: Cell, place: Place, say: Say) -> dict[str, Any]:
     """Train the cell if need be, measure it, and return what its results hold.
 
@@ -77,7 +82,8 @@ def measured(cell: Cell, place: Place, say: Say) -> dict[str, Any]:
         place: where its run is.
         say: takes lines on progress.
     """
-    # The processor's time, where it can be had: others may share the cores, or stop the process.
+    # The processor's time: others may share the cores, or stop the process. Of a training by
+    # another process only the clock's is known.
     before = open_run(place.runs / cell.key).seconds if is_trained(cell, place) else 0.0
     begin = time.process_time()
     run = trained(cell, place)
@@ -99,6 +105,22 @@ def is_done(results: Results, cell: Cell, place: Place) -> bool:
     """Whether the results have it, trained as it would be now."""
     found = results.cells.get(cell.key)
     return found is not None and bool(found["config"] == _plain(config_of(cell, place)))
+
+
+def current(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Those of some results that a study has, with the settings that it has now.
+
+    The width of a thin model is not looked at: finding it takes long.
+    """
+    seeds = sorted({int(key.rpartition("/")[2]) for key in cells})
+    found = {}
+    for cell in cells_of((), (), seeds):
+        if cell.key in cells:
+            config = cells[cell.key]["config"]
+            model = config["model"] if cell.is_thin else None
+            if config == _plain(cell.config(Path("runs"), model)):
+                found[cell.key] = cells[cell.key]
+    return found
 
 
 def config_of(cell: Cell, place: Place) -> TrainConfig:
