@@ -17,6 +17,7 @@ from disco.errors import InputError
 _HEAD = (
     "method",
     "nodes",
+    "seeds",
     "metric",
     "to dense",
     "to independent",
@@ -38,9 +39,8 @@ def text_of(cells: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _of_study(study: Study, lines: Sequence[Line], cells: Mapping[str, Mapping[str, Any]]) -> str:
-    seeds = max(len(line.values) for line in lines)
     rows = [_HEAD, *(_row(line) for line in lines)]
-    head = f"{study.text}; mean ± deviation over {seeds} seeds, differences with 95% intervals"
+    head = f"{study.text}; mean ± deviation over seeds, differences with 95% intervals"
     return "\n".join([head, "", table(rows), *_findings(study, lines, cells)])
 
 
@@ -50,6 +50,7 @@ def _row(line: Line) -> tuple[str, ...]:
     return (
         line.name,
         str(line.nodes),
+        str(len(line.values)),
         f"{scale * line.mean:.2f} ±{scale * line.deviation:.2f}",
         "" if line.to_dense is None else str(line.to_dense),
         "" if line.to_independent is None else str(line.to_independent),
