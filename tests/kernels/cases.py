@@ -7,14 +7,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
 from disco_kernels import ConvSpec, Ownership
+from disco_kernels.backends.cpu import extension_status
 from disco_kernels.pattern import Selected
 from tests.kernels.oracle import GEOMETRIES
 
 BACKENDS = ("reference", "cpu")
+needs_extension = pytest.mark.skipif(
+    extension_status().error is not None, reason=f"no extension: {extension_status().error}"
+)
 # More than the machine has cores, too.
 THREADS = (1, 2, 3)
 
@@ -29,6 +34,11 @@ SEGMENT_LAYOUTS = (
 )
 RESIDUALS = ("none", "nhwc", "nchw", "slice")
 OUTPUTS = ("fresh", "dense", "slice", "crop")
+
+
+def i32(*values: int) -> Tensor:
+    """A list of channels as operators take it."""
+    return torch.tensor(values, dtype=torch.int32)
 
 
 def fits(first: str, a: object, second: str, b: object) -> bool:

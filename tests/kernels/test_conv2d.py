@@ -32,6 +32,7 @@ from tests.kernels.cases import (
     fits,
     fresh,
     image,
+    needs_extension,
     ownership,
     residual_of,
     run,
@@ -47,9 +48,6 @@ from tests.kernels.process import python
 pytestmark = pytest.mark.usefixtures("poison")
 
 STATUS = extension_status()
-needs_extension = pytest.mark.skipif(
-    STATUS.error is not None, reason=f"no extension: {STATUS.error}"
-)
 both_backends = pytest.mark.parametrize(
     "backend", [pytest.param(b, marks=needs_extension if b == "cpu" else ()) for b in BACKENDS]
 )

@@ -32,6 +32,7 @@ from tests.kernels.cases import (
     fresh,
     image,
     in_dtype,
+    needs_extension,
     residual_of,
     run,
     seed,
@@ -43,9 +44,6 @@ from tests.kernels.covering import Case, covered_pairs, pairwise, possible_pairs
 pytestmark = pytest.mark.usefixtures("poison")
 
 STATUS = extension_status()
-needs_extension = pytest.mark.skipif(
-    STATUS.error is not None, reason=f"no extension: {STATUS.error}"
-)
 both_backends = pytest.mark.parametrize(
     "backend", [pytest.param(b, marks=needs_extension if b == "cpu" else ()) for b in BACKENDS]
 )

@@ -7,11 +7,8 @@ import re
 import pytest
 
 from disco_kernels.backends.cpu import extension_status
+from tests.kernels.cases import needs_extension
 from tests.kernels.process import python, script
-
-needs_extension = pytest.mark.skipif(
-    extension_status().error is not None, reason=f"no extension: {extension_status().error}"
-)
 
 
 def test_import_is_quiet_and_needs_nothing_optional() -> None:

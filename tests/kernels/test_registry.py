@@ -11,13 +11,11 @@ from torch import nn
 import disco_kernels as dk
 from disco_kernels import registry
 from disco_kernels.backends.cpu import extension_status
+from tests.kernels.cases import needs_extension
 from tests.kernels.models import linear
 from tests.kernels.process import script
 
 CPU = torch.device("cpu")
-needs_extension = pytest.mark.skipif(
-    extension_status().error is not None, reason=f"no extension: {extension_status().error}"
-)
 
 
 @needs_extension

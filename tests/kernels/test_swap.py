@@ -13,6 +13,7 @@ from torch.nn.utils import prune
 import disco_kernels as dk
 from disco_kernels.backends.cpu import extension_status
 from disco_kernels.modules import SwappedConv2d, SwappedMixin
+from tests.kernels.cases import needs_extension
 from tests.kernels.models import (
     DEPTHWISE,
     SWAPPABLE,
@@ -26,9 +27,6 @@ from tests.kernels.models import (
     swappable,
 )
 
-needs_extension = pytest.mark.skipif(
-    extension_status().error is not None, reason=f"no extension: {extension_status().error}"
-)
 both_backends = pytest.mark.parametrize(
     "backend",
     [pytest.param("cpu", marks=needs_extension), "reference"],

@@ -17,15 +17,11 @@ from torch import Tensor
 
 import disco_kernels as dk
 from disco_kernels import registry
-from disco_kernels.backends.cpu import extension_status
 from disco_kernels.wire import WIRE_DTYPES
-from tests.kernels.cases import BACKENDS, THREADS, image, in_dtype, seed, threads
+from tests.kernels.cases import BACKENDS, THREADS, image, in_dtype, needs_extension, seed, threads
 from tests.kernels.covering import covered_pairs, pairwise, possible_pairs
 
 pytestmark = pytest.mark.usefixtures("poison")
-needs_extension = pytest.mark.skipif(
-    extension_status().error is not None, reason=f"no extension: {extension_status().error}"
-)
 both_backends = pytest.mark.parametrize(
     "backend", [pytest.param(b, marks=needs_extension if b == "cpu" else ()) for b in BACKENDS]
 )

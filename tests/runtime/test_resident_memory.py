@@ -16,11 +16,8 @@ import torch
 
 import disco
 from disco.zoo import build_model
-from disco_kernels.backends.cpu import extension_status
+from tests.kernels.cases import needs_extension
 
-needs_extension = pytest.mark.skipif(
-    extension_status().error is not None, reason=f"no extension: {extension_status().error}"
-)
 linux_only = pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="resident memory is read from /proc"
 )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from disco.runtime import RankProcesses
+from tests.runtime.resident import resident_kb
 from tests.runtime.test_failures import Cluster
 
 linux_only = pytest.mark.skipif(
@@ -23,11 +24,6 @@ linux_only = pytest.mark.skipif(
 # Allocators keep a few pages more after thousands of requests; a leak of 100 bytes a request would
 # be 0.9 MB after 9,000.
 GROWTH_KB = 1000
-
-
-def resident_kb(pid: int) -> int:
-    text = Path(f"/proc/{pid}/status").read_text()
-    return next(int(line.split()[1]) for line in text.splitlines() if line.startswith("VmRSS"))
 
 
 def descriptors(pid: int) -> int:
