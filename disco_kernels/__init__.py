@@ -20,14 +20,10 @@ from disco_kernels.functional import (
     prepack,
     prepack_grouped,
 )
+from disco_kernels.gather_kernels import GatherConv2d, GatherLinear
 from disco_kernels.grouped import GroupedConv2d
-from disco_kernels.kernels import (
-    GatherConv2d,
-    GatherLinear,
-    PartialConv2d,
-    PartialLinear,
-)
 from disco_kernels.packing import GatherPack
+from disco_kernels.partial_kernels import PartialConv2d, PartialLinear
 from disco_kernels.pattern import (
     LayerPattern,
     Ownership,

@@ -1,5 +1,5 @@
-"""The prepared kernel of grouped and depthwise convolutions: as those in `disco_kernels.kernels`,
-packed once, called past the dispatcher, for inference."""
+"""The prepared kernel of grouped and depthwise convolutions: as those in
+`disco_kernels.prepared_kernel`, packed once, called past the dispatcher, for inference."""
 
 from __future__ import annotations
 
