@@ -61,3 +61,7 @@ def describe(row: Mapping[str, Any], epochs: int, metric: str) -> str:
         f"epoch {row['epoch']}/{epochs}: loss {row['loss']:.4f}, {value}"
         f"density {row['density']:.3f}, lr {row['lr']:.2e}, {row['seconds']:.1f} s"
     )
+
+
+def silent(line: str) -> None:
+    """Takes a line and drops it."""

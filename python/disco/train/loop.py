@@ -18,7 +18,7 @@ from disco.train.checkpoint import rng_state, set_rng_state
 from disco.train.config import TrainConfig
 from disco.train.evaluation import Evaluation, evaluate
 from disco.train.files import write_whole
-from disco.train.log import Progress, TensorBoard, describe
+from disco.train.log import Progress, TensorBoard, describe, silent
 from disco.train.run_folder import Run
 from disco.train.schedule import learning_rate
 from disco.train.sparsity import make_sparsifier
@@ -195,7 +195,7 @@ class Training:
             self.task,
             self.data.val,
             self.data.classes,
-            self.say if first else _silent,  # the same images are refused every epoch
+            self.say if first else silent,  # the same images are refused every epoch
             batch_size=self.config.batch_size,
             workers=self.workers,
             device=self.device,
@@ -252,7 +252,3 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     if config.optimizer == "sgd":
         return SGD(groups, lr=config.peak_lr, momentum=0.9, nesterov=True)
     return AdamW(groups, lr=config.peak_lr)
-
-
-def _silent(line: str) -> None:
-    """Takes a line and drops it."""

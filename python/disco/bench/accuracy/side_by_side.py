@@ -19,6 +19,7 @@ from disco.bench.accuracy.cells import Cell
 from disco.bench.accuracy.results import Results
 from disco.bench.accuracy.work import Place, Say, is_trained, measured, trained
 from disco.errors import TrainingError
+from disco.train.log import silent
 
 
 def side_by_side(left: Sequence[Cell], results: Results, place: Place, jobs: int, say: Say) -> None:
@@ -137,8 +138,4 @@ def _train(cell: Cell, place: Place) -> None:
 
 
 def _measure(cell: Cell, place: Place) -> dict[str, Any]:
-    return measured(cell, place, _silent)
-
-
-def _silent(line: str) -> None:
-    """Takes a line and drops it."""
+    return measured(cell, place, silent)

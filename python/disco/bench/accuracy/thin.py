@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from disco import api
 from disco.bench.accuracy.studies import Study
@@ -27,7 +28,9 @@ def thin_model(study: Study, nodes: int) -> str:
         def distance(width: int) -> int:
             name = f"{base_name(config.model_name)}-w{width}"
             example, thin = _untrained(config, name)
-            return abs(api.partition(thin, (example,), 1).plan.flops_dense - target)
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                thin.eval()(example)
+            return abs(counter.get_total_flops() - target)
 
         low, high = 0, len(widths) - 1
         while high - low > 2:  # the distance falls and rises once

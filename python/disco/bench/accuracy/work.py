@@ -16,6 +16,7 @@ from disco.bench.accuracy.studies import DENSE
 from disco.bench.accuracy.thin import thin_model
 from disco.errors import InputError
 from disco.train import Run, TrainConfig, open_run, resume, train
+from disco.train.log import silent
 from disco.train.run_folder import is_run
 
 Say = Callable[[str], None]
@@ -55,9 +56,9 @@ def trained(cell: Cell, place: Place) -> Run:
             trained(needed, place)
     if not is_run(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        train(config, path, _silent, device=place.device)
+        train(config, path, silent, device=place.device)
     elif not open_run(path).is_finished:
-        resume(path, None, _silent, device=place.device)
+        resume(path, None, silent, device=place.device)
     # Of a finished run they only take room: hundreds of runs would be gigabytes.
     shutil.rmtree(path / "checkpoints", ignore_errors=True)
     return open_run(path)
@@ -137,7 +138,3 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
             plain[name] = "/".join(Path(plain[name]).parts[-4:])
     plain["method_options"] = dict(plain["method_options"])
     return plain
-
-
-def _silent(line: str) -> None:
-    """Takes a line and drops it."""
