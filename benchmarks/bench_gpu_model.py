@@ -8,6 +8,7 @@ float64 on the same input, and the error of the dense side with it.
 
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 import disco
@@ -22,6 +23,7 @@ from benchmarks.gpu_models import (
     measure,
     parser_of,
     print_row,
+    read_groups,
     relative_error,
     set_precision,
     sparse_model,
@@ -38,13 +40,16 @@ def main() -> None:
     args = parser.parse_args()
     set_precision(args)
     model = sparse_model(args).cuda()
-    ours = disco.compile(model, NODES, example_inputs=example_of(args), dtype=DTYPES[args.dtype])
+    options: dict[str, Any] = {
+        "example_inputs": example_of(args),
+        "dtype": DTYPES[args.dtype],
+        "group_size": read_groups(args),
+    }
+    ours = disco.compile(model, NODES, **options)
     sides = {"disco": ours, **dense_sides(model, args)}
     if args.triton_alone:
         with mock.patch.object(Conv2dSm90, "make", return_value=None):
-            sides["disco_triton"] = disco.compile(
-                model, NODES, example_inputs=example_of(args), dtype=DTYPES[args.dtype]
-            )
+            sides["disco_triton"] = disco.compile(model, NODES, **options)
     oracle = exact_model(model)
     rows = []
     for batch in (int(b) for b in args.batches.split(",")):
@@ -54,7 +59,7 @@ def main() -> None:
         row["relative_error"] = {name: relative_error(y, wanted) for name, y in outputs.items()}
         rows.append(row)
         print_row(args, row)
-    write_report(args, rows, kernels=ours.kernel_backends)
+    write_report(args, rows, kernels=ours.kernel_backends, effective_density=ours.effective_density)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ def parser_of(description: str, batches: str) -> argparse.ArgumentParser:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batches", default=batches)
     parser.add_argument("--density", type=float, default=0.1)
-    parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--group-size", type=int, default=8, help="channels chosen at a time")
+    parser.add_argument("--order", action="store_true", help="channels put into runs afterwards")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
     parser.add_argument("--tf32", action="store_true", help="allow TF32 products in float32")
     parser.add_argument("--max-autotune", action="store_true")
@@ -62,7 +63,14 @@ def sparse_model(args: argparse.Namespace) -> nn.Module:
     model = build_model(args.source, args.model)
     grouped = {} if args.group_size == 1 else {"group_size": args.group_size}
     disco.sparsify_(model, NODES, args.density, example_of(args), **grouped)
+    if args.order:
+        print(disco.order_channels_(model, NODES, example_of(args), group_size=read_groups(args)))
     return model
+
+
+def read_groups(args: argparse.Namespace) -> int:
+    """Channels that are read at once: 16 bytes of them, if they were put into runs."""
+    return 16 // DTYPES[args.dtype].itemsize if args.order else 1
 
 
 def image_batch(args: argparse.Namespace, batch: int) -> Tensor:

@@ -129,9 +129,11 @@ class LayerPattern:
         return sent / owned if owned else 0.0
 
     def input_channels(self, rank: int) -> tuple[int, ...]:
-        """The global channels that ``rank`` reads: its own, then each sender's selected ones."""
+        """The global channels that ``rank`` reads: in order where they are one run, else its own,
+        then each sender's selected ones."""
         remote = (c for channels in self.selected[rank] for c in channels)
-        return (*self.in_ownership.channels[rank], *remote)
+        read = (*self.in_ownership.channels[rank], *remote)
+        return tuple(sorted(read)) if read and max(read) - min(read) + 1 == len(read) else read
 
     def off_pattern_max(self, weight: Tensor) -> tuple[float, int, int]:
         """Largest ``|weight|`` outside the pattern, and the block ``(i, j)`` that holds it.

@@ -3,7 +3,7 @@
 `partition` cuts a model into one shard per node, `partition_submodules_` the parts of a model that
 can be cut, `compile` makes it fast on one machine, `load` runs saved shards, `sparsify_` gives a
 model the structure that makes the exchange small, `Sparsifier` gives it that during training,
-`colocate_` puts coupled channels on one node before.
+`colocate_` puts coupled channels on one node before, `order_channels_` side by side what is read.
 `WireSimulation` lets it be trained for rounded payloads and lost nodes.
 Importing the package is light: model zoos and optional backends are loaded on use only.
 """
@@ -21,7 +21,14 @@ from disco.api import (
 )
 from disco.errors import DeadlineError, InputError, TransportError
 from disco.partition.cluster import Cluster, Link, Node
-from disco.sparsify import ColocationReport, Sparsifier, WireSimulation, colocate_
+from disco.sparsify import (
+    ColocationReport,
+    OrderReport,
+    Sparsifier,
+    WireSimulation,
+    colocate_,
+    order_channels_,
+)
 from disco.submodules import partition_submodules_, submodule_inputs
 
 __all__ = [
@@ -32,6 +39,7 @@ __all__ = [
     "InputError",
     "Link",
     "Node",
+    "OrderReport",
     "Partitioned",
     "Sparsifier",
     "TransportError",
@@ -39,6 +47,7 @@ __all__ = [
     "colocate_",
     "compile",
     "load",
+    "order_channels_",
     "partition",
     "partition_submodules_",
     "sparsify_",

@@ -130,7 +130,7 @@ def test_layers_with_a_pattern_are_gathered(zeros: float, kinds: list[str]) -> N
                 rows = torch.tensor(out.channels[i])[:, None]
                 case.weights[name][rows, torch.tensor(owned.channels[j])] = 0.0
     decisions = decide(case.program(), case.weights, {}, 2, out_ownership=outputs)
-    program = one_machine_program(decisions)
+    program, _ = one_machine_program(decisions)
     assert [op.kind for op in program.ops if op.kind.startswith("disco.")] == kinds
 
     x = case.input(3)

@@ -73,6 +73,17 @@ def _receivers(
 
 def _ordered(owned: Sequence[int], masks: Mapping[int, int]) -> tuple[int, ...]:
     """A rank's channels in the order with the fewest runs; of equals as they are."""
+    orders = orders_to_try(owned, masks)
+    return min(orders, key=lambda order: _num_runs([masks.get(c, 0) for c in order]))
+
+
+def orders_to_try(owned: Sequence[int], masks: Mapping[int, int]) -> list[tuple[int, ...]]:
+    """As they are, and orders in which channels with the same mask lie together.
+
+    Args:
+        owned: channels whose places can be exchanged.
+        masks: per channel a bit for everyone it is sent to; the highest counts most.
+    """
     given = tuple(owned)
     classes: dict[int, list[int]] = {}
     for channel in given:
@@ -80,8 +91,7 @@ def _ordered(owned: Sequence[int], masks: Mapping[int, int]) -> tuple[int, ...]:
     ways: list[Callable[[Collection[int]], list[int]]] = [_by_value, _by_gray_code]
     if len(classes) <= _SEARCHED:
         ways.append(_by_neighbour)
-    orders = [given, *(tuple(c for m in way(classes) for c in classes[m]) for way in ways)]
-    return min(orders, key=lambda order: _num_runs([masks.get(c, 0) for c in order]))
+    return [given, *(tuple(c for m in way(classes) for c in classes[m]) for way in ways)]
 
 
 def _num_runs(masks: Sequence[int]) -> int:

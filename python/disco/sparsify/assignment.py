@@ -86,7 +86,7 @@ def movable(axis: Axis, permutable: Permutable, scores: Scores) -> Movable | str
             places = permutable.axes.places(whole, axis.number)
             if (places < 0).all():
                 continue
-            ranks = _ranks_of_places(places, ranks_of(ownership), axis.size)
+            ranks = ranks_of_places(places, ranks_of(ownership), axis.size)
             if ranks is None:
                 return "each of its places lies on several ranks"
             sides.append(Side(number, name if dim == 0 else "", places, ranks))
@@ -97,7 +97,14 @@ def movable(axis: Axis, permutable: Permutable, scores: Scores) -> Movable | str
     return Movable(axis, sides, kinds.reshape(-1), kind_ranks)
 
 
-def _ranks_of_places(places: Indices, ranks: Indices, size: int) -> Indices | None:
+def ranks_of_places(places: Indices, ranks: Indices, size: int) -> Indices | None:
+    """The rank of each of an axis's places; None where one of them lies on several.
+
+    Args:
+        places: per entry of a dimension its place along the axis; -1 where it has none.
+        ranks: per entry.
+        size: of the axis. A place that no entry has gets -1.
+    """
     found = np.full(size, -1)
     found[places[places >= 0]] = ranks[places >= 0]
     same = found[places[places >= 0]] == ranks[places >= 0]
