@@ -211,7 +211,7 @@ STUDIES: Mapping[str, Study] = {
             },
             first_epochs=10,
             epochs=20,
-            methods={2: _MAIN, 4: _ENDS},
+            methods={2: _SOME, 4: _ENDS},
             width_step=4,
         ),
         Study(
@@ -240,7 +240,7 @@ STUDIES: Mapping[str, Study] = {
             },
             first_epochs=10,
             epochs=16,
-            methods={2: _MAIN, 4: _ENDS},
+            methods={2: _SOME, 4: _ENDS},
             width_step=8,
         ),
         Study(
@@ -258,7 +258,7 @@ STUDIES: Mapping[str, Study] = {
             {**_ENLARGE, "model": "sr_transformer_small_x2-w80"},
             first_epochs=8,
             epochs=8,
-            methods={4: _MAIN, 2: ("disco",)},
+            methods={4: _SOME, 2: ("disco",)},
             width_step=4,
             points=1.0,
         ),
