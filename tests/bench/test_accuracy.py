@@ -30,6 +30,7 @@ from disco.bench.accuracy.studies import METHODS, STUDIES, Study
 from disco.bench.accuracy.summary import lines_of, paired
 from disco.bench.accuracy.work import Place, _plain, current
 from disco.errors import InputError, TrainingError
+from tests.kernels.process import python
 from tests.tasks.small_data import write_digits
 
 
@@ -277,6 +278,18 @@ def test_processes_have_one_thread_and_end_with_an_interruption() -> None:
         time.sleep(0.5)
         raise KeyboardInterrupt
     assert time.monotonic() - begin < 300
+
+
+def test_processes_that_end_leave_nothing() -> None:
+    """Killed ones would: multiprocessing warns of locks, such as tqdm's, that nobody gave back."""
+    code = (
+        "from disco.bench.accuracy.side_by_side import _pool\n"
+        "lock = 'import builtins, multiprocessing as m; builtins.lock = m.RLock()'\n"
+        "with _pool(2) as pool:\n"
+        "    print(pool.submit(exec, lock).result())\n"
+    )
+    done = python("-c", code)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "None", "")
 
 
 def test_only_cells_of_the_studies_settings_are_shown(tmp_path: Path) -> None:

@@ -116,9 +116,13 @@ def _pool(jobs: int) -> Iterator[Executor]:
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(watched,))
     try:
         yield pool
-    finally:
+    except BaseException:
         held.close()  # what still runs is not wanted any more
+        raise
+    finally:
+        # Processes that have nothing left to do end by themselves, and give back what they share.
         pool.shutdown(cancel_futures=True)
+        held.close()
         watched.close()
 
 
