@@ -125,7 +125,6 @@ def test_a_permuted_model_compiles_exactly_in_groups() -> None:
 
 
 def test_what_is_read_without_weights_counts_for_nothing() -> None:
-    """Unless it is not finite: zero times infinity is not a number, as in the dense layer."""
     model = nn.Sequential(nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)).eval()
     x = torch.randn(2, 16, 4, 4)
     disco.sparsify_(model, 2, 0.25, (x,))

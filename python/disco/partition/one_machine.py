@@ -28,12 +28,14 @@ class SkippingLayer(NamedTuple):
         op: the dense one.
         outputs, inputs: who computes and owns them.
         selected: ``[receiver][sender]`` channels that have weights.
+        read: those that are read: whole groups.
     """
 
     op: Op
     outputs: Ownership
     inputs: Ownership
     selected: Selected
+    read: Selected
 
 
 def skipping_layers(decisions: Decisions, group_size: int = 1) -> list[SkippingLayer]:
@@ -58,9 +60,8 @@ def one_machine_program(
     for op in decisions.program.ops:
         layer = layers.get(op.name)
         if layer is not None:
-            selected = in_whole_groups(layer.inputs, layer.selected, group_size)
-            read[op.name] = channels_read(layer.inputs, layer.selected, selected)
-            op = _gathered(layer._replace(selected=selected))
+            read[op.name] = channels_read(layer.inputs, layer.selected, layer.read)
+            op = _gathered(layer)
         ops.append(op)
     return merge_reductions(merge_norms(replace(decisions.program, ops=tuple(ops)))), read
 
@@ -69,14 +70,14 @@ def _skipping(op: Op, lowering: Lowering, group_size: int) -> SkippingLayer | No
     out, inputs = lowering.out_ownership, lowering.in_ownership
     if op.kind not in _GATHERED or out is None or inputs is None or op.kwargs.get("groups", 1) != 1:
         return None
-    selected = in_whole_groups(inputs, lowering.selected, group_size)
-    read = sum(
-        len(out.channels[rank]) * (len(own) + sum(map(len, selected[rank])))
+    read = in_whole_groups(inputs, lowering.selected, group_size)
+    products = sum(
+        len(out.channels[rank]) * (len(own) + sum(map(len, read[rank])))
         for rank, own in enumerate(inputs.channels)
     )
-    if read > (1 - _LEAST_SAVING) * out.num_channels * inputs.num_channels:
+    if products > (1 - _LEAST_SAVING) * out.num_channels * inputs.num_channels:
         return None
-    return SkippingLayer(op, out, inputs, lowering.selected)
+    return SkippingLayer(op, out, inputs, lowering.selected, read)
 
 
 def _gathered(layer: SkippingLayer) -> Op:
@@ -84,7 +85,7 @@ def _gathered(layer: SkippingLayer) -> Op:
     attributes: dict[str, Arg] = {key: v for key, v in op.kwargs.items() if key != "groups"}
     attributes["out_ownership"] = _plain(layer.outputs.channels)
     attributes["in_ownership"] = _plain(layer.inputs.channels)
-    attributes["selected"] = tuple(_plain(row) for row in layer.selected)
+    attributes["selected"] = tuple(_plain(row) for row in layer.read)
     return Op(_GATHERED[op.kind], op.name, op.args, attributes)
 
 

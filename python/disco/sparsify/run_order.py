@@ -24,6 +24,7 @@ from disco.partition.channel_order import orders_to_try
 from disco.partition.one_machine import SkippingLayer, skipping_layers
 from disco.partition.planner import dense_flops
 from disco.partition.read_groups import ChannelsRead
+from disco.program import Op
 from disco.sparsify.assignment import ranks_of_places
 from disco.sparsify.find_groups import tensors_of
 from disco.sparsify.lost_score import ranks_of
@@ -96,9 +97,8 @@ def order_channels_(
     captured = capture(model, example_inputs, example_kwargs=example_kwargs)
     decisions = decide(*captured, nodes)
     layers = [
-        _Layer(layer, decisions.context.origins.get(weight, weight), _work(layer, decisions))
+        _Layer(layer, _parameter(layer.op, decisions), _work(layer, decisions))
         for layer in skipping_layers(decisions)
-        if (weight := next(layer.op.weight_refs()))
     ]
     if not layers:
         raise InputError(
@@ -158,6 +158,12 @@ class _Layer:
         return np.asarray(ranks == np.arange(self.layer.inputs.world_size)[:, None])
 
 
+def _parameter(op: Op, decisions: Decisions) -> str:
+    """The model's parameter that an op's weight was made of; empty for an op without one."""
+    weight = next(op.weight_refs(), "")
+    return decisions.context.origins.get(weight, weight)
+
+
 def _work(layer: SkippingLayer, decisions: Decisions) -> list[float]:
     one = dense_flops(layer.op, decisions.context) / max(
         1, layer.outputs.num_channels * layer.inputs.num_channels
@@ -169,8 +175,7 @@ def _ownerships(decisions: Decisions, permutable: Permutable) -> list[tuple[str,
     """Parameter, dimension and the ranks of its entries, wherever somebody owns them."""
     found = []
     for op, lowering in zip(decisions.program.ops, decisions.lowerings, strict=True):
-        weight = next(op.weight_refs(), "")
-        parameter = decisions.context.origins.get(weight, weight)
+        parameter = _parameter(op, decisions)
         if parameter in permutable.first_name:
             for dim, owned in enumerate((lowering.out_ownership, lowering.in_ownership)):
                 if owned is not None:
