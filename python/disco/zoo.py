@@ -73,6 +73,35 @@ def build_model(
     return model.eval()
 
 
+def full_name(model: str) -> str:
+    """A model's name with its source before it, "torchvision:resnet50".
+
+    Args:
+        model: a name with a source stays as it is, and so does that of a small model ("resnet8");
+            others are looked for in torchvision and then in timm, where they are installed.
+
+    Raises:
+        InputError: none of them has it.
+    """
+    if model.partition(":")[0] in SOURCES or base_name(model) in SMALL_MODELS:
+        return model
+    known: list[str] = list(SMALL_MODELS)
+    missing = []
+    for source in SOURCES[:2]:
+        if importlib.util.find_spec(source) is None:
+            missing.append(source)
+            continue
+        names = _names_of(source)
+        if model.removesuffix(HEADS) in names:
+            return f"{source}:{model}"
+        known += names
+    where = f" ({' and '.join(missing)} not being installed)" if missing else ""
+    raise InputError(
+        f"no model is called {model!r} here, in torchvision or in timm{where}: "
+        f"{_suggestion(model, known)}"
+    )
+
+
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read a state dict without running anything that the file contains.
 
@@ -165,7 +194,7 @@ def _factory(
     if source == "torchvision":
         models = import_torchvision().models
         whole = name.removesuffix(HEADS)
-        _check_name(source, whole, models.list_models())
+        _check_name(source, whole, _names_of(source))
         if whole != name:
             # Detectors of torchvision count the background.
             classes = None if num_classes is None else num_classes + 1
@@ -182,9 +211,8 @@ def _factory(
             raise InputError(
                 "this needs timm, which is not installed: install it with `pip install timm`"
             )
-        import_torchvision()  # timm imports it
+        _check_name(source, name, _names_of(source))
         timm = importlib.import_module("timm")
-        _check_name(source, name, timm.list_models())
         return lambda: timm.create_model(name, pretrained=False, **options)
     if source == "disco":
         _check_name(source, base_name(name), list(SMALL_MODELS))
@@ -196,11 +224,22 @@ def _factory(
     )
 
 
+def _names_of(source: str) -> list[str]:
+    """Of the models of torchvision or timm."""
+    torchvision = import_torchvision()  # timm imports it
+    if source == "torchvision":
+        return list(torchvision.models.list_models())
+    return list(importlib.import_module("timm").list_models())
+
+
 def _check_name(source: str, name: str, known: list[str]) -> None:
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"it has {len(known)} models"
-        raise InputError(f"{source} has no model {name!r}: {hint}")
+        raise InputError(f"{source} has no model {name!r}: {_suggestion(name, known)}")
+
+
+def _suggestion(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3)
+    return f"did you mean {' or '.join(close)}?" if close else f"of {len(known)} none is like it"
 
 
 def _load_strictly(model: nn.Module, state: dict[str, Tensor], what: str, path: Path) -> None:

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from disco.errors import InputError
-from disco.zoo import build_model, category_names, read_state_dict, state_digest
+from disco.zoo import build_model, category_names, full_name, read_state_dict, state_digest
 
 NAME = "squeezenet1_1"
 
@@ -33,6 +33,33 @@ def test_random_weights_follow_the_seed_and_leave_the_generator_alone() -> None:
     ]
     assert digests[0] == digests[1] != digests[2]
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("resnet8", "resnet8"),
+        ("deit_micro-w80", "deit_micro-w80"),
+        ("resnet50", "torchvision:resnet50"),  # timm has one, too
+        ("deit_tiny_patch16_224", "timm:deit_tiny_patch16_224"),
+        ("ssd300_vgg16:heads", "torchvision:ssd300_vgg16:heads"),
+        ("timm:resnet50", "timm:resnet50"),
+        ("torchvision:nothing", "torchvision:nothing"),  # said when it is to be built
+    ],
+)
+def test_names_without_a_source(given: str, expected: str) -> None:
+    assert full_name(given) == expected
+
+
+def test_names_that_no_source_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="no model is called 'resnet51'.*did you mean .*resnet50"):
+        full_name("resnet51")
+    with pytest.raises(InputError, match="'tf:resnet50' here, in torchvision or in timm: "):
+        full_name("tf:resnet50")
+    monkeypatch.setattr("disco.zoo.importlib.util.find_spec", lambda name: None)
+    assert full_name("resnet20") == "resnet20"
+    with pytest.raises(InputError, match=r"\(torchvision and timm not being installed\)"):
+        full_name("resnet50")
 
 
 def test_timm() -> None:

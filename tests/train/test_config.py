@@ -60,6 +60,8 @@ def test_models_and_densities() -> None:
     )
     config = TrainConfig(model="timm:deit_tiny_patch16_224")
     assert (config.source, config.model_name) == ("timm", "deit_tiny_patch16_224")
+    config = TrainConfig(model="resnet50")
+    assert (config.model, config.source) == ("torchvision:resnet50", "torchvision")
     densities = [TrainConfig(method=m).target_density for m in ("dense", "independent", "admm")]
     assert densities == [1.0, 0.0, 0.2]
 

@@ -1,6 +1,15 @@
 """From an `nn.Module` to a program: `torch.export`, then folding and fusing. See `capture`."""
 
 from disco.capture.capture import Captured, Unfolded, capture, capture_source, capture_unfolded
+from disco.capture.noise import noise_modules
 from disco.capture.on_cpu import device_of
 
-__all__ = ["Captured", "Unfolded", "capture", "capture_source", "capture_unfolded", "device_of"]
+__all__ = [
+    "Captured",
+    "Unfolded",
+    "capture",
+    "capture_source",
+    "capture_unfolded",
+    "device_of",
+    "noise_modules",
+]

@@ -13,6 +13,7 @@ from disco.capture.export import export
 from disco.capture.fold_batch_norm import fold_batch_norm
 from disco.capture.fold_constants import fold_constants
 from disco.capture.fuse import fuse_epilogues, lower_convolutions_and_linears
+from disco.capture.noise import marked_noise, take_out_noise
 from disco.capture.on_cpu import on_cpu
 from disco.capture.parts import spell_out_parts, spell_out_shuffles
 from disco.capture.prune import remove_copies, remove_dead
@@ -75,10 +76,13 @@ class Unfolded(NamedTuple):
         source: reads the model's own parameters and buffers; what depends on these alone is
             computed by ops, batch norms are ops of their own (in evaluation mode), and so are
             residuals and activations. Every value of `captured.program` is one of `source`, too.
+        noise: values of `source` that training multiplies by random numbers, each with the names
+            of the modules (see `noise_modules`) that draw them. They are in neither program.
     """
 
     captured: Captured
     source: Program
+    noise: dict[str, tuple[str, ...]]
 
 
 def capture_unfolded(
@@ -90,12 +94,14 @@ def capture_unfolded(
     """Capture `model` as `capture` does with an open batch, keeping what training changes apart.
 
     Raises:
-        InputError: as `capture`.
+        InputError: as `capture`, and noise that is no value's own.
     """
-    program, weights = _functional(model, example_inputs, True, example_kwargs, False)
-    source = spell_out_views(spell_out_parts(remove_copies(program)))
+    with marked_noise(model):
+        program, weights = _functional(model, example_inputs, True, example_kwargs, False)
+    program, noise = take_out_noise(program)
+    source = spell_out_views(spell_out_parts(program))
     source = lower_convolutions_and_linears(remove_dead(spell_out_shuffles(source, weights)))
-    return Unfolded(_folded(program, weights), source)
+    return Unfolded(_folded(program, weights), source, noise)
 
 
 def capture_source(

@@ -14,6 +14,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from disco.capture.noise import NOISE
 from disco.errors import InputError
 from disco.program import (
     Dtype,
@@ -180,7 +181,7 @@ def _kind_of(target: Any) -> str:
 
 
 def _op_of(node: Node, kind: str, stand_for: Mapping[str, Ref | WeightRef]) -> Op:
-    if not is_allowed(kind):
+    if kind != NOISE and not is_allowed(kind):
         raise InputError(
             f"the model uses op {kind!r} (value {node.name!r}), which is not in the allow-list; if "
             f"it is a pure function, allow it with disco.program.register_op({kind!r}, function)"

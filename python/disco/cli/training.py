@@ -17,7 +17,8 @@ from disco.training_commands import evaluate_command, train_command
 _DEFAULT = TrainConfig()
 _MODELS = (
     "small ones (resnet8, deit_micro, ...; deeplab_small, segmenter_small; ssd_small, "
-    "vit_ssd_small; edsr_small_x2, ...), torchvision:NAME, timm:NAME"
+    "vit_ssd_small; edsr_small_x2, ...), torchvision's or timm's (resnet50, torchvision:resnet50, "
+    "timm:resnet50)"
 )
 _DATA = (
     "to classify: digits, digits:FILE or folder:PATH; to segment: scenes, "

@@ -1,8 +1,8 @@
 """A model's function as its own parameters compute it, value by value of a plan's program.
 
 A plan's program is folded and fused. Here each of its values is computed by the ops that were there
-before that, from the model's live parameters, so that gradients reach them and batch norms are
-those of training.
+before that, from the model's live parameters, so that gradients reach them and batch norms and
+dropout are those of training.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class SourceOps:
         unfolded: the model, captured.
 
     Raises:
-        InputError: a batch norm that is no module's of torch.
+        InputError: a batch norm that is no module's of torch, dropout of what is no value here.
     """
 
     def __init__(self, model: nn.Module, unfolded: Unfolded) -> None:
@@ -58,6 +58,11 @@ class SourceOps:
         self._norms = {
             op.name: self._norm_module(op) for op in self._source.ops if op.kind == BATCH_NORM
         }
+        self._noise = {
+            name: tuple(self._noise_module(name, path) for path in paths)
+            for name, paths in unfolded.noise.items()
+        }
+        self._factors: dict[str, Tensor] = {}
         self._chains: dict[str, tuple[Op, ...]] = {}
         self._weights: dict[str, Tensor] = {}
         self._computed: dict[str, Any] = {}
@@ -67,7 +72,7 @@ class SourceOps:
         """Take the parameters as they are now. frozen: batch norms neither use nor keep the
         statistics of this batch, whatever their mode."""
         self._weights = tensors_of(self._model)
-        self._computed, self._frozen = {}, frozen
+        self._computed, self._factors, self._frozen = {}, {}, frozen
         for op in self._of_weights:
             made = self._apply(op, self._computed.__getitem__)
             # Captured programs name no device, so what they make of nothing is on the CPU.
@@ -84,7 +89,7 @@ class SourceOps:
 
     def end(self) -> None:
         """Forget what `begin` and the ops after it have made."""
-        self._weights, self._computed = {}, {}
+        self._weights, self._computed, self._factors = {}, {}, {}
 
     def chain(self, value: str) -> tuple[Op, ...]:
         """The ops that compute a value of the program from others of it and from weights."""
@@ -111,12 +116,20 @@ class SourceOps:
     def has_batch_norm(self, value: str) -> bool:
         return any(op.name in self._norms for op in self.chain(value))
 
-    def evaluate(self, value: str, read: Read, known: Mapping[str, Any] | None = None) -> Any:
+    def evaluate(
+        self,
+        value: str,
+        read: Read,
+        known: Mapping[str, Any] | None = None,
+        *,
+        noiseless: bool = False,
+    ) -> Any:
         """Compute a value.
 
         Args:
             read: gives other values of the program.
             known: results of ops of the chain that are not to be computed.
+            noiseless: leave it to the caller to call `with_noise` on the value itself.
         """
         inside = dict(known or {})
 
@@ -125,8 +138,28 @@ class SourceOps:
 
         for op in self.chain(value):
             if op.name not in inside:
-                inside[op.name] = self._apply(op, find)
+                result = self._apply(op, find)
+                kept = noiseless and op.name == value
+                inside[op.name] = result if kept else self.with_noise(op.name, result)
         return inside[value]
+
+    def with_noise(self, value: str, result: Any) -> Any:
+        """A value's result as dropout and stochastic depth in training leave it.
+
+        The random numbers are drawn once a pass, so they are the same wherever a value is computed
+        anew. Result: a tensor where the value has any.
+        """
+        modules = [module for module in self._noise.get(value, ()) if module.training]
+        if not modules:
+            return result
+        if value not in self._factors:
+            with torch.no_grad():
+                factor = torch.ones_like(result)
+                for module in modules:
+                    # Of its class: while the model is watched, an instance may have another.
+                    factor = type(module).forward(module, factor)
+            self._factors[value] = factor
+        return result * self._factors[value]
 
     def arguments(self, op: Op, read: Read) -> tuple[Any, ...]:
         """The arguments of an op of the source."""
@@ -194,6 +227,14 @@ class SourceOps:
                 "these, or train without a simulation"
             )
         return module
+
+    def _noise_module(self, value: str, path: str) -> nn.Module:
+        if value not in self._made or value in self._computed_names:
+            raise InputError(
+                f"the module {path!r} draws random numbers in training for a value that the plan "
+                "does not have, which cannot be simulated: set its rate to 0"
+            )
+        return self._model.get_submodule(path)
 
 
 def _weights_only(program: Program, boundary: set[str]) -> tuple[Op, ...]:

@@ -33,6 +33,9 @@ class WireSimulation:
     running statistics in training as well, and leave them alone: that is what nodes do, whose batch
     norms are constants of the whole model.
 
+    Dropout and stochastic depth are those of the modules, too, in training: one draw a pass, the
+    same for all nodes.
+
     Where nothing is to be simulated the model's own `forward` is called.
 
     Args:
@@ -113,8 +116,8 @@ class WireSimulation:
 
         Raises:
             InputError: a model that cannot be captured, whose batch norms are not torch's, or that
-                is attached already; here or in the first training step one that draws random
-                numbers or returns something else in training, which a captured model does not.
+                is attached already; here or in the first training step one that draws other random
+                numbers, or returns something else in training than in evaluation.
         """
         if self._model is not None or "forward" in vars(model):
             raise InputError(

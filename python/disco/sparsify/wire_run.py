@@ -73,7 +73,7 @@ class WireRun:
             return self._layer(op, lowering)
         if op.kind in MATRIX_KINDS and isinstance(lowering.placement, Sharded):
             matrix = self._source.matrix(op.name)
-            y = self._by_rank(op, lowering, lambda read: self._source.evaluate(matrix.name, read))
+            y = self._by_rank(op, lowering, lambda read: self._bare(matrix, read))
             return self._epilogue(op, lowering, matrix, y)
         return self._by_rank(op, lowering, lambda read: self._source.evaluate(op.name, read))
 
@@ -102,7 +102,7 @@ class WireRun:
         x, placed = op.args[0], lowering.placement
         assert isinstance(x, Ref) and isinstance(placed, Sharded)
         matrix = self._source.matrix(op.name)
-        y = self._source.evaluate(matrix.name, self._exact)
+        y = self._bare(matrix, self._exact)
         if lowering.form == "partial sums":
             y = self._with_rounded_sums(y, op, matrix, lowering)
         else:
@@ -113,7 +113,7 @@ class WireRun:
 
     def _epilogue(self, op: Op, lowering: Lowering, matrix: Op, y: Tensor) -> Any:
         """What follows the product, with a residual as each rank has it."""
-        known = {matrix.name: y}
+        known = {matrix.name: self._source.with_noise(matrix.name, y)}
         residual, placed = op.args[3], lowering.placement
         if isinstance(residual, Ref) and isinstance(placed, Sharded):
             needed = residual.name in (*lowering.reshare, *lowering.whole)
@@ -152,6 +152,10 @@ class WireRun:
             rows = self._layout.mask(out, (rank,), weight, 0)
             local = local | (rows & self._layout.mask(inputs, (rank,), weight, 1))
         return weight.masked_fill(local, 0.0)
+
+    def _bare(self, matrix: Op, read: Read) -> Any:
+        """The result of a convolution or linear, to which errors may yet be added."""
+        return self._source.evaluate(matrix.name, read, noiseless=True)
 
     def _product(self, matrix: Op, x: Tensor, weight: Tensor) -> Tensor:
         """The convolution or linear without its bias."""
@@ -208,7 +212,9 @@ class WireRun:
         if there is None:
             found: Tensor = self._source.evaluate(op.name, self._exact)
             return found
-        return normalised(x, groups, dim, there, weight, bias, eps)
+        y = normalised(x, groups, dim, there, weight, bias, eps)
+        noised: Tensor = self._source.with_noise(op.name, y)
+        return noised
 
     def _norm_arguments(self, op: Op) -> tuple[Any, ...]:
         x, placed = self._values[_name(op.args[0])], self._sharded(_name(op.args[0]))
@@ -243,7 +249,9 @@ class WireRun:
         x = self._values[step.source.name]
         if step.op.kind in _NORMS:
             x, weight, _, dim, groups, there, eps = self._norm_arguments(step.op)
-            return normalised_error(before, x, groups, dim, there, weight, eps)
+            error = normalised_error(before, x, groups, dim, there, weight, eps)
+            noised: Tensor = self._source.with_noise(name, error)
+            return noised
         known = {step.source.name: x + before}
         found: Tensor = self._source.evaluate(name, self._exact, known) - value
         return found

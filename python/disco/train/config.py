@@ -10,6 +10,7 @@ from typing import Any
 from disco.errors import InputError
 from disco.sparsify import WIRE_DTYPES
 from disco.tasks import DataOptions, DistillOptions, LossOptions, task_named
+from disco.zoo import full_name
 
 METHODS = ("dense", "independent", "magnitude", "group_lasso", "admm")
 OPTIMIZERS = ("sgd", "adamw")
@@ -20,7 +21,9 @@ class TrainConfig:
     """A training run.
 
     Attributes:
-        task, data, model: see `disco.tasks`.
+        task, data: see `disco.tasks`.
+        model: a small one's name, "torchvision:NAME" or "timm:NAME"; other names get the first of
+            these that has them (see `disco.zoo.full_name`).
         image_size: side of the inputs in pixels; None for the data's usual one.
         val_share, split_seed, augment, train_count, noise: see `DataOptions`.
         epochs, batch_size: the last batch of an epoch is left out if it is smaller.
@@ -90,6 +93,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         task_named(self.task)
+        # What is kept names the source: a name may mean another model where more is installed.
+        object.__setattr__(self, "model", full_name(self.model))
         _check_choice("method", self.method, METHODS)
         _check_choice("optimizer", self.optimizer, OPTIMIZERS)
         for name in (
