@@ -32,6 +32,7 @@ from disco_kernels.pattern import (
     find_selected,
 )
 from disco_kernels.pooling import GlobalAvgPool2d, MaxPool2d
+from disco_kernels.precompile import Precompiled, precompile
 from disco_kernels.prepacking import Packing
 from disco_kernels.quantisation import InputBytes, choose_int8
 from disco_kernels.registry import BackendUnavailable
@@ -66,6 +67,7 @@ __all__ = [
     "PartialConv2d",
     "PartialLinear",
     "Pattern",
+    "Precompiled",
     "SwapReport",
     "SwapRow",
     "backend_of",
@@ -82,6 +84,7 @@ __all__ = [
     "partial_conv2d",
     "partial_conv2d_",
     "partial_linear",
+    "precompile",
     "prepack",
     "prepack_grouped",
     "repack_",

@@ -60,6 +60,7 @@ class Partitioned(nn.Module):
         self.plan = plan
         self.ranks = tuple(ranks)
         self._executors: list[Executor] | None = None
+        self.eval()  # nothing in it trains
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs, as rank 0 has them. InputError for inputs that do not fit."""
@@ -108,6 +109,7 @@ class Compiled(nn.Module):
         super().__init__()
         self._executor = executor
         self.channels_read = dict(channels_read or {})
+        self.eval()  # nothing in it trains
 
     @property
     def gathered(self) -> tuple[str, ...]:

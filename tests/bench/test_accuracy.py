@@ -77,9 +77,10 @@ def test_paired_differences_and_their_interval() -> None:
     assert single is not None and math.isinf(single.half) and str(single) == "+0.50"
 
 
-def _cell(value: float, **more: Any) -> dict[str, Any]:
+def _cell(value: float, sent: int = 200, **more: Any) -> dict[str, Any]:
     exchange = {
-        "bytes": 200, "bytes_dense": 1000, "bytes_wire": {"int8": 60},
+        "bytes": sent, "bytes_dense": 1000,
+        "bytes_wire": {"int8": 60}, "bytes_outputs_wire": {"int8": 22},
         "flops": 50, "flops_dense": 100, "flops_most": 30,
     }  # fmt: skip
     return {"metric": "top1", "value": value, "seconds": 36.0, "exchange": exchange, **more}
@@ -87,11 +88,13 @@ def _cell(value: float, **more: Any) -> dict[str, Any]:
 
 def test_lines_compare_the_same_seeds() -> None:
     cells: dict[str, Mapping[str, Any]] = {
-        f"digits-resnet/{method}/{nodes}/{seed}": _cell(value + 0.01 * seed, value_int8=value - 0.1)
-        for method, nodes, value in (
-            ("dense", 1, 0.9),
-            ("independent", 4, 0.8),
-            ("magnitude", 4, 0.89),
+        f"digits-resnet/{method}/{nodes}/{seed}": _cell(
+            value + 0.01 * seed, sent, value_int8=value - 0.1
+        )
+        for method, nodes, value, sent in (
+            ("dense", 1, 0.9, 0),
+            ("independent", 4, 0.8, 50),
+            ("magnitude", 4, 0.89, 200),
         )
         for seed in (0, 1)
     }
@@ -106,7 +109,15 @@ def test_lines_compare_the_same_seeds() -> None:
     assert found.to_dense is not None and math.isclose(found.to_dense.mean, -1.0)
     assert found.to_independent is not None and math.isclose(found.to_independent.mean, 9.0)
     assert found.times_less == 5.0 and found.flops_share == 0.3
-    assert lines["magnitude", 4, "int8"].bytes == 60
+    assert found.times_less_inside == 950 / 150
+    narrow = lines["magnitude", 4, "int8"]
+    assert (narrow.bytes, narrow.times_less, narrow.times_less_inside) == (60, 1000 / 60, 25.0)
+    independent = lines["independent", 4, "float32"]
+    assert independent.times_less == 20.0 and independent.times_less_inside is None
+    for cell in cells.values():
+        del cell["exchange"]["bytes_outputs_wire"]  # as before it was counted
+    (narrow,) = [line for line in lines_of(cells) if line.wire == "int8"]
+    assert narrow.times_less_inside is None
     text = text_of(cells)
     assert "89.50 ±0.71" in text and "5.0x" in text and "6 cells, 0.06 hours" in text
 
@@ -160,6 +171,8 @@ def test_a_small_table_is_made_and_gone_on_with(
     assert found["value_on_ranks"] == {"float32": found["value"], "int8": found["value_int8"]}
     assert found["exchange"]["bytes"] < found["exchange"]["bytes_dense"]
     assert found["exchange"]["bytes_wire"]["int8"] < found["exchange"]["bytes"]
+    # Of the small residual network the logits alone, five of ten of each to the other.
+    assert found["exchange"]["bytes_outputs_wire"] == {"int8": 2 * 5 * 4}
     assert len(cells["small/node-dropout/2/0"]["value_without"]) == 2
     assert found["trained_on"] == f"CPU, torch {torch.__version__}"
     thin = cells["small/thin/2/0"]["config"]["model"]

@@ -197,9 +197,10 @@ def test_without_density_the_zeros_of_the_weights_count(
     assert api.load(tmp_path / "out").plan == api.load(partitioned).plan
 
 
-def test_the_installed_command_ends_with_its_code(tmp_path: Path) -> None:
+@pytest.mark.parametrize("module", ["disco", "disco.cli"])
+def test_the_command_as_a_module_ends_with_its_code(module: str, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "disco.cli", "inspect", str(tmp_path)],
+        [sys.executable, "-m", module, "inspect", str(tmp_path)],
         capture_output=True,
         text=True,
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import disco
+import disco_kernels
 from disco.errors import InputError
 from disco.executor import Executor
 from disco.partition import decide
@@ -46,6 +47,12 @@ def model() -> nn.Module:
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
     return model
+
+
+def test_it_is_in_evaluation_and_can_be_called_before_it_is_needed(model: nn.Module) -> None:
+    compiled = disco.compile(model, 2, example_inputs=(X,))
+    assert not compiled.training and not disco.partition(model, (X,), 2).training
+    assert disco_kernels.precompile(compiled, (X,), (1, 3)).batches == (1, 3)
 
 
 X = torch.randn(1, 3, 12, 12, generator=torch.Generator().manual_seed(1))

@@ -31,6 +31,7 @@ class Exchange:
         bytes: exchanged, by the plan (which the runtime's counts are tested against).
         bytes_dense: where all channels are.
         bytes_wire: by the dtype on the wire, where others were measured.
+        bytes_outputs_wire: of these, what independent nodes send with that dtype, by its name.
         flops, flops_dense: of all nodes; of the dense model.
         flops_most: of the node that computes most.
     """
@@ -38,12 +39,13 @@ class Exchange:
     bytes: int
     bytes_dense: int
     bytes_wire: Mapping[str, int]
+    bytes_outputs_wire: Mapping[str, int]
     flops: int
     flops_dense: int
     flops_most: int
 
     def to_json(self) -> dict[str, Any]:
-        return {**self.__dict__, "bytes_wire": dict(self.bytes_wire)}
+        return {k: dict(v) if isinstance(v, Mapping) else v for k, v in self.__dict__.items()}
 
 
 def measure(cell: Cell, run: Run, device: str, say: Say) -> dict[str, Any]:
@@ -62,14 +64,15 @@ def measure(cell: Cell, run: Run, device: str, say: Say) -> dict[str, Any]:
     model, pattern = run.load_model(), _pattern_of(run)
     example = _example(run)
     parted = api.partition(model, (example,), cell.nodes, pattern=pattern)
-    wires = {}
+    wires, outputs = {}, {}
     for name in cell.method.wire_dtypes:
         wired = api.partition(
             model, (example,), cell.nodes, pattern=pattern, wire_dtype=_WIRE[name]
         )
         found[f"value_{name}"] = evaluate_run(run, say, predict=wired).value
         wires[name] = wired.plan.bytes_per_image
-    found["exchange"] = _exchange(parted.plan, wires).to_json()
+        outputs[name] = bytes_outputs(run, cell.nodes, name)
+    found["exchange"] = _exchange(parted.plan, wires, outputs).to_json()
     if cell.method.loses_nodes:
         found["value_without"] = _without_nodes(cell, run, model, say)
     if cell.method.on_ranks and cell.nodes == 2 and cell.seed == 0:
@@ -83,11 +86,20 @@ def bytes_dense(run: Run, nodes: int) -> int:
     return api.partition(model, (_example(run),), nodes, dense_exchange=True).plan.bytes_per_image
 
 
-def _exchange(plan: Plan, wires: Mapping[str, int]) -> Exchange:
+def bytes_outputs(run: Run, nodes: int, wire: str) -> int:
+    """What independent nodes of the run's model would exchange an image: its outputs, or parts of
+    what they are computed from, which payloads in a narrow dtype (`wire`) may be as well."""
+    model, example = run.load_model(), (_example(run),)
+    api.sparsify_(model, nodes, 0.0, example)
+    return api.partition(model, example, nodes, wire_dtype=_WIRE[wire]).plan.bytes_per_image
+
+
+def _exchange(plan: Plan, wires: Mapping[str, int], outputs: Mapping[str, int]) -> Exchange:
     return Exchange(
         bytes=plan.bytes_per_image,
         bytes_dense=plan.bytes_dense_exchange,
         bytes_wire=wires,
+        bytes_outputs_wire=outputs,
         flops=sum(plan.flops_per_rank),
         flops_dense=plan.flops_dense,
         flops_most=max(plan.flops_per_rank),

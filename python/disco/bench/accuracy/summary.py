@@ -49,7 +49,8 @@ class Line:
         values: of the metric, by seed.
         bytes: an image, the mean over seeds; None for the dense model as it is.
         bytes_dense: where all channels travel, in their own dtype.
-        bytes_outputs: of these, what independent nodes send as well, the outputs; None if unknown.
+        bytes_outputs: what independent nodes send, the outputs; None if unknown.
+        bytes_outputs_wire: of `bytes`, with this line's dtype on the wire; None if unknown.
         flops_share: of the dense model's FLOPs, that of the node that computes most.
         to_dense, to_independent: paired differences; None if there is nothing to compare with.
     """
@@ -62,6 +63,7 @@ class Line:
     bytes: float | None
     bytes_dense: float | None
     bytes_outputs: float | None
+    bytes_outputs_wire: float | None
     flops_share: float | None
     to_dense: Difference | None
     to_independent: Difference | None
@@ -83,20 +85,24 @@ class Line:
     @property
     def times_less(self) -> float | None:
         """Bytes of the dense exchange over those of this."""
-        return _times(self.bytes_dense, self.bytes, 0.0)
+        return _times(self.bytes_dense, self.bytes)
 
     @property
     def times_less_inside(self) -> float | None:
         """The same without the outputs, which nothing saves."""
-        if self.bytes_outputs is None or self.wire != "float32":
+        if self.bytes_outputs is None or self.bytes_outputs_wire is None:
             return None
-        return _times(self.bytes_dense, self.bytes, self.bytes_outputs)
+        return _times(
+            _less(self.bytes_dense, self.bytes_outputs), _less(self.bytes, self.bytes_outputs_wire)
+        )
 
 
-def _times(dense: float | None, ours: float | None, outputs: float) -> float | None:
-    if dense is None or ours is None or ours <= outputs:
-        return None
-    return (dense - outputs) / (ours - outputs)
+def _less(total: float | None, part: float) -> float | None:
+    return None if total is None else total - part
+
+
+def _times(dense: float | None, ours: float | None) -> float | None:
+    return None if dense is None or ours is None or ours <= 0 else dense / ours
 
 
 def paired(
@@ -151,6 +157,8 @@ def _line(
 ) -> Line:
     values = _values(found, "value" if wire == "float32" else f"value_{wire}")
     exchanges = [cell["exchange"] for cell in found.values() if "exchange" in cell]
+    outputs = _mean([cell["exchange"]["bytes"] for cell in independent.values()])
+    narrow = [e.get("bytes_outputs_wire", {}).get(wire) for e in exchanges]
     return Line(
         study=study,
         method=method,
@@ -161,7 +169,10 @@ def _line(
             [e["bytes"] if wire == "float32" else e["bytes_wire"][wire] for e in exchanges]
         ),
         bytes_dense=_mean([e["bytes_dense"] for e in exchanges]),
-        bytes_outputs=_mean([cell["exchange"]["bytes"] for cell in independent.values()]),
+        bytes_outputs=outputs,
+        bytes_outputs_wire=outputs
+        if wire == "float32"
+        else _mean([b for b in narrow if b is not None]),
         flops_share=_mean([e["flops_most"] / e["flops_dense"] for e in exchanges]),
         to_dense=paired(values, dense, study.points),
         to_independent=paired(values, _values(independent, "value"), study.points)
