@@ -15,6 +15,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from disco.answers import answers_folder
 from disco.command_output import check_json, say, write_json
 from disco.errors import InputError, PeerLostError
 from disco.images import Preprocessing, find_images, load_image
@@ -232,6 +233,7 @@ def _run_images(
     if args.image_size is not None:
         preprocessing = Preprocessing.for_size(args.image_size)
     images = find_images(args.input)
+    outputs = None if args.outputs is None else answers_folder(args.outputs)
     # Nothing is started for images of which none can be read.
     first = next(
         (x for path in images if isinstance(x := _load(path, preprocessing), Tensor)), None
@@ -244,7 +246,8 @@ def _run_images(
     for warm in run_stream([first] * 2 * args.in_flight, args.in_flight, profile=False):
         if isinstance(warm, InputError):
             raise warm
-    report = StreamReport(args.top, Profile(manifest.plan, transport, args.in_flight))
+    profile = Profile(manifest.plan, transport, args.in_flight)
+    report = StreamReport(args.top, profile, outputs)
     inputs = (_load(path, preprocessing) for path in images)
     begin = time.perf_counter()
     results = run_stream(inputs, args.in_flight, profile=args.profile is not None)
@@ -252,7 +255,7 @@ def _run_images(
         report.add(path, result)
     report.end(time.perf_counter() - begin)
     if recipe.weights_sha256 is None:
-        say("(the weights are random, so the classes mean nothing)")
+        say("(the weights are random, so the answers mean nothing)")
     if report.refused:
         say(f"{len(report.refused)} of {len(images)} images could not be used")
     write_json(args.json, report.to_json())

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from disco.answers import write_answer
 from disco.bench.classes import is_logits, top_classes
 from disco.command_output import say
 from disco.errors import InputError
@@ -26,6 +27,7 @@ class StreamReport:
     Attributes:
         top: classes to show.
         profile: gets the timelines of the first results that have some.
+        outputs: a folder for the answers, or None.
         images: per good image its result, for JSON.
         refused: per bad one why.
         seconds: from the first image's loading to the last result.
@@ -35,6 +37,7 @@ class StreamReport:
 
     top: int
     profile: Profile
+    outputs: Path | None = None
     images: list[dict[str, Any]] = field(default_factory=list)
     refused: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
@@ -42,7 +45,7 @@ class StreamReport:
     losses: Losses = field(default_factory=lambda: Losses())
 
     def add(self, path: Path, result: RunResult | InputError) -> None:
-        """Say and keep the next one."""
+        """Say and keep the next one. InputError if its answer cannot be written."""
         if isinstance(result, InputError):
             say(f"{path}: {result}")
             self.refused.append({"image": str(path), "error": str(result)})
@@ -63,8 +66,12 @@ class StreamReport:
             found["top"] = [vars(guess) for guess in guesses]
             for guess in guesses:
                 say(f"  {guess}")
-        else:
-            say("  (not a classifier's output; `disco verify` compares it)")
+        elif self.outputs is None:
+            say("  (not a classifier's output: --outputs DIR keeps it)")
+        if self.outputs is not None:
+            written = write_answer(self.outputs, path, output)
+            found["output"] = str(written)
+            say(f"  -> {written}")
         self.images.append(found)
         self.under_way.append((result.begin_ns, result.end_ns))
         if result.timelines and len(self.profile.requests) < MOST_PROFILED:

@@ -18,7 +18,7 @@ from disco.stream_report import MOST_PROFILED
 def add_run(subparsers: Any) -> None:
     run = subparsers.add_parser(
         "run",
-        help="classify images on all nodes",
+        help="run a partition on images, on all nodes",
         description="Without --peers: one process per node on this machine, over loopback. With "
         "--peers and --rank, under torchrun (-m disco.run) or under mpiexec: this process is one "
         "rank. The leader reads the images and sends them to the others.",
@@ -50,6 +50,12 @@ def add_run(subparsers: Any) -> None:
         metavar="FILE",
         help=f"write where the time of the first {MOST_PROFILED} images went: .json for Perfetto "
         "(ui.perfetto.dev) and chrome://tracing, .png for a picture (needs the extra `plot`)",
+    )
+    run.add_argument(
+        "--outputs",
+        type=Path,
+        metavar="DIR",
+        help="write each image's answer there, as NAME.safetensors",
     )
     run.add_argument("--top", type=int, default=5, help="classes to show (default: %(default)s)")
     _add_member_options(run)
