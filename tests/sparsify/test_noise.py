@@ -80,8 +80,10 @@ def pair(nodes: int) -> tuple[Net, Net, Tensor]:
     return noisy.train(), plain.train(), torch.randn(3, 3, 6, 5, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("wire", ["int8", "bfloat16"])
-@pytest.mark.parametrize(("nodes", "lost"), [(2, ()), (3, ()), (3, (1,)), (2, (0,))])
+@pytest.mark.parametrize(
+    ("wire", "nodes", "lost"),
+    [("int8", 2, ()), ("bfloat16", 3, ()), ("int8", 3, (1,)), ("float32", 2, (0,))],
+)
 def test_as_a_model_whose_weights_have_the_factors(
     wire: str, nodes: int, lost: tuple[int, ...]
 ) -> None:
@@ -178,6 +180,18 @@ class ReadTwice(nn.Module):
         return self.last(x + self.drop(x))
 
 
+class ReadTwiceThroughAnother(ReadTwice):
+    """The first does nothing, and yet the second's input is one with what others read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.still = nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return self.last(x + self.drop(self.still(x)))
+
+
 class Functional(ReadTwice):
     def forward(self, x: Tensor) -> Tensor:
         return self.last(F.dropout(self.conv(x), 0.5, self.training))
@@ -206,9 +220,9 @@ class Attention(nn.Module):
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (ReadTwice, "'drop' draws random numbers in training for a value that is read without"),
-        (OfTheInput, "'drop' draws random numbers in training for a value that is read without"),
-        (OfAWeight, "'drop' draws random numbers in training for a value that the plan"),
+        (ReadTwice, "'drop' draws random numbers in training for what is read without them"),
+        (OfTheInput, "'drop' draws random numbers in training for .* an input"),
+        (OfAWeight, "'drop' draws random numbers in training for .* made of parameters alone"),
         (Functional, "Functional draws random numbers in training elsewhere"),
         (Attention, r"\(perhaps in mixer\), which cannot be simulated: set these rates to 0"),
         (
@@ -225,6 +239,21 @@ def test_noise_that_cannot_be_simulated(make: Callable[[], nn.Module], text: str
         simulation.attach(model, (torch.randn(2, 3, 3, 2),))
     assert not any("forward" in vars(module) for module in model.modules())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("make", [ReadTwice, ReadTwiceThroughAnother, OfTheInput, OfAWeight])
+def test_it_matters_only_while_it_is_drawn(make: Callable[[], nn.Module]) -> None:
+    model, x = make().eval(), torch.randn(2, 3, 3, 2)
+    simulation = disco.WireSimulation(2, "int8")
+    simulation.attach(model, (x,))
+    expected = model(x)
+    with pytest.raises(disco.InputError, match="'drop' draws random numbers"):
+        model.train()(x)
+    model.get_submodule("drop").p = 0.0
+    assert torch.equal(model(x), expected)
+    simulation.detach()
+    simulation.attach(model, (x,))
+    assert torch.equal(model(x), expected)
 
 
 def test_modules_have_their_own_forward_again() -> None:

@@ -1,7 +1,7 @@
 """From an `nn.Module` to a program: `torch.export`, then folding and fusing. See `capture`."""
 
 from disco.capture.capture import Captured, Unfolded, capture, capture_source, capture_unfolded
-from disco.capture.noise import noise_modules
+from disco.capture.noise import draws, noise_modules
 from disco.capture.on_cpu import device_of
 
 __all__ = [
@@ -11,5 +11,6 @@ __all__ = [
     "capture_source",
     "capture_unfolded",
     "device_of",
+    "draws",
     "noise_modules",
 ]

@@ -13,7 +13,7 @@ from disco.capture.export import export
 from disco.capture.fold_batch_norm import fold_batch_norm
 from disco.capture.fold_constants import fold_constants
 from disco.capture.fuse import fuse_epilogues, lower_convolutions_and_linears
-from disco.capture.noise import marked_noise, take_out_noise
+from disco.capture.noise import Noise, marked_noise, take_out_noise
 from disco.capture.on_cpu import on_cpu
 from disco.capture.parts import spell_out_parts, spell_out_shuffles
 from disco.capture.prune import remove_copies, remove_dead
@@ -76,13 +76,12 @@ class Unfolded(NamedTuple):
         source: reads the model's own parameters and buffers; what depends on these alone is
             computed by ops, batch norms are ops of their own (in evaluation mode), and so are
             residuals and activations. Every value of `captured.program` is one of `source`, too.
-        noise: values of `source` that training multiplies by random numbers, each with the names
-            of the modules (see `noise_modules`) that draw them. They are in neither program.
+        noise: where training multiplies by random numbers, which is in neither program.
     """
 
     captured: Captured
     source: Program
-    noise: dict[str, tuple[str, ...]]
+    noise: Noise
 
 
 def capture_unfolded(
@@ -94,7 +93,7 @@ def capture_unfolded(
     """Capture `model` as `capture` does with an open batch, keeping what training changes apart.
 
     Raises:
-        InputError: as `capture`, and noise that is no value's own.
+        InputError: as `capture`.
     """
     with marked_noise(model):
         program, weights = _functional(model, example_inputs, True, example_kwargs, False)

@@ -10,15 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from disco.capture.prune import remove_copies
-from disco.errors import InputError
-from disco.program import Op, Program, Ref, map_leaves
+from disco.program import Op, Program, Ref, WeightRef, map_leaves
 
 # The op that a module leaves, in exported graphs and in the programs made of them.
 NOISE = "disco_capture.noise.default"
@@ -75,23 +74,34 @@ def _mark(name: str, x: Tensor) -> Tensor:
     return marked
 
 
-def take_out_noise(program: Program) -> tuple[Program, dict[str, tuple[str, ...]]]:
-    """The program without its ops `NOISE`, and the modules that were behind its values.
+def draws(module: nn.Module) -> bool:
+    """Whether one of `noise_modules` multiplies by anything but ones now."""
+    rate = getattr(module, "p", getattr(module, "drop_prob", None))
+    return module.training and rate != 0
 
-    Args:
-        program: as it was converted.
 
-    Returns:
-        The program, and for each value that is to be multiplied the names of the modules, in order.
+class Noise(NamedTuple):
+    """Where noise is in a program.
 
-    Raises:
-        InputError: a module whose input others read as well, so that it is no value's own.
+    Attributes:
+        modules: for each value that is multiplied, the names of the modules that do it, in order.
+        elsewhere: modules whose input is read without them, too, or is not computed: no value can
+            stand for their result.
     """
+
+    modules: dict[str, tuple[str, ...]]
+    elsewhere: tuple[str, ...]
+
+
+def take_out_noise(program: Program) -> tuple[Program, Noise]:
+    """The program, as it was converted, without its ops `NOISE`, and where these were."""
     program = remove_copies(program)
-    consumers, alone = program.consumers(), {op.name for op in program.ops}
-    alone -= set(program.output_names())
-    noise: dict[str, tuple[str, ...]] = {}
-    stand_for: dict[str, Ref] = {}
+    consumers = program.consumers()
+    own = {op.name for op in program.ops if len(consumers[op.name]) == 1}
+    own -= set(program.output_names())
+    modules: dict[str, tuple[str, ...]] = {}
+    elsewhere: list[str] = []
+    stand_for: dict[str, Ref | WeightRef] = {}
     kept: list[Op] = []
 
     def original(leaf: Any) -> Any:
@@ -102,13 +112,12 @@ def take_out_noise(program: Program) -> tuple[Program, dict[str, tuple[str, ...]
             kept.append(op.replace_leaves(original))
             continue
         x, module = op.args
-        if not isinstance(x, Ref) or x.name not in alone or len(consumers[x.name]) > 1:
-            raise InputError(
-                f"the module {module!r} draws random numbers in training for a value that is read "
-                "without them, too (or is an input or a parameter of the model), which cannot be "
-                "simulated: set its rate to 0"
-            )
+        assert isinstance(x, (Ref, WeightRef)) and isinstance(module, str)
         root = stand_for[op.name] = original(x)
-        noise[root.name] = (*noise.get(root.name, ()), str(module))
+        if isinstance(x, Ref) and x.name in own:
+            modules[root.name] = (*modules.get(root.name, ()), module)
+        else:
+            elsewhere.append(module)
+            own.discard(op.name)  # what multiplies its result has no value of its own either
     outputs = map_leaves(program.outputs, original)
-    return replace(program, ops=tuple(kept), outputs=outputs), noise
+    return replace(program, ops=tuple(kept), outputs=outputs), Noise(modules, tuple(elsewhere))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from disco.capture import Unfolded
+from disco.capture import Unfolded, draws
 from disco.errors import InputError
 from disco.program import Op, Program, Ref, WeightRef, map_leaves, pure_function
 from disco.program.interpret import dtype_of
@@ -41,7 +41,7 @@ class SourceOps:
         unfolded: the model, captured.
 
     Raises:
-        InputError: a batch norm that is no module's of torch, dropout of what is no value here.
+        InputError: a batch norm that is no module's of torch.
     """
 
     def __init__(self, model: nn.Module, unfolded: Unfolded) -> None:
@@ -58,10 +58,13 @@ class SourceOps:
         self._norms = {
             op.name: self._norm_module(op) for op in self._source.ops if op.kind == BATCH_NORM
         }
-        self._noise = {
-            name: tuple(self._noise_module(name, path) for path in paths)
-            for name, paths in unfolded.noise.items()
-        }
+        self._noise: dict[str, tuple[nn.Module, ...]] = {}
+        self._noise_elsewhere = list(unfolded.noise.elsewhere)
+        for name, paths in unfolded.noise.modules.items():
+            if name in self._made and name not in self._computed_names:
+                self._noise[name] = tuple(model.get_submodule(path) for path in paths)
+            else:
+                self._noise_elsewhere += paths
         self._factors: dict[str, Tensor] = {}
         self._chains: dict[str, tuple[Op, ...]] = {}
         self._weights: dict[str, Tensor] = {}
@@ -70,13 +73,24 @@ class SourceOps:
 
     def begin(self, frozen: bool) -> None:
         """Take the parameters as they are now. frozen: batch norms neither use nor keep the
-        statistics of this batch, whatever their mode."""
+        statistics of this batch, whatever their mode. InputError as `check_noise`."""
+        self.check_noise()
         self._weights = tensors_of(self._model)
         self._computed, self._factors, self._frozen = {}, {}, frozen
         for op in self._of_weights:
             made = self._apply(op, self._computed.__getitem__)
             # Captured programs name no device, so what they make of nothing is on the CPU.
             self._computed[op.name] = made.to(self._device) if isinstance(made, Tensor) else made
+
+    def check_noise(self) -> None:
+        """Raise InputError for random numbers that are drawn now and multiply no value's own."""
+        for path in self._noise_elsewhere:
+            if draws(self._model.get_submodule(path)):
+                raise InputError(
+                    f"the module {path!r} draws random numbers in training for what is read "
+                    "without them, too, or is an input or made of parameters alone, which cannot "
+                    "be simulated: set its rate to 0"
+                )
 
     @contextmanager
     def recording(self, wanted: bool) -> Iterator[None]:
@@ -149,7 +163,7 @@ class SourceOps:
         The random numbers are drawn once a pass, so they are the same wherever a value is computed
         anew. Result: a tensor where the value has any.
         """
-        modules = [module for module in self._noise.get(value, ()) if module.training]
+        modules = [module for module in self._noise.get(value, ()) if draws(module)]
         if not modules:
             return result
         if value not in self._factors:
@@ -227,14 +241,6 @@ class SourceOps:
                 "these, or train without a simulation"
             )
         return module
-
-    def _noise_module(self, value: str, path: str) -> nn.Module:
-        if value not in self._made or value in self._computed_names:
-            raise InputError(
-                f"the module {path!r} draws random numbers in training for a value that the plan "
-                "does not have, which cannot be simulated: set its rate to 0"
-            )
-        return self._model.get_submodule(path)
 
 
 def _weights_only(program: Program, boundary: set[str]) -> tuple[Op, ...]:

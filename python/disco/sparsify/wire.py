@@ -127,7 +127,10 @@ class WireSimulation:
             check_trains_alike(model, example_inputs, example_kwargs or {})
         self._checked = model.training
         unfolded = capture_unfolded(model, example_inputs, example_kwargs=example_kwargs)
-        self._source, self._unfolded = SourceOps(model, unfolded), unfolded
+        source = SourceOps(model, unfolded)
+        if model.training:
+            source.check_noise()
+        self._source, self._unfolded = source, unfolded
         self._layouts = {}
         self._layout(self._survivable or bool(self._lost))
         self._model = model
