@@ -6,6 +6,7 @@
 #
 # Nothing is fetched: torch, triton, scikit-build-core, pybind11 and pytest have to be there. STEPS
 # chooses among the steps; without "install" the sources are used as they lie, without C++ kernels.
+# Only if it names it is "order" run: models whose channels were chosen one by one, then put in order.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 results=$(mkdir -p "${1:-gpu-results}" && cd "${1:-gpu-results}" && pwd)
@@ -73,6 +74,10 @@ deit=(--source timm --model deit_small_patch16_224)
 if wanted models; then
   run resnet50-bf16 90 bench_gpu_model --batches 1,32,128
   run deit-small-bf16 60 bench_gpu_model "${deit[@]}" --batches 1,32,128
+fi
+if wanted order; then
+  run resnet50-order-bf16 120 bench_gpu_model --group-size 1 --order --batches 32,128
+  run deit-small-order-bf16 90 bench_gpu_model "${deit[@]}" --group-size 1 --order --batches 32,128
 fi
 if wanted shard; then
   run resnet50-shard-bf16 120 bench_gpu_shard
