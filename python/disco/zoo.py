@@ -81,10 +81,13 @@ def full_name(model: str) -> str:
             others are looked for in torchvision and then in timm, where they are installed.
 
     Raises:
-        InputError: none of them has it.
+        InputError: none of them has it, or the source before it is unknown.
     """
-    if model.partition(":")[0] in SOURCES or base_name(model) in SMALL_MODELS:
+    named, colon, _ = model.removesuffix(HEADS).partition(":")
+    if (colon and named in SOURCES) or base_name(model) in SMALL_MODELS:
         return model
+    if colon:
+        raise _unknown_source(named)
     known: list[str] = list(SMALL_MODELS)
     missing = []
     for source in SOURCES[:2]:
@@ -97,7 +100,7 @@ def full_name(model: str) -> str:
         known += names
     where = f" ({' and '.join(missing)} not being installed)" if missing else ""
     raise InputError(
-        f"no model is called {model!r} here, in torchvision or in timm{where}: "
+        f"there is no model {model!r} here, in torchvision or in timm{where}: "
         f"{_suggestion(model, known)}"
     )
 
@@ -218,9 +221,12 @@ def _factory(
         _check_name(source, base_name(name), list(SMALL_MODELS))
         small = small_model(name)
         return lambda: small(num_classes or _CLASSES, image_size)
-    raise InputError(
-        f"the model source {source!r} is unknown; {', '.join(SOURCES[:-1])} and {SOURCES[-1]} are: "
-        "choose with --source"
+    raise _unknown_source(source)
+
+
+def _unknown_source(source: str) -> InputError:
+    return InputError(
+        f"the model source {source!r} is unknown: choose {', '.join(SOURCES[:-1])} or {SOURCES[-1]}"
     )
 
 

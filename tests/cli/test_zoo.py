@@ -52,9 +52,11 @@ def test_names_without_a_source(given: str, expected: str) -> None:
 
 
 def test_names_that_no_source_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="no model is called 'resnet51'.*did you mean .*resnet50"):
+    with pytest.raises(InputError, match="there is no model 'resnet51'.*did you mean .*resnet50"):
         full_name("resnet51")
-    with pytest.raises(InputError, match="'tf:resnet50' here, in torchvision or in timm: "):
+    with pytest.raises(
+        InputError, match="source 'tf' is unknown: choose torchvision, timm or disco"
+    ):
         full_name("tf:resnet50")
     monkeypatch.setattr("disco.zoo.importlib.util.find_spec", lambda name: None)
     assert full_name("resnet20") == "resnet20"
@@ -93,7 +95,7 @@ def test_unknown_names() -> None:
     with pytest.raises(InputError, match="no model 'resnet51': did you mean resnet50"):
         build_model("torchvision", "resnet51")
     with pytest.raises(
-        InputError, match="source 'hub' is unknown; torchvision, timm and disco are"
+        InputError, match="source 'hub' is unknown: choose torchvision, timm or disco"
     ):
         build_model("hub", "resnet50")
 
