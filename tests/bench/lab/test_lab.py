@@ -8,10 +8,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 
 import pytest
 
 from disco.bench.lab import Lab
+from disco.bench.lab.calibration import LinkFit
 from disco.errors import InputError, TransportError
 from disco.runtime import ping
 
@@ -77,17 +79,28 @@ def test_nodes_reach_each_other_and_nothing_else() -> None:
         assert "Connection refused" in done.stderr
 
 
+def links_at(
+    lab: Lab, mbit: float, pairs: Sequence[tuple[int, int]] | None = None
+) -> Sequence[LinkFit]:
+    """Measured links, all of this rate: in one of three tries, since others use the machine."""
+    expected = pytest.approx(mbit * 1448 / 1514, rel=0.04)
+    for tries_left in (2, 1, 0):
+        links = lab.calibrate(sizes=SIZES, pairs=pairs).links
+        wrong = [link for link in links if link.bandwidth_mbit_s != expected]
+        if not wrong or not tries_left:
+            break
+    assert not wrong
+    return links
+
+
 def test_rate_holds_both_ways_and_can_be_changed() -> None:
     with Lab(2, ["40mbit", "20mbit"]) as lab:
-        links = lab.calibrate(sizes=SIZES).links
+        links = links_at(lab, 20)
         assert [(link.source, link.target) for link in links] == [(0, 1), (1, 0)]
-        for link in links:
-            assert link.bandwidth_mbit_s == pytest.approx(20 * 1448 / 1514, rel=0.04)
-            assert 0 < link.latency_ms < 50
+        assert all(0 < link.latency_ms < 50 for link in links)
         assert bytes_a_packet(lab, 0) <= 1514, "packets are put together on the way"
         lab.shape("10mbit")
-        (link,) = lab.calibrate(sizes=SIZES, pairs=[(1, 0)]).links
-        assert link.bandwidth_mbit_s == pytest.approx(10 * 1448 / 1514, rel=0.04)
+        links_at(lab, 10, [(1, 0)])
         lab.shape("none")
         (link,) = lab.calibrate(sizes=(64, 1 << 20, 1 << 22), pairs=[(0, 1)]).links
         assert link.bandwidth_mbit_s > 100
