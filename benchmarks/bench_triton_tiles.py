@@ -141,7 +141,8 @@ def sm90_tiles(layer: Layer) -> list[str]:
     conv2d = layer.kernel._prepared.sm90  # type: ignore[attr-defined]
     if conv2d is None:
         return []
-    return [t for t in conv2d.tiles() if int(t.split("x")[1]) < 2 * max(32, conv2d.key.columns)]
+    width = 2 * max(32, conv2d.key.columns)
+    return [t for t in conv2d.tiles() if int(t.split("x")[1].split("/")[0]) < width]
 
 
 def run_sm90(layer: Layer, tile: str) -> Tensor:

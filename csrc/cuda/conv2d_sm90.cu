@@ -9,22 +9,32 @@
 #include "cuda/conv2d_sm90.cuh"
 #include "cuda/conv2d_sm90.h"
 
-#define DISCO_CONV2D(NAME, T, COLUMNS, ROW_BLOCKS, GROUPS, BLOCKS)                              \
-  extern "C" __global__ void __launch_bounds__(128 * GROUPS + (BLOCKS == 1 ? 128 : 32), BLOCKS) \
-      NAME(const __grid_constant__ disco_sm90::Conv2dArguments arguments) {                     \
-    disco_sm90::conv2d<disco_sm90::T, COLUMNS, ROW_BLOCKS, GROUPS>(arguments);                  \
-  }
-// Rows x columns of a program's tile, and how many programs share a multiprocessor.
+// Rows x columns of a program's tile, 64 rows of a group together, groups, and how many programs
+// share a multiprocessor. Sums of 256 x 128 need more registers than an even share.
 #define DISCO_TILES(DO) \
   DO(256, 32, 2, 2, 2)  \
-  DO(128, 32, 1, 2, 3)  \
+  DO(128, 32, 2, 1, 4)  \
   DO(256, 64, 2, 2, 2)  \
-  DO(128, 64, 1, 2, 2)  \
+  DO(256, 64, 2, 2, 1)  \
+  DO(128, 64, 2, 1, 3)  \
   DO(256, 128, 2, 2, 1) \
-  DO(128, 128, 1, 2, 1)
-#define DISCO_BOTH(ROWS, COLUMNS, ROW_BLOCKS, GROUPS, BLOCKS)                                 \
-  DISCO_CONV2D(conv2d_bf16_##ROWS##x##COLUMNS, BFloat16, COLUMNS, ROW_BLOCKS, GROUPS, BLOCKS) \
-  DISCO_CONV2D(conv2d_f16_##ROWS##x##COLUMNS, Float16, COLUMNS, ROW_BLOCKS, GROUPS, BLOCKS)
+  DO(128, 128, 2, 1, 2) \
+  DO(64, 128, 1, 1, 3)
+
+#define DISCO_UNEVEN(COLUMNS, BLOCKS) (COLUMNS == 128 && BLOCKS == 1)
+#define DISCO_THREADS(COLUMNS, GROUPS, BLOCKS) \
+  (128 * GROUPS + (DISCO_UNEVEN(COLUMNS, BLOCKS) ? 128 : 32))
+#define DISCO_CONV2D(NAME, T, COLUMNS, ROW_BLOCKS, GROUPS, BLOCKS)                                 \
+  extern "C" __global__ void __launch_bounds__(DISCO_THREADS(COLUMNS, GROUPS, BLOCKS), BLOCKS)     \
+      NAME(const __grid_constant__ disco_sm90::Conv2dArguments arguments) {                        \
+    disco_sm90::conv2d<disco_sm90::T, COLUMNS, ROW_BLOCKS, GROUPS, DISCO_UNEVEN(COLUMNS, BLOCKS)>( \
+        arguments);                                                                                \
+  }
+#define DISCO_BOTH(ROWS, COLUMNS, ROW_BLOCKS, GROUPS, BLOCKS)                                    \
+  DISCO_CONV2D(conv2d_bf16_##ROWS##x##COLUMNS##_##BLOCKS, BFloat16, COLUMNS, ROW_BLOCKS, GROUPS, \
+               BLOCKS)                                                                           \
+  DISCO_CONV2D(conv2d_f16_##ROWS##x##COLUMNS##_##BLOCKS, Float16, COLUMNS, ROW_BLOCKS, GROUPS,   \
+               BLOCKS)
 DISCO_TILES(DISCO_BOTH)
 
 namespace disco::cuda {
@@ -35,7 +45,9 @@ using disco_sm90::kLineBytes;
 
 constexpr int kWidestBox = 256;
 constexpr int kSharedBytes = 227 * 1024;  // of a multiprocessor, for programs
-constexpr int kReservedBytes = 2048;      // of each program: barriers, and the system's kilobyte
+constexpr int kAlignment = 1024;          // of what the copy engine writes
+// Of each program: to align, barriers, and the system's kilobyte.
+constexpr int kReservedBytes = kAlignment + disco_sm90::kBarrierBytes + 1024;
 
 struct Tile {
   const char* name;
@@ -43,13 +55,13 @@ struct Tile {
   int rows, columns, threads, blocks;
 };
 
-#define DISCO_ROW(ROWS, COLUMNS, ROW_BLOCKS, GROUPS, BLOCKS)       \
-  {#ROWS "x" #COLUMNS,                                             \
-   {reinterpret_cast<const void*>(conv2d_bf16_##ROWS##x##COLUMNS), \
-    reinterpret_cast<const void*>(conv2d_f16_##ROWS##x##COLUMNS)}, \
-   ROWS,                                                           \
-   COLUMNS,                                                        \
-   128 * GROUPS + (BLOCKS == 1 ? 128 : 32),                        \
+#define DISCO_ROW(ROWS, COLUMNS, ROW_BLOCKS, GROUPS, BLOCKS)                  \
+  {#ROWS "x" #COLUMNS "/" #BLOCKS,                                            \
+   {reinterpret_cast<const void*>(conv2d_bf16_##ROWS##x##COLUMNS##_##BLOCKS), \
+    reinterpret_cast<const void*>(conv2d_f16_##ROWS##x##COLUMNS##_##BLOCKS)}, \
+   ROWS,                                                                      \
+   COLUMNS,                                                                   \
+   DISCO_THREADS(COLUMNS, GROUPS, BLOCKS),                                    \
    BLOCKS},
 const Tile kTiles[] = {DISCO_TILES(DISCO_ROW)};
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
@@ -149,27 +161,29 @@ int lines_of(const Grid& grid, int rows) {
 
 void set_window(Conv2dArguments& a, const Window& w, const Grid& grid, int rows) {
   const int pixels = grid.flat ? rows : lines_of(grid, rows) * grid.pitch;
-  const int class_bytes = up(pixels * kLineBytes, 1024);
-  int class_of[2][2] = {{-1, -1}, {-1, -1}};
+  a.patch_bytes = up(pixels * kLineBytes, kAlignment);
   a.classes = 0;
-  a.taps = w.kernel_h * w.kernel_w;
-  for (int r = 0; r < w.kernel_h; ++r) {
-    for (int s = 0; s < w.kernel_w; ++s) {
-      const int y = r * w.dilation_h, x = s * w.dilation_w;
-      int& number = class_of[y % w.stride][x % w.stride];
-      if (number < 0) {
-        number = a.classes++;
-        a.class_offset[number] = number * class_bytes;
-        a.class_y[number] = y % w.stride - w.padding_h;
-        const int column = x % w.stride - w.padding_w;
-        a.class_map[number] = column & (w.stride - 1);
-        a.class_x[number] = (column - a.class_map[number]) / w.stride;
+  int taps = 0;
+  for (int odd_y = 0; odd_y < w.stride; ++odd_y) {
+    for (int odd_x = 0; odd_x < w.stride; ++odd_x) {
+      const int before = taps;
+      for (int r = 0; r < w.kernel_h; ++r) {
+        for (int s = 0; s < w.kernel_w; ++s) {
+          const int y = r * w.dilation_h, x = s * w.dilation_w;
+          if (y % w.stride != odd_y || x % w.stride != odd_x) continue;
+          a.tap[taps] = r * w.kernel_w + s;
+          a.tap_offset[taps++] = (y / w.stride * grid.pitch + x / w.stride) * kLineBytes;
+        }
       }
-      a.tap_offset[r * w.kernel_w + s] =
-          number * class_bytes + (y / w.stride * grid.pitch + x / w.stride) * kLineBytes;
+      if (taps == before) continue;
+      const int column = odd_x - w.padding_w;
+      a.class_y[a.classes] = odd_y - w.padding_h;
+      a.class_map[a.classes] = column & (w.stride - 1);
+      a.class_x[a.classes] = (column - a.class_map[a.classes]) / w.stride;
+      a.first_tap[a.classes++] = before;
     }
   }
-  a.patch_bytes = a.classes * class_bytes;
+  a.first_tap[a.classes] = taps;
   a.pitch = grid.pitch;
   a.spacing = grid.spacing;
   a.stride = w.stride;
@@ -177,39 +191,31 @@ void set_window(Conv2dArguments& a, const Window& w, const Grid& grid, int rows)
   a.flat = grid.flat;
 }
 
-// How many weights and patches are under way.
+// Shared memory for weights and patches under way, and how many programs have as much.
 struct Memory {
-  int bytes, blocks;  // 0 bytes if not even one patch fits
+  int bytes, blocks;  // 0 bytes if it is not enough for two patches
 };
 
-Memory set_stages(Conv2dArguments& a, const Tile& tile, int num_blocks_of_channels) {
+// Of a pixel's windows every patch has one weight. Of larger ones it has several, and a second
+// patch is enough to copy while the first is multiplied.
+Memory set_stages(Conv2dArguments& a, const Tile& tile) {
   const int weight_bytes = tile.columns * kLineBytes;
-  const int most = num_blocks_of_channels * a.taps;
+  const bool one_tap = a.first_tap[a.classes] == 1;
+  const int most = one_tap ? disco_sm90::kMostPatches : 2;
   for (int blocks = tile.blocks; blocks > 0; --blocks) {
     const int budget = kSharedBytes / blocks - kReservedBytes;
-    for (int patches = std::min(2, num_blocks_of_channels); patches > 0; --patches) {
-      const int stages = std::min(
-          {(budget - patches * a.patch_bytes) / weight_bytes, most, disco_sm90::kMostStages});
-      if (stages >= std::min(3, most)) {
-        a.patches = patches;
-        a.stages = stages;
-        return {stages * weight_bytes + patches * a.patch_bytes + 1024, blocks};
-      }
+    for (int patches = most; patches > 1; --patches) {
+      const int stages = std::min(one_tap ? patches : disco_sm90::kMostStages,
+                                  (budget - patches * a.patch_bytes) / weight_bytes);
+      if (stages < (one_tap ? patches : 3)) continue;
+      a.patches = patches;
+      a.stages = stages;
+      return {
+          stages * weight_bytes + patches * a.patch_bytes + kAlignment + disco_sm90::kBarrierBytes,
+          blocks};
     }
   }
   return {0, 0};
-}
-
-int blocks_of_channels(const Conv2dNode& node) {
-  int blocks = 0;
-  for (const Run& run : node.runs) blocks += (run.count + 63) / 64;
-  return blocks;
-}
-
-int most_blocks(const std::vector<Conv2dNode>& nodes) {
-  int most = 1;
-  for (const Conv2dNode& node : nodes) most = std::max(most, blocks_of_channels(node));
-  return most;
 }
 
 }  // namespace
@@ -240,7 +246,7 @@ std::string Conv2dSm90::refusal(int width) const {
   Conv2dArguments arguments{};
   const Tile& smallest = kTiles[1];
   set_window(arguments, window_, grid, smallest.rows);
-  if (!set_stages(arguments, smallest, most_blocks(nodes_)).bytes) return "windows that fit";
+  if (!set_stages(arguments, smallest).bytes) return "windows that fit";
   return "";
 }
 
@@ -265,7 +271,7 @@ int Conv2dSm90::choose_tile(int height, int width) const {
     if (kTiles[t].columns != wanted) continue;
     Conv2dArguments arguments{};
     set_window(arguments, window_, grid, kTiles[t].rows);
-    if (set_stages(arguments, kTiles[t], most_blocks(nodes_)).bytes) return t;
+    if (set_stages(arguments, kTiles[t]).bytes) return t;
   }
   return 1;
 }
@@ -287,11 +293,11 @@ void Conv2dSm90::run(const Image& x, int images, int height, int width, uintptr_
   grid.flat = flat;
   Conv2dArguments a{};
   set_window(a, window_, grid, tile.rows);
-  const Memory memory = set_stages(a, tile, most_blocks(nodes_));
+  const Memory memory = set_stages(a, tile);
   if (!memory.bytes) throw std::invalid_argument("the window does not fit into shared memory");
   const unsigned box = flat ? tile.rows : grid.pitch;
   const unsigned box_columns = std::min(tile.columns, 64);
-  const int step = window_.stride;
+  const int step = window_.stride, taps = window_.kernel_h * window_.kernel_w;
   int part = 0, tiles = 0, number_of_node = 0;
   for (const Conv2dNode& node : nodes_) {
     a.first_part[number_of_node] = part;
@@ -301,6 +307,7 @@ void Conv2dSm90::run(const Image& x, int images, int height, int width, uintptr_
     tiles += (node.columns + tile.columns - 1) / tile.columns;
     for (const Run& run : node.runs) {
       a.channels[part] = run.count;
+      a.num_weights[number_of_node] += taps * ((run.count + 63) / 64);
       for (int odd = 0; odd < step; ++odd) {
         const int columns = (width - odd + step - 1) / step;
         a.x[part * step + odd] = make_map<4>(
@@ -311,7 +318,7 @@ void Conv2dSm90::run(const Image& x, int images, int height, int width, uintptr_
       const int64_t pitch = node.columns;
       a.weight[part] =
           make_map<3>(dtype_, weight + 2 * (node.weight_begin + run.before * pitch),
-                      {cuuint64_t(node.columns), cuuint64_t(run.count), cuuint64_t(a.taps)},
+                      {cuuint64_t(node.columns), cuuint64_t(run.count), cuuint64_t(taps)},
                       {pitch, pitch * node.num_inputs}, {box_columns, 64, 1});
       ++part;
     }
@@ -323,12 +330,24 @@ void Conv2dSm90::run(const Image& x, int images, int height, int width, uintptr_
   a.images = images;
   a.out_height = grid.out_h;
   a.out_width = grid.out_w;
-  a.out_image = out.image, a.out_row = out.row, a.out_pixel = out.pixel;
-  a.residual_image = residual.image, a.residual_row = residual.row;
-  a.residual_pixel = residual.pixel;
+  if (out.image % 8 || out.row % 8 || out.pixel % 8 || out.image > int64_t(UINT_MAX)) {
+    throw std::invalid_argument("outputs come in whole groups of 8 channels");
+  }
+  a.out_image = static_cast<unsigned>(out.image / 8);
+  a.out_row = static_cast<unsigned>(out.row / 8);
+  a.out_pixel = static_cast<unsigned>(out.pixel / 8);
   a.out = reinterpret_cast<void*>(out.data);
   a.bias = reinterpret_cast<const void*>(bias);
-  a.residual = reinterpret_cast<const void*>(residual.data);
+  a.has_residual = residual.data != 0;
+  if (a.has_residual) {
+    int channels = 0;
+    for (const Conv2dNode& node : nodes_)
+      channels = std::max(channels, node.out_begin + node.columns);
+    a.residual = make_map<4>(
+        dtype_, residual.data,
+        {cuuint64_t(channels), cuuint64_t(grid.out_w), cuuint64_t(grid.out_h), cuuint64_t(images)},
+        {residual.pixel, residual.row, residual.image}, {64, box, 1, 1});
+  }
   a.activation = static_cast<disco_sm90::Activation>(activation);
 
   const int64_t rows = int64_t(images - 1) * grid.spacing * grid.pitch + grid.out_h * grid.pitch;

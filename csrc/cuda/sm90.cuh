@@ -63,6 +63,19 @@ __device__ __forceinline__ void copy_box_4d(unsigned target, const TensorMap* ma
       : "memory");
 }
 
+__device__ __forceinline__ uint4 read_shared(unsigned address) {
+  uint4 found;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(found.x), "=r"(found.y), "=r"(found.z), "=r"(found.w)
+               : "r"(address));
+  return found;
+}
+
+// Where the copy engine puts what belongs at an address, lines being 128 bytes.
+__device__ __forceinline__ unsigned swizzle_128(unsigned address) {
+  return address ^ (address >> 3 & 0x70);
+}
+
 __device__ __forceinline__ void products_begin() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from disco_kernels.cuda import device as devices
 from disco_kernels.cuda.tuned import TUNED
 from disco_kernels.spec import ConvSpec
 from disco_kernels.triton.arguments import VECTOR_BYTES, pixel_strides
@@ -149,7 +150,7 @@ class Conv2dSm90:
         Raises ValueError for a tile that does not fit into shared memory.
         """
         x = sources[self._source]
-        with torch.cuda.device(x.device):
+        with devices.current(x.device):
             self._kernel.run(
                 _place(x),
                 (x.shape[0], x.shape[2], x.shape[3]),
@@ -158,7 +159,7 @@ class Conv2dSm90:
                 _NOTHING if residual is None else _place(residual),
                 _place(out),
                 self._activation,
-                torch.cuda.current_stream(x.device).cuda_stream,
+                devices.stream_of(x.device),
                 tile,
             )
 

@@ -67,10 +67,10 @@ def test_the_convolutions_for_hopper_do_not_spill(tmp_path: Path) -> None:
     assert "serialized" not in done.stderr, done.stderr  # products that wait for each other
     clean = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
     kernels = re.findall(r"Compiling entry function '(\w+)'", done.stderr)
-    assert len(kernels) == done.stderr.count(clean) == 12, done.stderr
+    assert len(kernels) == done.stderr.count(clean) == 16, done.stderr
     ptx = next(tmp_path.glob("*.ptx")).read_text(encoding="utf-8")
-    assert ptx.count("wgmma.mma_async") > 12
-    assert ptx.count("cp.async.bulk.tensor.4d") > 12
+    assert ptx.count("wgmma.mma_async") > 16
+    assert ptx.count("cp.async.bulk.tensor.4d") > 16
 
 
 def test_device_code_includes_only_itself() -> None:

@@ -1,0 +1,42 @@
+"""The convolution for Hopper's tensor cores and its launch, emulated on the CPU, against float64.
+
+The emulation computes products and brings copies as late as the program lets it, in an order of
+its own, and refuses what the hardware refuses: addresses out of a program's memory, threads that
+wait for each other, more arrivals than a barrier counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from disco_kernels.backends.triton import TritonBackend
+from disco_kernels.cuda import conv2d_sm90
+from tests.cuda.conv2d_cases import NODES, WINDOWS, check_tiles
+from tests.cuda.emulator import cpu_as_device, needs_compiler
+from tests.cuda.sm90.emulator import compile_emulation, kernel_class
+
+pytestmark = needs_compiler
+MAPS = ((3, 7, 7), (1, 9, 30), (2, 14, 14))  # images, height, width
+
+
+@pytest.fixture(scope="module", autouse=True)
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    found = kernel_class(compile_emulation(tmp_path_factory.mktemp("sm90")))
+    with cpu_as_device(), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(conv2d_sm90, "_kernel_class", lambda: found)
+        patched.setattr(conv2d_sm90, "_is_hopper", lambda device: True)
+        patched.setattr(TritonBackend, "refusal", lambda self, device, dtype: None)
+        yield
+
+
+@pytest.mark.parametrize("window", range(len(WINDOWS)))
+def test_every_tile(window: int) -> None:
+    covered = 0
+    for number, size in enumerate(MAPS):
+        nodes, activation = (number + window) % len(NODES), ("relu", "none", "gelu")[number % 3]
+        dtype = (torch.bfloat16, torch.float16)[(number + window) % 2]
+        covered += check_tiles(window, nodes, size, dtype, activation, number != 1, "cpu")
+    assert covered >= 3 * len(MAPS)
