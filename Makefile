@@ -33,7 +33,7 @@ demo: $(STAMPS)/demo
 
 # Rooms whose tests neither measure time nor wait for processes under a deadline go two files at a
 # time; the others one after the other.
-SIDE_BY_SIDE = $(wildcard $(patsubst %,tests/%,capture cuda executor kernels partition program sparsify tasks train triton))
+SIDE_BY_SIDE = $(wildcard $(patsubst %,tests/%,triton kernels cuda train partition sparsify executor capture program tasks))
 test: $(STAMPS)/test
 	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=15 -n 2 --dist loadfile $(SIDE_BY_SIDE)
 	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=15 $(patsubst %,--ignore=%,$(SIDE_BY_SIDE))
@@ -110,7 +110,11 @@ $(STAMPS)/test: $(STAMPS)/torch $(SOURCES)
 	$(PIP) install --quiet --editable '.[demo,test]' "$(INSTALLED_TORCH)"
 	touch $@ $(STAMPS)/demo
 
-$(STAMPS)/lint: $(STAMPS)/torch $(SOURCES)
-	@echo "[make] building and installing the project with its test tools and linters into $(VENV)"
-	$(PIP) install --quiet --editable '.[demo,test,lint]' "$(INSTALLED_TORCH)"
-	touch $@ $(STAMPS)/demo $(STAMPS)/test
+# What the linters read, without the project: its extension would be compiled for nothing.
+LINT_EXTRAS = train mpi lint
+$(STAMPS)/lint: $(STAMPS)/torch pyproject.toml
+	@echo "[make] installing linters and what the project imports into $(VENV)"
+	$(BIN)/python -c 'import sys; toml = __import__("tomllib" if sys.version_info >= (3, 11) else "pip._vendor.tomli", fromlist=["load"]); p = toml.load(open("pyproject.toml", "rb"))["project"]; print(*p["dependencies"], *(r for e in sys.argv[1:] for r in p["optional-dependencies"][e]), sep="\n")' \
+	  $(LINT_EXTRAS) >$(STAMPS)/lint-requirements.txt
+	$(PIP) install --quiet --requirement $(STAMPS)/lint-requirements.txt "$(INSTALLED_TORCH)"
+	touch $@

@@ -6,7 +6,9 @@
 #
 # Nothing is fetched: torch, triton, scikit-build-core, pybind11 and pytest have to be there. STEPS
 # chooses among the steps; without "install" the sources are used as they lie, without C++ kernels.
-# Only if it names it is "order" run: models whose channels were chosen one by one, then put in order.
+# Only if it names them are these run: "order", models whose channels were chosen one by one, then put
+# in order; "tiles", every tile of the CUDA C++ kernel for Hopper, of which tune_sm90 makes its table;
+# "profile", what Nsight Compute says of some layers.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 results=$(mkdir -p "${1:-gpu-results}" && cd "${1:-gpu-results}" && pwd)
@@ -67,7 +69,7 @@ run() { # name, time limit, module, arguments
   local name=$1 limit=$2 module=$3
   shift 3
   timeout "$limit" python3 -m "benchmarks.$module" "$@" --json "$results/$name.json" 2>&1 |
-    tee "$results/$name.log" | grep -E "times the speed|useful|GB/s|Error" || echo "$name: no result"
+    tee "$results/$name.log" | grep -E "times the speed|useful|GB/s|best|WRONG|Error" || echo "$name: no result"
 }
 
 deit=(--source timm --model deit_small_patch16_224)
@@ -78,6 +80,18 @@ fi
 if wanted order; then
   run resnet50-order-bf16 120 bench_gpu_model --group-size 1 --order --batches 32,128
   run deit-small-order-bf16 90 bench_gpu_model "${deit[@]}" --group-size 1 --order --batches 32,128
+fi
+if wanted tiles; then
+  run sm90-tiles 200 bench_triton_tiles --sm90-alone --linears --batches 128,32
+  python3 -m benchmarks.tune_sm90 "$results/sm90-tiles.json" "$results/tuned.py"
+fi
+if wanted profile && command -v ncu >/dev/null; then
+  say "profile"
+  timeout 240 ncu --profile-from-start off --clock-control none --print-details all \
+    --section SpeedOfLight --section WarpStateStats --section MemoryWorkloadAnalysis \
+    --section ComputeWorkloadAnalysis --section LaunchStats --section Occupancy \
+    python3 -m benchmarks.profile_layers >"$results/profile.log" 2>&1 || echo "profile: failed"
+  grep -E "^[0-9]+ |Duration|Tensor|error" "$results/profile.log" | tail -n 80
 fi
 if wanted shard; then
   run resnet50-shard-bf16 120 bench_gpu_shard

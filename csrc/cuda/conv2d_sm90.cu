@@ -232,10 +232,11 @@ std::string Conv2dSm90::refusal(const std::vector<Conv2dNode>& nodes, const Wind
     }
   }
   if (nodes.empty() || nodes.size() > disco_sm90::kMostNodes) return "1 to 8 nodes";
-  static_assert(disco_sm90::kMostMaps == 2 * disco_sm90::kMostParts, "two maps with a stride");
-  if (runs > disco_sm90::kMostParts) return "up to 16 runs of channels";
   if (window.kernel_h * window.kernel_w > disco_sm90::kMostTaps) return "windows of up to 49 taps";
   if (window.stride != 1 && window.stride != 2) return "strides of 1 or 2";
+  if (runs * static_cast<size_t>(window.stride) > disco_sm90::kMostMaps) {
+    return "up to 32 runs of channels, half as many with a stride";
+  }
   return "";
 }
 

@@ -19,7 +19,7 @@
 
 namespace disco_sm90 {
 
-constexpr int kMostParts = 16;
+constexpr int kMostParts = 32;
 constexpr int kMostMaps = 32;
 constexpr int kMostNodes = 8;
 constexpr int kMostTaps = 49;

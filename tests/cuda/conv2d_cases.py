@@ -23,12 +23,17 @@ WINDOWS = (
     ((2, 4), (2, 2), (1, 2), (1, 1)),
     ((3, 3), (1, 1), (0, 0), (1, 1)),
 )
-# owned outputs, owned inputs, and what each node reads of the others'
-NODES = (
+# Owned outputs, owned inputs, and per pair of nodes what the first reads of the second's, as runs.
+Runs = tuple[tuple[int, int], ...]
+NODES: tuple[tuple[tuple[tuple[int, ...], ...], dict[tuple[int, int], Runs]], ...] = (
     (((64,), (128,)), {}),
-    (((136, 72), (64, 64)), {(0, 1): (72, 80), (1, 0): (8, 24)}),
-    (((32, 40), (40, 8)), {(1, 0): (0, 40)}),
-    (((8, 64, 24), (72, 16, 8)), {(0, 1): (72, 80), (2, 0): (24, 32), (2, 1): (80, 88)}),
+    (((136, 72), (64, 64)), {(0, 1): ((72, 80),), (1, 0): ((8, 24),)}),
+    (((32, 40), (40, 8)), {(1, 0): ((0, 40),)}),
+    (
+        ((8, 64, 24), (72, 16, 8)),
+        {(0, 1): ((72, 80),), (2, 0): ((24, 32),), (2, 1): ((80, 88),)},
+    ),
+    (((64, 40), (24, 376)), {(0, 1): tuple((c, c + 8) for c in range(32, 384, 16))}),
 )
 Map = tuple[int, int, int]  # images, height, width
 
@@ -46,7 +51,10 @@ def make(
     (outputs, inputs), read = NODES[nodes]
     out, own = owned(outputs), owned(inputs)
     selected = tuple(
-        tuple(tuple(range(*read.get((i, j), (0, 0)))) for j in range(len(inputs)))
+        tuple(
+            tuple(c for run in read.get((i, j), ()) for c in range(*run))
+            for j in range(len(inputs))
+        )
         for i in range(len(outputs))
     )
     mask = oracle.on_pattern(torch.empty(sum(outputs), sum(inputs)), out, own, selected)

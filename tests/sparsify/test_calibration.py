@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 import disco
 from disco import Cluster
+from disco.capture import Captured, capture
 from disco.errors import InputError
 from disco.small_models import small_model
-from disco.sparsify import find_groups, tensors_of
+from disco.sparsify import tensors_of
 from disco.sparsify.calibration import output_energies
+from disco.sparsify.find_groups import groups_in
 from disco.sparsify.groups import Group
 from disco.sparsify.lost_score import Floats, Scores
 from tests.sparsify.permuted import check_same_function, trained_like
@@ -40,18 +42,19 @@ class Pointwise(nn.Module):
 
 
 def energies(model: nn.Module, batches: Any, nodes: int = 2) -> dict[str, Floats]:
-    return output_energies(model, groups_of(model, nodes), batches, (X,))
+    captured = capture(model, (X,))
+    return output_energies(captured, groups_of(model, captured, nodes), batches)
 
 
-def groups_of(model: nn.Module, nodes: int = 2) -> list[Group]:
-    return find_groups(model, Cluster(nodes), 0.2, (X,), ignore_zeros=True)
+def groups_of(model: nn.Module, captured: Captured, nodes: int) -> list[Group]:
+    return groups_in(captured, model, Cluster(nodes), 0.2, ignore_zeros=True)
 
 
 @pytest.mark.parametrize(("layer", "seen"), [("b", "norm"), ("c", "c"), ("fc", "fc")])
 def test_it_is_what_the_output_lacks_without_the_channel(layer: str, seen: str) -> None:
     torch.manual_seed(1)
     model = trained_like(Pointwise()).double()
-    found = output_energies(model, groups_of(model.float()), [(X,)], (X,))[f"{layer}.weight"]
+    found = energies(model.float(), [(X,)])[f"{layer}.weight"]
     model = model.double()
     outputs: list[Tensor] = []
     model.get_submodule(seen).register_forward_hook(lambda *args: outputs.append(args[2]))
@@ -132,7 +135,9 @@ def test_colocation_by_activation(name: str) -> None:
     check_same_function(before, model, X)
     assert report.lost_after < 0.99 * report.lost_before
     for found, lost in ((before, report.lost_before), (model, report.lost_after)):
-        scores = Scores(groups_of(found, 4), 0.2, energies(found, [(X,)], 4))
+        captured = capture(found, (X,))
+        groups = groups_of(found, captured, 4)
+        scores = Scores(groups, 0.2, output_energies(captured, groups, [(X,)]))
         # Permuted sums are rounded otherwise, in float32.
         assert scores.lost(range(len(scores.groups))) == pytest.approx(lost, rel=1e-4)
 

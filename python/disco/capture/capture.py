@@ -65,7 +65,60 @@ def capture(
             op outside the allow-list.
     """
     exported = _functional(model, example_inputs, dynamic_batch, example_kwargs, dynamic_size)
-    return _folded(*exported)
+    return exported.folded()
+
+
+class Source(NamedTuple):
+    """A model's function before anything is folded or fused.
+
+    Attributes:
+        program: batch norms and what is computed from weights alone are ops like others. For
+            looking at a model, not for running it.
+        weights: the tensors that it reads, each by its own name in the model.
+    """
+
+    program: Program
+    weights: dict[str, Tensor]
+
+
+class Exported(NamedTuple):
+    """A model as `torch.export` gives it, once; what is read from it does not change it.
+
+    Attributes:
+        program: the functional graph, as it is.
+        weights: what it reads.
+    """
+
+    program: Program
+    weights: dict[str, Tensor]
+
+    def folded(self) -> Captured:
+        """As `capture` gives it."""
+        return _folded(self.program, dict(self.weights))
+
+    def source(self) -> Source:
+        """As `capture_source` gives it."""
+        program = spell_out_views(spell_out_parts(remove_copies(self.program)))
+        program = lower_convolutions_and_linears(remove_dead(program))
+        program.validate()
+        return Source(program, self.weights)
+
+
+def capture_once(
+    model: nn.Module,
+    example_inputs: Sequence[Any],
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> Exported:
+    """What `capture` and `capture_source` both need, for callers that need both.
+
+    Args:
+        model, example_inputs, example_kwargs: as for `capture`.
+
+    Raises:
+        InputError: as `capture`.
+    """
+    return _functional(model, example_inputs, True, example_kwargs, False)
 
 
 class Unfolded(NamedTuple):
@@ -100,7 +153,7 @@ def capture_unfolded(
     program, noise = take_out_noise(program)
     source = spell_out_views(spell_out_parts(program))
     source = lower_convolutions_and_linears(remove_dead(spell_out_shuffles(source, weights)))
-    return Unfolded(_folded(program, weights), source, noise)
+    return Unfolded(_folded(program, dict(weights)), source, noise)
 
 
 def capture_source(
@@ -108,11 +161,8 @@ def capture_source(
     example_inputs: Sequence[Any],
     *,
     example_kwargs: Mapping[str, Any] | None = None,
-) -> tuple[Program, dict[str, Tensor]]:
+) -> Source:
     """The program of `model` before anything is folded or fused, and the tensors that it reads.
-
-    Every tensor is there by its own name in the model; batch norms and what is computed from
-    weights alone are ops like others. For looking at a model, not for running it.
 
     Args:
         model, example_inputs, example_kwargs: as for `capture`.
@@ -120,11 +170,7 @@ def capture_source(
     Raises:
         InputError: as `capture`.
     """
-    program, weights = _functional(model, example_inputs, True, example_kwargs, False)
-    program = spell_out_views(spell_out_parts(remove_copies(program)))
-    program = lower_convolutions_and_linears(remove_dead(program))
-    program.validate()
-    return program, weights
+    return capture_once(model, example_inputs, example_kwargs=example_kwargs).source()
 
 
 def _functional(
@@ -133,15 +179,15 @@ def _functional(
     dynamic_batch: bool,
     example_kwargs: Mapping[str, Any] | None,
     dynamic_size: bool,
-) -> tuple[Program, dict[str, Tensor]]:
-    """The exported program, as it is, and its weights."""
+) -> Exported:
     model, (example_inputs, example_kwargs) = on_cpu(model, (example_inputs, example_kwargs))
     examples = read_examples(model, example_inputs, example_kwargs)
     exported = export(model, examples, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
-    return convert(exported, examples.parameters)
+    return Exported(*convert(exported, examples.parameters))
 
 
 def _folded(program: Program, weights: dict[str, Tensor]) -> Captured:
+    """Adds what it folds to ``weights``."""
     origins: dict[str, str] = {}
     program = fold_constants(spell_out_parts(remove_copies(program)), weights)
     program = spell_out_views(program)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
-from disco.capture import Captured, capture
+from disco.capture import Captured
 from disco.errors import InputError
 from disco.partition.planner import MATRIX_OPS
 from disco.program import Op, WeightRef, flatten_inputs
@@ -18,11 +18,7 @@ from disco.sparsify.lost_score import Floats
 
 
 def output_energies(
-    model: nn.Module,
-    groups: Sequence[Group],
-    calibration: Iterable[Sequence[Any]],
-    example_inputs: Sequence[Any],
-    example_kwargs: Mapping[str, Any] | None = None,
+    captured: Captured, groups: Sequence[Group], calibration: Iterable[Sequence[Any]]
 ) -> dict[str, Floats]:
     """By parameter ``[O, I]``: the mean square of what an input channel adds to an output.
 
@@ -34,15 +30,13 @@ def output_energies(
     has the sum of theirs.
 
     Args:
-        model: on any device, is not changed; it is run in evaluation mode.
+        captured: the model, which is run in evaluation mode.
         groups: whose parameters are wanted.
-        calibration: batches, each the model's inputs by position, like `example_inputs`.
-        example_inputs, example_kwargs: as for `disco.partition`.
+        calibration: batches, each the model's inputs by position, like the example's.
 
     Raises:
         InputError: no batch, one that the model does not take, or values that are not finite.
     """
-    captured = capture(model, example_inputs, example_kwargs=example_kwargs)
     wanted = {name for group in groups for name in group.out_ownership}
     means = _InputSquares(captured, wanted)
     for batch in calibration:

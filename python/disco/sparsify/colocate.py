@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from disco.capture import capture_once
 from disco.errors import InputError
 from disco.partition import Cluster
 from disco.sparsify.assignment import Assigner, Movable, movable, solver
 from disco.sparsify.calibration import output_energies
-from disco.sparsify.find_groups import find_groups, tensors_of
+from disco.sparsify.find_groups import groups_in, tensors_of
 from disco.sparsify.lost_score import Scores, score_matrices
-from disco.sparsify.permute import Permutable, find_permutable, permute_
+from disco.sparsify.permute import Permutable, permutable_in, permute_
 from disco.sparsify.permute.axes import Indices
 from disco.sparsify.scores import WEIGHT_SCORES
 from disco.sparsify.settings import check_choice, check_density
@@ -151,12 +152,14 @@ def colocate_(
     _check_count("starts", starts)
     _check_count("seed", seed)
     solver()
-    groups = find_groups(model, cluster, density, example_inputs, example_kwargs, ignore_zeros=True)
-    permutable = find_permutable(model, example_inputs, example_kwargs)
+    exported = capture_once(model, example_inputs, example_kwargs=example_kwargs)
+    captured = exported.folded()
+    groups = groups_in(captured, model, cluster, density, ignore_zeros=True)
+    permutable = permutable_in(exported.source(), model)
     if calibration is None:
         matrices = score_matrices(tensors_of(model), groups, score)
     else:
-        matrices = output_energies(model, groups, calibration, example_inputs, example_kwargs)
+        matrices = output_energies(captured, groups, calibration)
     scores = Scores(groups, density, matrices)
     _check_finite(scores)
     movables, left_alone = _movables(permutable, scores)

@@ -47,6 +47,26 @@ def find_groups(
         InputError: the model cannot be captured, or exchanges nothing that could be left out.
     """
     captured = capture(model, example_inputs, example_kwargs=example_kwargs)
+    return groups_in(captured, model, cluster, density, ignore_zeros=ignore_zeros)
+
+
+def groups_in(
+    captured: Captured,
+    model: nn.Module,
+    cluster: Cluster,
+    density: float,
+    *,
+    ignore_zeros: bool = False,
+) -> list[Group]:
+    """`find_groups` for a model that was captured before.
+
+    Args:
+        captured: what `model` was captured as.
+        model, cluster, density, ignore_zeros: as for `find_groups`.
+
+    Raises:
+        InputError: it exchanges nothing that could be left out.
+    """
     if ignore_zeros:
         captured = _without_zeros(captured)
     problem = Problem(*captured, out_ownership={})

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from disco.capture import capture
+from disco.capture import capture_once
 from disco.errors import InputError
 from disco.partition import Decisions, decide
 from disco.partition.channel_order import orders_to_try
@@ -28,7 +28,7 @@ from disco.program import Op
 from disco.sparsify.assignment import ranks_of_places
 from disco.sparsify.find_groups import tensors_of
 from disco.sparsify.lost_score import ranks_of
-from disco.sparsify.permute import Axis, Permutable, find_permutable, permute_
+from disco.sparsify.permute import Axis, Permutable, permutable_in, permute_
 from disco.sparsify.permute.axes import Indices
 from disco.sparsify.settings import check_group_size
 
@@ -94,8 +94,8 @@ def order_channels_(
     if isinstance(nodes, bool) or not isinstance(nodes, int) or nodes < 1:
         raise InputError(f"nodes must be a whole number, 1 or more; given {nodes!r}")
     check_group_size(group_size)
-    captured = capture(model, example_inputs, example_kwargs=example_kwargs)
-    decisions = decide(*captured, nodes)
+    exported = capture_once(model, example_inputs, example_kwargs=example_kwargs)
+    decisions = decide(*exported.folded(), nodes)
     layers = [
         _Layer(layer, _parameter(layer.op, decisions), _work(layer, decisions))
         for layer in skipping_layers(decisions)
@@ -105,7 +105,7 @@ def order_channels_(
             f"{type(model).__name__} has no layer whose zeros are a pattern of {nodes} nodes: give "
             "it one (disco.sparsify_), or the number of nodes that it was made for"
         )
-    permutable = find_permutable(model, example_inputs, example_kwargs)
+    permutable = permutable_in(exported.source(), model)
     known = [layer for layer in layers if layer.parameter in permutable.first_name]
     owned = _ownerships(decisions, permutable)
     orders: dict[int, Indices] = {}

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from disco.capture import capture_source
+from disco.capture import Source, capture_source
 from disco.errors import InputError
 from disco.sparsify.permute import layer_rules, shape_rules
 from disco.sparsify.permute.axes import Axes, Indices
@@ -93,9 +93,22 @@ def find_permutable(
         InputError: the model cannot be captured, or has parameters that it does not read in
             evaluation mode: what they go with is not seen.
     """
+    source = capture_source(model, example_inputs, example_kwargs=example_kwargs)
+    return permutable_in(source, model)
+
+
+def permutable_in(source: Source, model: nn.Module) -> Permutable:
+    """`find_permutable` for a model that was captured before.
+
+    Args:
+        source: what `model` was captured as.
+        model: is not changed.
+
+    Raises:
+        InputError: it has parameters that it does not read in evaluation mode.
+    """
     first_name = _first_names(model)
-    program, weights = capture_source(model, example_inputs, example_kwargs=example_kwargs)
-    inference = Inference(program, weights, first_name)
+    inference = Inference(source.program, source.weights, first_name)
     _check_all_read(model, inference.dims_of_weight, first_name)
     for name in _in_shared_memory(model):
         inference.fix(
