@@ -10,7 +10,9 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Tests of these rooms capture models on their way to something else.
-_CAPTURE_ON_THE_WAY = {"bench", "executor", "partition", "sparsify", "tasks", "train"}
+_CAPTURE_ON_THE_WAY = {
+    *("bench", "cli", "executor", "partition", "runtime", "sparsify", "tasks", "train")
+}
 _HERE = Path(__file__).parent
 
 
