@@ -358,6 +358,11 @@ void Conv2dSm90::run(const Image& x, int images, int height, int width, uintptr_
   const void* kernel = tile.kernels[static_cast<int>(dtype_)];
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory.bytes),
         "shared memory of a convolution");
+  // Else the driver may leave room for a first-level cache, and fewer programs fit beside each
+  // other.
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                             cudaSharedmemCarveoutMaxShared),
+        "shared memory of a multiprocessor");
   int device = 0, processors = 0;
   check(cudaGetDevice(&device), "current device");
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
