@@ -2,12 +2,9 @@
 // of a warp group. PTX ISA 8.0, sections on mbarrier, cp.async.bulk.tensor and wgmma.
 #pragma once
 
-namespace disco_sm90 {
+#include "sm90_layout.cuh"
 
-// What the driver's cuTensorMapEncodeTiled writes.
-struct alignas(64) TensorMap {
-  unsigned long long words[16];
-};
+namespace disco_sm90 {
 
 __device__ __forceinline__ unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
@@ -71,11 +68,6 @@ __device__ __forceinline__ uint4 read_shared(unsigned address) {
   return found;
 }
 
-// Where the copy engine puts what belongs at an address, lines being 128 bytes.
-__device__ __forceinline__ unsigned swizzle_128(unsigned address) {
-  return address ^ (address >> 3 & 0x70);
-}
-
 __device__ __forceinline__ void products_begin() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
@@ -98,16 +90,6 @@ __device__ __forceinline__ void give_registers_back() {
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-
-enum Swizzle : unsigned long long { kSwizzle128 = 1, kSwizzle64 = 2 };
-
-// Where an operand lies in shared memory; distances in bytes.
-__device__ __forceinline__ unsigned long long operand(unsigned address, unsigned leading,
-                                                      unsigned stride, Swizzle swizzle) {
-  return static_cast<unsigned long long>((address & 0x3FFFF) >> 4) |
-         static_cast<unsigned long long>(leading >> 4) << 16 |
-         static_cast<unsigned long long>(stride >> 4) << 32 | swizzle << 62;
 }
 
 struct BFloat16 {};

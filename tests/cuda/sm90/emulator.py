@@ -26,7 +26,7 @@ def compile_emulation(folder: Path) -> ctypes.CDLL:
     """The device code and its launch, with this folder's headers for CUDA's."""
     copies = folder / "cuda"
     copies.mkdir()
-    for name in ("conv2d_sm90.cu", "conv2d_sm90.cuh", "conv2d_sm90.h"):
+    for name in ("conv2d_sm90.cu", "conv2d_sm90.cuh", "conv2d_sm90.h", "sm90_layout.cuh"):
         shutil.copy(ROOT / "csrc" / "cuda" / name, copies)
     shutil.copy(HERE / "sm90.cuh", copies)
     library = folder / "libdisco_sm90.so"

@@ -31,13 +31,11 @@ void __syncwarp();
 unsigned __shfl_sync(unsigned mask, unsigned value, int lane);
 unsigned __shfl_xor_sync(unsigned mask, unsigned value, int lanes);
 
+#include "sm90_layout.cuh"
+
 namespace disco_sm90 {
 
 extern unsigned char memory[];
-
-struct alignas(64) TensorMap {
-  unsigned long long words[16];
-};
 
 unsigned shared_address(const void* pointer);
 void barrier_init(unsigned barrier, unsigned arrivals);
@@ -49,7 +47,6 @@ void copy_box_3d(unsigned target, const TensorMap* map, unsigned barrier, int x0
 void copy_box_4d(unsigned target, const TensorMap* map, unsigned barrier, int x0, int x1, int x2,
                  int x3);
 uint4 read_shared(unsigned address);
-inline unsigned swizzle_128(unsigned address) { return address ^ (address >> 3 & 0x70); }
 inline void products_begin() {}
 void products_commit();
 void wait_for_products(int left);
@@ -61,15 +58,6 @@ template <int kRegisters>
 void give_registers_back() {}
 template <int kRegisters>
 void take_registers() {}
-
-enum Swizzle : unsigned long long { kSwizzle128 = 1, kSwizzle64 = 2 };
-
-inline unsigned long long operand(unsigned address, unsigned leading, unsigned stride,
-                                  Swizzle swizzle) {
-  return static_cast<unsigned long long>((address & 0x3FFFF) >> 4) |
-         static_cast<unsigned long long>(leading >> 4) << 16 |
-         static_cast<unsigned long long>(stride >> 4) << 32 | swizzle << 62;
-}
 
 struct BFloat16 {};
 struct Float16 {};
