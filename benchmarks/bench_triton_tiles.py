@@ -3,8 +3,9 @@
     python -m benchmarks.bench_triton_tiles --batches 1,32,128 --json FILE
 
 Prints a row a layer: the fastest tile, the one that the backend chooses, both times, cuDNN's time
-for the dense convolution alone (no bias, no activation), and the time that the layer's bytes take
-at the measured copy rate. `disco_kernels/triton/tiles.py` holds what was learnt from it.
+for the dense convolution alone (no bias, no activation), with bias, residual and ReLU, and node by
+node on packed inputs, and the time that the layer's bytes take at the measured copy rate.
+`disco_kernels/triton/tiles.py` holds what was learnt from it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import multiprocessing
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -177,6 +179,36 @@ def cudnn_fused(layer: Layer) -> Tensor:
     )
 
 
+def cudnn_packed(layer: Layer) -> Callable[[], Tensor]:
+    """cuDNN node by node on packed inputs: a gather, the fused convolution, and a copy to where the
+    node's outputs belong. What a fallback to the vendor's kernels would cost where channels are
+    not put in order before."""
+    size = layer.shape
+    window = ((size.stride,) * 2, (size.padding,) * 2, (1, 1), 1)
+    last = torch.channels_last
+    steps = []
+    for node in layer.kernel.descriptor.nodes:
+        read = [c for segment in node.segments for c in segment.channels.to_list()]
+        outputs = node.out_channels.to_list()
+        weight = layer.weight[outputs][:, read].contiguous(memory_format=last)
+        places = torch.tensor(read, device=layer.x.device)
+        steps.append((places, slice(outputs[0], outputs[-1] + 1), weight, layer.bias[outputs]))
+    pixels = layer.x.permute(0, 2, 3, 1)
+
+    def run() -> Tensor:
+        for places, outputs, weight, bias in steps:
+            packed = pixels.index_select(3, places).permute(0, 3, 1, 2)
+            if layer.residual is None:
+                out = torch.cudnn_convolution_relu(packed, weight, bias, *window)
+            else:
+                added = layer.residual[:, outputs].contiguous(memory_format=last)
+                out = torch.cudnn_convolution_add_relu(packed, weight, added, 1.0, bias, *window)
+            layer.out[:, outputs] = out
+        return layer.out
+
+    return run
+
+
 def warm(jobs: tuple[list[tuple[int, ...]], str]) -> None:
     """Fills Triton's cache with the kernels of these tiles."""
     tiles, dtype = jobs
@@ -198,10 +230,13 @@ def measure(shape: ConvShape, batch: int, args: argparse.Namespace, rate: float)
     exact = exact_result(layer)
     times: dict[str, float] = {}
     worst = 0.0
-    ways = {str(tile): partial(run_with, layer, tile) for tile in tiles_for(layer)}
+    ways: dict[str, Callable[[], Tensor]] = {
+        str(tile): partial(run_with, layer, tile) for tile in tiles_for(layer)
+    }
     if args.sm90_alone:
         ways = {}  # of Triton's, only what it chooses
     ways |= {f"sm90 {tile}": partial(run_sm90, layer, tile) for tile in sm90_tiles(layer)}
+    ways["cudnn, packed"] = cudnn_packed(layer)
     for tile, way in ways.items():
         layer.out.fill_(float("nan"))
         try:
@@ -224,6 +259,7 @@ def measure(shape: ConvShape, batch: int, args: argparse.Namespace, rate: float)
     sm90 = layer.kernel._prepared.sm90  # type: ignore[attr-defined]
     moved = [layer.x, layer.out, layer.kernel.packed_weight]
     moved += [] if layer.residual is None else [layer.residual]
+    packed_ms = times.pop("cudnn, packed", float("nan"))
     best = min(times, key=lambda t: times[t]) if times else "none"
     return {
         "shape": asdict(shape),
@@ -234,6 +270,7 @@ def measure(shape: ConvShape, batch: int, args: argparse.Namespace, rate: float)
         "chosen_ms": chosen_ms,
         "cudnn_conv_ms": dense_ms,
         "cudnn_fused_ms": fused_ms,
+        "cudnn_packed_ms": packed_ms,
         "sm90_key": None if sm90 is None else tuple(sm90.key),
         "copy_bound_ms": sum(t.nbytes for t in moved) / rate / 1e6,
         "relative_error": worst,
@@ -268,7 +305,7 @@ def main() -> None:
             print(
                 f"{batch:4d} {shape!s:28s} best {row['best_ms']:.4f} ({row['best_tile']})  chosen "
                 f"{row['chosen_ms']:.4f}  cudnn {row['cudnn_conv_ms']:.4f}, fused "
-                f"{row['cudnn_fused_ms']:.4f}  copy "
+                f"{row['cudnn_fused_ms']:.4f}, packed {row['cudnn_packed_ms']:.4f}  copy "
                 f"{row['copy_bound_ms']:.4f}"
             )
     if args.json:
