@@ -48,3 +48,10 @@ def test_every_tile(window: int) -> None:
 def test_many_runs() -> None:
     """Single groups of 8 channels, 22 of them, beside what the node owns itself."""
     assert check_tiles(0, len(NODES) - 1, (2, 5, 9), torch.bfloat16, "gelu", True, "cpu") >= 3
+
+
+@pytest.mark.parametrize("order", range(2, 6))
+def test_other_orders_of_events(order: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv2d_sm90._kernel_class(), "seed", order)
+    window = (1, 2)[order % 2]
+    assert check_tiles(window, 1, (2, 7, 7), torch.float16, "none", True, "cpu") >= 3
