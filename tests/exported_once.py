@@ -25,7 +25,7 @@ from disco.program import Program
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size, type)
 _FUNCTIONS = (FunctionType, BuiltinFunctionType)
 # What every module has, and what says nothing about its graph in evaluation mode.
-_OWN = set(vars(nn.Module())) - {"training"}
+_OWN = set(vars(nn.Module()))
 
 _capture = importlib.import_module(
     "disco.capture.capture"
@@ -57,9 +57,7 @@ def _structure(model: nn.Module) -> Hashable:
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             raise _NotPlainError
         attributes = [
-            (key, _plain(value))
-            for key, value in vars(module).items()
-            if key not in _OWN and key != "training"
+            (key, _plain(value)) for key, value in vars(module).items() if key not in _OWN
         ]
         modules.append((name, type(module), *attributes))
     first: dict[int, str] = {}

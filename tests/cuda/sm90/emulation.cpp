@@ -67,7 +67,7 @@ struct MapContent {
   unsigned sizes[4];
   long long strides[3];  // bytes
   unsigned short box[4];
-  unsigned short rank, swizzle;
+  unsigned short swizzle;
 };
 static_assert(sizeof(MapContent) <= sizeof(CUtensorMap));
 
@@ -307,7 +307,6 @@ CUresult encode(CUtensorMap* to, CUtensorMapDataType, cuuint32_t rank, void* dat
                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
   MapContent map{};
   map.data = static_cast<const unsigned char*>(data);
-  map.rank = static_cast<unsigned short>(rank);
   map.swizzle = static_cast<unsigned short>(swizzle);
   const unsigned line = swizzle == CU_TENSOR_MAP_SWIZZLE_128B ? 128 : 64;
   // As the driver asks for.
