@@ -3,8 +3,9 @@
     python -m benchmarks.bench_triton_tiles --batches 1,32,128 --json FILE
 
 Prints a row a layer: the fastest tile, the one that the backend chooses, both times, cuDNN's time
-for the dense convolution alone (no bias, no activation), with bias, residual and ReLU, and node by
-node on packed inputs, and the time that the layer's bytes take at the measured copy rate.
+for the dense convolution alone (no bias, no activation), with what belongs to the layer (bias,
+residual, activation), and node by node on packed inputs, and the time that the layer's bytes take
+at the measured copy rate.
 `disco_kernels/triton/tiles.py` holds what was learnt from it.
 """
 
@@ -74,7 +75,12 @@ class Layer:
 
 def selected_in_groups(shape: ConvShape, density: float) -> tuple[dk.Ownership, dk.Ownership, Any]:
     """Two nodes; of every 8 channels that the other owns all or none."""
-    out, inputs = (dk.Ownership.contiguous(n, 2) for n in (shape.out_channels, shape.in_channels))
+    inputs = dk.Ownership.contiguous(shape.in_channels, 2)
+    half = shape.out_channels // shape.parts // 2
+    begins = range(0, shape.out_channels, 2 * half)
+    out = dk.Ownership(
+        tuple(tuple(b + node * half + c for b in begins for c in range(half)) for node in range(2))
+    )
     rows = []
     for receiver in range(2):
         owned = inputs.channels[1 - receiver]
@@ -96,7 +102,10 @@ def make_layer(shape: ConvShape, batch: int, density: float, dtype: torch.dtype)
     assert find_selected(weight.float().cpu(), out, inputs) == selected
     bias = torch.randn(shape.out_channels, device="cuda", dtype=dtype)
     spec = dk.ConvSpec(
-        (shape.kernel,) * 2, (shape.stride,) * 2, (shape.padding,) * 2, activation="relu"
+        (shape.kernel,) * 2,
+        (shape.stride,) * 2,
+        (shape.padding,) * 2,
+        activation=shape.activation,
     )
     kernel = dk.GatherConv2d(weight, out, inputs, selected, spec, bias=bias, backend="triton")
     last = torch.channels_last
@@ -104,10 +113,10 @@ def make_layer(shape: ConvShape, batch: int, density: float, dtype: torch.dtype)
     result = torch.empty(
         (batch, shape.out_channels, shape.out_size, shape.out_size), device="cuda", dtype=dtype
     ).to(memory_format=last)
-    # As in the network: what has four times the width ends a block.
-    ends_block = shape.kernel == 1 and shape.stride == 1 and shape.out_channels > shape.in_channels
-    residual = torch.randn_like(result) if ends_block else None
-    return Layer(shape, kernel, x.to(memory_format=last), residual, weight, bias, result)
+    residual = torch.randn_like(result) if shape.residual else None
+    # In cuDNN's layout, which it would otherwise be copied into at every call.
+    dense = weight.to(memory_format=last)
+    return Layer(shape, kernel, x.to(memory_format=last), residual, dense, bias, result)
 
 
 def _mask(
@@ -165,45 +174,59 @@ def exact_result(layer: Layer) -> Tensor:
         )
     if layer.residual is not None:
         exact += layer.residual.float()
-    return exact.relu_()
+    return activated(exact, size.activation)
 
 
-def cudnn_fused(layer: Layer) -> Tensor:
-    """cuDNN's convolution with bias, residual and ReLU in it, dense."""
-    size = layer.shape
-    window = ((size.stride,) * 2, (size.padding,) * 2, (1, 1), 1)
-    if layer.residual is None:
-        return torch.cudnn_convolution_relu(layer.x, layer.weight, layer.bias, *window)
-    return torch.cudnn_convolution_add_relu(
-        layer.x, layer.weight, layer.residual, 1.0, layer.bias, *window
-    )
+def activated(x: Tensor, activation: str) -> Tensor:
+    """As the layer's epilogue does."""
+    return {"relu": F.relu, "gelu": F.gelu, "none": lambda y: y}[activation](x)
+
+
+def vendor_layer(
+    shape: ConvShape, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None
+) -> Tensor:
+    """cuDNN's convolution with bias, residual and ReLU in it; where another function comes last, as
+    torch computes it, single pixels by its linear."""
+    window = ((shape.stride,) * 2, (shape.padding,) * 2, (1, 1), 1)
+    if shape.activation == "relu" and residual is None:
+        return torch.cudnn_convolution_relu(x, weight, bias, *window)
+    if shape.activation == "relu":
+        return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *window)
+    if (shape.kernel, shape.stride) == (1, 1):
+        out = F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    else:
+        out = F.conv2d(x, weight, bias, shape.stride, shape.padding)
+    return activated(out if residual is None else out + residual, shape.activation)
+
+
+def dense_fused(layer: Layer) -> Tensor:
+    """The dense layer with all that belongs to it."""
+    return vendor_layer(layer.shape, layer.x, layer.weight, layer.bias, layer.residual)
 
 
 def cudnn_packed(layer: Layer) -> Callable[[], Tensor]:
     """cuDNN node by node on packed inputs: a gather, the fused convolution, and a copy to where the
     node's outputs belong. What a fallback to the vendor's kernels would cost where channels are
     not put in order before."""
-    size = layer.shape
-    window = ((size.stride,) * 2, (size.padding,) * 2, (1, 1), 1)
     last = torch.channels_last
     steps = []
     for node in layer.kernel.descriptor.nodes:
         read = [c for segment in node.segments for c in segment.channels.to_list()]
         outputs = node.out_channels.to_list()
         weight = layer.weight[outputs][:, read].contiguous(memory_format=last)
-        places = torch.tensor(read, device=layer.x.device)
-        steps.append((places, slice(outputs[0], outputs[-1] + 1), weight, layer.bias[outputs]))
-    pixels = layer.x.permute(0, 2, 3, 1)
+        lists = (torch.tensor(list, device=layer.x.device) for list in (read, outputs))
+        steps.append((*lists, weight, layer.bias[outputs]))
+    pixels, result = (x.permute(0, 2, 3, 1) for x in (layer.x, layer.out))
+    added = None if layer.residual is None else layer.residual.permute(0, 2, 3, 1)
 
     def run() -> Tensor:
-        for places, outputs, weight, bias in steps:
-            packed = pixels.index_select(3, places).permute(0, 3, 1, 2)
-            if layer.residual is None:
-                out = torch.cudnn_convolution_relu(packed, weight, bias, *window)
-            else:
-                added = layer.residual[:, outputs].contiguous(memory_format=last)
-                out = torch.cudnn_convolution_add_relu(packed, weight, added, 1.0, bias, *window)
-            layer.out[:, outputs] = out
+        for read, outputs, weight, bias in steps:
+            packed = pixels.index_select(3, read).permute(0, 3, 1, 2)
+            residual = None
+            if added is not None:
+                residual = added.index_select(3, outputs).permute(0, 3, 1, 2)
+            out = vendor_layer(layer.shape, packed, weight, bias, residual)
+            result.index_copy_(3, outputs, out.permute(0, 2, 3, 1))
         return layer.out
 
     return run
@@ -253,9 +276,8 @@ def measure(shape: ConvShape, batch: int, args: argparse.Namespace, rate: float)
         batch * shape.out_size**2, layer.x.device
     )
     chosen_ms = median_ms(lambda: run_with(layer, chosen))
-    torch.backends.cudnn.benchmark = True
     dense_ms = median_ms(lambda: F.conv2d(layer.x, layer.weight, None, shape.stride, shape.padding))
-    fused_ms = median_ms(lambda: cudnn_fused(layer))
+    fused_ms = median_ms(lambda: dense_fused(layer))
     sm90 = layer.kernel._prepared.sm90  # type: ignore[attr-defined]
     moved = [layer.x, layer.out, layer.kernel.packed_weight]
     moved += [] if layer.residual is None else [layer.residual]
@@ -293,6 +315,7 @@ def main() -> None:
     if not args.sm90_alone:
         with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
             pool.map(warm, parts)
+    torch.backends.cudnn.benchmark = True
     rate = copy_gb_s()
     print(f"{torch.cuda.get_device_name()}, copy {rate:.0f} GB/s")
     rows = []
@@ -308,10 +331,10 @@ def main() -> None:
                 f"{row['cudnn_fused_ms']:.4f}, packed {row['cudnn_packed_ms']:.4f}  copy "
                 f"{row['copy_bound_ms']:.4f}"
             )
-    if args.json:
-        content = {"machine": describe_gpu(), "copy_gb_s": rate, "rows": rows}
-        with open(args.json, "w") as file:
-            json.dump(content, file)
+            if args.json:  # after every row: a limit of time, or a tile that hangs, ends this
+                content = {"machine": describe_gpu(), "copy_gb_s": rate, "rows": rows}
+                with open(args.json, "w") as file:
+                    json.dump(content, file)
 
 
 if __name__ == "__main__":
