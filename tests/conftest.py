@@ -13,6 +13,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 _CAPTURE_ON_THE_WAY = {
     *("bench", "cli", "executor", "partition", "runtime", "sparsify", "tasks", "train")
 }
+# Tests of these rooms start ranks and commands; what a fresh process imports is seen by others.
+_START_PROCESSES = {*("bench", "cli", "executor", "partition", "runtime", "tasks", "train")}
 _HERE = Path(__file__).parent
 
 
@@ -22,5 +24,16 @@ def _exported_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     room = request.path.relative_to(_HERE).parts[0]
     if room in _CAPTURE_ON_THE_WAY and request.node.get_closest_marker("slow") is None:
         from tests.exported_once import install
+
+        install(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def _warm_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python processes begin with torch imported, but in tests marked as slow or cold."""
+    room = request.path.relative_to(_HERE).parts[0]
+    marked = any(request.node.get_closest_marker(name) for name in ("slow", "cold"))
+    if room in _START_PROCESSES and not marked:
+        from tests.warm_start import install
 
         install(monkeypatch)

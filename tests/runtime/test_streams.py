@@ -313,6 +313,7 @@ def _check_account(told: dict, plan: api.Plan, leader: int) -> None:  # type: ig
         assert arrival.end_ns >= sent[arrival.peer, rank, arrival.exchange].begin_ns - error_ns
 
 
+@pytest.mark.cold  # the clock is changed before what reads it is imported
 @pytest.mark.parametrize(("in_flight", "leader"), [(1, 0), (2, 1), (4, 0)])
 def test_joined_ranks_over_tcp(
     tiny_folder: Path, tmp_path: Path, in_flight: int, leader: int

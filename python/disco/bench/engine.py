@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -66,7 +65,7 @@ class LocalEngine(Launched):
         batch: int = 1,
         timeout_s: float = 30.0,
         start_timeout_s: float = START_TIMEOUT_S,
-        popen: Callable[..., Any] = subprocess.Popen,
+        popen: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__(timeout_s, start_timeout_s)
         assert engine in ENGINES, engine

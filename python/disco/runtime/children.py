@@ -34,14 +34,14 @@ class ChildSpec:
         name: for messages.
         module, args: what Python runs.
         threads: of its pools.
-        popen: starts it, as `subprocess.Popen` does, perhaps somewhere else.
+        popen: starts it instead of `subprocess.Popen`, and as that does, perhaps somewhere else.
     """
 
     name: str
     module: str
     args: tuple[str, ...]
     threads: int
-    popen: Callable[..., subprocess.Popen[str]] = subprocess.Popen
+    popen: Callable[..., subprocess.Popen[str]] | None = None
 
 
 class Children:
@@ -200,7 +200,7 @@ class Children:
         env["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in sys.path)
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             env[name] = str(spec.threads)
-        process = spec.popen(
+        process = (spec.popen or subprocess.Popen)(
             [sys.executable, "-m", spec.module, *spec.args],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
