@@ -328,8 +328,12 @@ PYBIND11_MODULE(_C, m) {
                   [](const std::vector<CudaNodeArgs>& nodes, const std::array<int, 7>& window) {
                     return disco::cuda::Conv2dSm90::refusal(cuda_nodes(nodes), cuda_window(window));
                   })
-      .def("why_not_width",
-           [](const disco::cuda::Conv2dSm90& conv2d, int width) { return conv2d.refusal(width); })
+      .def(
+          "why_not_width",
+          [](const disco::cuda::Conv2dSm90& conv2d, int width, bool one_row, int tile) {
+            return conv2d.refusal(width, one_row, tile);
+          },
+          py::arg("width"), py::arg("one_row"), py::arg("tile"))
       .def_static("tiles", &disco::cuda::Conv2dSm90::tiles)
       .def("choose_tile", &disco::cuda::Conv2dSm90::choose_tile)
       .def("run", &run_cuda_conv2d);

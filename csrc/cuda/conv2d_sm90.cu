@@ -65,6 +65,7 @@ struct Tile {
    BLOCKS},
 const Tile kTiles[] = {DISCO_TILES(DISCO_ROW)};
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
+constexpr int kSmallestTile = 1;
 
 void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
@@ -240,14 +241,16 @@ std::string Conv2dSm90::refusal(const std::vector<Conv2dNode>& nodes, const Wind
   return "";
 }
 
-std::string Conv2dSm90::refusal(int width) const {
-  const Grid grid = grid_of(window_, 64, width);
+std::string Conv2dSm90::refusal(int width, bool one_row, int number) const {
+  if (number >= kNumTiles) return "tiles that there are";
+  Grid grid = grid_of(window_, 64, width);
+  grid.flat = one_row && one_pixel(window_);
   if (width < window_.stride) return "maps at least as wide as the stride";
-  if (grid.pitch > kWidestBox) return "rows of up to 256 pixels";
+  if (!grid.flat && grid.pitch > kWidestBox) return "rows of up to 256 pixels";
   Conv2dArguments arguments{};
-  const Tile& smallest = kTiles[1];
-  set_window(arguments, window_, grid, smallest.rows);
-  if (!set_stages(arguments, smallest).bytes) return "windows that fit";
+  const Tile& tile = kTiles[number < 0 ? kSmallestTile : number];
+  set_window(arguments, window_, grid, tile.rows);
+  if (!set_stages(arguments, tile).bytes) return "windows that fit into shared memory";
   return "";
 }
 
@@ -274,7 +277,7 @@ int Conv2dSm90::choose_tile(int height, int width) const {
     set_window(arguments, window_, grid, kTiles[t].rows);
     if (set_stages(arguments, kTiles[t]).bytes) return t;
   }
-  return 1;
+  return kSmallestTile;
 }
 
 void Conv2dSm90::run(const Image& x, int images, int height, int width, uintptr_t weight,

@@ -41,7 +41,9 @@ class Conv2dSm90 {
 
   // Why the kernel cannot compute this, or empty.
   static std::string refusal(const std::vector<Conv2dNode>& nodes, const Window& window);
-  std::string refusal(int width) const;
+  // Likewise for maps of this width. `one_row`: of everything that is read and written, the pixels
+  // of all images lie at one distance. `tile`: one of `tiles()`, or -1 for whether there is any.
+  std::string refusal(int width, bool one_row, int tile) const;
 
   // `weight` as the Triton backend packs it: per node [tap][input][columns, padded to 8].
   // bias, residual: 0 if there is none. `activation`: none, relu, gelu. `tile`: -1, or one of

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,8 @@ _VECTOR = 8  # channels in 16 bytes
 _ACTIVATIONS = ("none", "relu", "gelu")  # as the kernel numbers them
 _PAIR_BYTES = 4  # of a bias
 _NOTHING = (0, 0, 0, 0)
+_MOST_APART = 1.25  # the inputs of a layer and of the one whose measurements it takes
+_MOST_POSITIONS = 2**30 - 1  # that the kernel's integers count
 
 
 @lru_cache(maxsize=1)
@@ -62,7 +64,10 @@ class Conv2dSm90:
         self._kernel = kernel
         self._activation = _ACTIVATIONS.index(spec.activation)
         self._source = lists.sources[0]
-        self._refused: dict[int, bool] = {}
+        self._border = max(
+            d * (k - 1) for d, k in zip(spec.dilation, spec.kernel_size, strict=True)
+        )
+        self._refused: dict[tuple[int, bool, int], bool] = {}
         self.key = Key(
             math.prod(spec.kernel_size),
             spec.stride[0],
@@ -99,13 +104,27 @@ class Conv2dSm90:
 
     def choose(self, pixels: int) -> int | None:
         """The tile, as a place in `tiles`, for so many output pixels, or None where the Triton
-        kernel is faster, or may be: what was not measured stays with it."""
-        measured = TUNED.get(self.key)
+        kernel is faster, or may be: what nothing like it was measured of stays with it."""
+        measured = self._measured
         if not measured:
             return None
         nearest = min(measured, key=lambda size: abs(math.log(size / max(1, pixels))))
         name = measured[nearest]
         return None if name is None else self.tiles().index(name)
+
+    @cached_property
+    def _measured(self) -> Mapping[int, str | None]:
+        """The table's row of this layer, or of the one that differs from it in its inputs alone,
+        and least: both kernels' times are nearly proportional to them."""
+
+        def apart(key: tuple[int, ...]) -> float:
+            return abs(math.log(key[-1] / self.key.inputs))
+
+        alike = [key for key in TUNED if key[:-1] == self.key[:-1]]
+        nearest = min(alike, key=apart, default=None)
+        if nearest is None or apart(nearest) > math.log(_MOST_APART):
+            return {}
+        return TUNED[nearest]
 
     def takes(
         self,
@@ -113,8 +132,10 @@ class Conv2dSm90:
         packed_weight: Tensor,
         bias: Tensor | None,
         tensors: Iterable[Tensor | None],
+        tile: int = -1,
     ) -> bool:
-        """Whether these can be read and written; ``tensors`` are outputs and residuals."""
+        """Whether these can be read and written by the tile, or by any; ``tensors`` are outputs and
+        residuals."""
         x = sources[self._source]
         if not _is_hopper(x.device) or x.dtype not in _DTYPES or not x.numel():
             return False
@@ -123,18 +144,19 @@ class Conv2dSm90:
         # A part of a larger bias may begin in the middle of the pairs that are read.
         if bias is not None and bias.data_ptr() % _PAIR_BYTES:
             return False
-        for tensor in (x, *tensors):
-            if tensor is None:
-                continue
+        used = [x, *(tensor for tensor in tensors if tensor is not None)]
+        if max(_positions(tensor, self._border) for tensor in used) > _MOST_POSITIONS:
+            return False
+        for tensor in used:
             strides = (tensor.stride(0), tensor.stride(2), tensor.stride(3))
             if tensor.stride(1) != 1 or tensor.data_ptr() % VECTOR_BYTES:
                 return False
             if any(stride % _VECTOR or stride <= 0 for stride in strides):
                 return False
-        width = x.shape[3]
-        if width not in self._refused:
-            self._refused[width] = bool(self._kernel.why_not_width(width))
-        return not self._refused[width]
+        asked = (x.shape[3], all(map(_is_one_row, used)), tile)
+        if asked not in self._refused:
+            self._refused[asked] = bool(self._kernel.why_not_width(*asked))
+        return not self._refused[asked]
 
     def run(
         self,
@@ -174,6 +196,17 @@ def _place(x: Tensor) -> tuple[int, int, int, int]:
     if x.shape[0] == 1:
         image = x.shape[2] * row
     return x.data_ptr(), image, row, pixel
+
+
+def _is_one_row(x: Tensor) -> bool:
+    """Whether the pixels of all images lie at one distance from each other."""
+    _, image, row, pixel = _place(x)
+    return row == x.shape[3] * pixel and image == x.shape[2] * row
+
+
+def _positions(x: Tensor, border: int) -> int:
+    """At least as many as the kernel counts, which are pixels with a border around each image."""
+    return x.shape[0] * (x.shape[2] + 2 * border) * (x.shape[3] + 2 * border)
 
 
 def _runs(channels: Sequence[int], before: int) -> list[tuple[int, int, int]]:

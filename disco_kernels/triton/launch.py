@@ -130,7 +130,7 @@ class TritonConv2d(PreparedConv2d):
         if scales and any(scale is not None for scale in scales):
             return None
         tile = self.sm90.choose(out.numel() // out.shape[1])
-        if tile is None or not self.sm90.takes(sources, packed_weight, bias, (out, residual)):
+        if tile is None or not self.sm90.takes(sources, packed_weight, bias, (out, residual), tile):
             return None
         return tile
 

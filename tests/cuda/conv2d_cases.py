@@ -98,15 +98,15 @@ def check_tiles(
     covered = 0
     for tile, name in enumerate(kernel.tiles()):
         out = torch.full(shape, float("nan"), device=device, dtype=dtype).to(memory_format=last)
-        assert kernel.takes([given], layer.packed_weight, None, (out, added)), (
-            WINDOWS[window],
-            size,
-        )
+        used = ([given], layer.packed_weight, None, (out, added))
+        assert kernel.takes(*used), (WINDOWS[window], size)
+        fits = kernel.takes(*used, tile)
         try:
             kernel.run([given], layer.packed_weight, bias.to(device), added, out, tile)
         except ValueError as error:
-            assert "shared memory" in str(error)  # of the largest tiles
+            assert "shared memory" in str(error) and not fits  # of the largest tiles
             continue
+        assert fits
         check(out, expected, dtype, (name, WINDOWS[window], size, nodes))
         covered += 1
     return covered

@@ -14,7 +14,7 @@ import torch
 
 from disco_kernels.backends.triton import TritonBackend
 from disco_kernels.cuda import conv2d_sm90
-from tests.cuda.conv2d_cases import NODES, WINDOWS, check_tiles
+from tests.cuda.conv2d_cases import NODES, WINDOWS, check_tiles, kernel_of, make
 from tests.cuda.emulator import cpu_as_device, needs_compiler
 from tests.cuda.sm90.emulator import compile_emulation, kernel_class
 
@@ -55,3 +55,16 @@ def test_other_orders_of_events(order: int, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(conv2d_sm90._kernel_class(), "seed", order)
     window = (1, 2)[order % 2]
     assert check_tiles(window, 1, (2, 7, 7), torch.float16, "none", True, "cpu") >= 3
+
+
+def test_wide_maps() -> None:
+    """The largest tiles' patches do not fit, and are refused before they are run."""
+    assert 1 <= check_tiles(1, 2, (1, 3, 200), torch.bfloat16, "relu", True, "cpu") <= 4
+
+
+def test_single_pixels_are_one_row_of_any_width() -> None:
+    assert check_tiles(0, 2, (2, 1, 300), torch.bfloat16, "relu", True, "cpu") >= 3
+    layer, *_ = make(2, 0, torch.bfloat16, "cpu")
+    apart = torch.zeros(2, 1, 301, 48, dtype=torch.bfloat16)[:, :, :300].permute(0, 3, 1, 2)
+    out = torch.zeros(2, 1, 300, 72, dtype=torch.bfloat16).permute(0, 3, 1, 2)
+    assert not kernel_of(layer).takes([apart], layer.packed_weight, None, (out, None))

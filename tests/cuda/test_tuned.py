@@ -32,8 +32,8 @@ class FakeKernel:
         return cls.reason
 
     @staticmethod
-    def why_not_width(width: int) -> str:
-        return "too wide" if width > 256 else ""
+    def why_not_width(width: int, one_row: bool, tile: int) -> str:
+        return "too wide" if width > (64 if tile == 1 else 256) else ""
 
     @staticmethod
     def tiles() -> list[str]:
@@ -93,15 +93,46 @@ def test_memory_that_the_kernel_cannot_read_is_left_to_triton(
     assert not layer.takes([maps().contiguous()], weight, None, (maps(64), None))
     assert not layer.takes([maps()], weight, None, (maps(64), maps(68)[:, :64]))
     assert not layer.takes([maps(width=300)], weight, None, (maps(64, 300), None))
+    wider = ([maps(width=80)], weight, None, (maps(64, 80), None))
+    assert layer.takes(*wider) and layer.takes(*wider, 0) and not layer.takes(*wider, 1)
+    endless = torch.empty(2**20, 32, 32, 64, dtype=torch.bfloat16, device="meta")
+    assert not layer.takes([maps()], weight, None, (endless.permute(0, 3, 1, 2), None))
 
 
 def test_the_nearest_size_that_was_measured_decides(
     fake: type[FakeKernel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer = Conv2dSm90.make(two_nodes(), dk.ConvSpec((3, 3)), torch.bfloat16)
-    assert layer is not None and layer.choose(10**6) is None
-    monkeypatch.setitem(TUNED, tuple(layer.key), {1000: None, 100000: "256x64"})
-    assert [layer.choose(n) for n in (0, 1000, 9999, 10001, 10**9)] == [None, None, None, 1, 1]
+    def made() -> Conv2dSm90:
+        layer = Conv2dSm90.make(two_nodes(), dk.ConvSpec((3, 3)), torch.bfloat16)
+        assert layer is not None
+        return layer
+
+    *alike, inputs = made().key
+    monkeypatch.setitem(TUNED, (*alike, inputs), {1000: None, 100000: "256x64"})
+    sizes = (0, 1000, 9999, 10001, 10**9)
+    assert [made().choose(n) for n in sizes] == [None, None, None, 1, 1]
+    monkeypatch.setitem(TUNED, (*alike, inputs + 8), {1: "256x32"})
+    assert made().choose(10**9) == 1
+
+
+def test_the_nearest_inputs_that_were_measured_decide(
+    fake: type[FakeKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chosen(*keys: tuple[int, int, int, int, int]) -> int | None:
+        monkeypatch.setattr(
+            conv2d_sm90, "TUNED", {key: {1: TILES[i]} for i, key in enumerate(keys)}
+        )
+        layer = Conv2dSm90.make(two_nodes(), dk.ConvSpec((3, 3)), torch.bfloat16)
+        assert layer is not None and layer.key == (9, 1, 2, 40, 80)
+        return layer.choose(1000)
+
+    assert chosen() is None
+    assert chosen((9, 1, 2, 40, 64)) == 0 and chosen((9, 1, 2, 40, 100)) == 0
+    assert chosen((9, 1, 2, 40, 63)) is None and chosen((9, 1, 2, 40, 101)) is None
+    assert chosen((9, 1, 2, 40, 64), (9, 1, 2, 40, 96)) == 1
+    assert chosen((9, 1, 2, 40, 72), (9, 1, 2, 40, 96)) == 0
+    for other in ((1, 1, 2, 40, 80), (9, 2, 2, 40, 80), (9, 1, 3, 40, 80), (9, 1, 2, 48, 80)):
+        assert chosen(other) is None
 
 
 def test_the_table_is_made_of_what_was_measured(

@@ -486,10 +486,10 @@ extern "C" const char* disco_why_not(const int* nodes, int count, const int* win
 }
 
 extern "C" const char* disco_why_not_width(const int* nodes, int count, const int* window,
-                                           int width) {
+                                           int width, bool one_row, int tile) {
   const disco::cuda::Conv2dSm90 conv2d(read_nodes(nodes, count), read_window(window),
                                        disco::cuda::Half::kBFloat16);
-  answer = conv2d.refusal(width);
+  answer = conv2d.refusal(width, one_row, tile);
   return answer.c_str();
 }
 

@@ -70,8 +70,10 @@ def kernel_class(library: ctypes.CDLL) -> Any:
         def why_not(nodes: Sequence[NodeArgs], window: Sequence[int]) -> str:
             return _text(library.disco_why_not(flat(nodes), len(nodes), ints(window)))
 
-        def why_not_width(self, width: int) -> str:
-            return _text(library.disco_why_not_width(*self._layer, width))
+        def why_not_width(self, width: int, one_row: bool, tile: int) -> str:
+            return _text(
+                library.disco_why_not_width(*self._layer, width, ctypes.c_bool(one_row), tile)
+            )
 
         @staticmethod
         def tiles() -> list[str]:
