@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
 from disco_kernels import functional, registry
@@ -163,6 +164,11 @@ class SwappedMixin:
         same = self.weight is self._disco_source or torch.compiler.is_exporting()
         if self.training or self._disco_source is None or not same:
             return True
+        # What the operators know nothing of: casts around every operation, and other derivatives
+        # than those that a backward pass computes.
+        module: Any = self
+        if torch.is_autocast_enabled(x.device.type) or _is_transformed(x, module.bias):
+            return True
         if self.weight.requires_grad and not self._disco_watched and self._records_gradient(x):
             # Unfrozen since it was packed: a gradient could reach it unseen.
             self._disco_source = None
@@ -173,6 +179,18 @@ class SwappedMixin:
         # A compiled backward has no place for this; the hook on the Parameter tells there.
         if not torch.compiler.is_compiling():
             self._disco_source = None
+
+
+def _is_transformed(*tensors: Tensor | None) -> bool:
+    """Whether torch.func transforms what runs, or one of these has a forward-mode derivative."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    duals = (forward_ad.unpack_dual(x) for x in tensors if x is not None)
+    return any(dual.tangent is not None for dual in duals)
 
 
 class NodesMixin(SwappedMixin):

@@ -112,7 +112,8 @@ def swap_(
     zero (arXiv 2302.11180, section 3). Its outputs stay the same up to rounding. Grouped and
     depthwise convolutions of the model take nothing of other nodes; they are swapped with the
     others, for the kernel. Parameters, hooks and ``state_dict`` keys stay; deepcopy, pickle,
-    ``.to()`` and ``load_state_dict`` work.
+    ``.to()`` and ``load_state_dict`` work. In training mode, under autocast, under `torch.func`'s
+    transforms and with forward-mode derivatives torch's own operators run, on the same weights.
 
     Args:
         model: any module; a layer may be the model itself.
@@ -134,7 +135,7 @@ def swap_(
     """
     if nodes < 1:
         raise ValueError(f"nodes must be at least 1, given {nodes}")
-    if tolerance < 0:
+    if not tolerance >= 0:
         raise ValueError(f"tolerance must not be negative, given {tolerance}")
     layers = {
         name: module

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from disco.errors import InputError
+from disco.whole_file import write_whole_file
 
 
 def check_json(path: Path | None) -> None:
@@ -21,9 +22,8 @@ def check_json(path: Path | None) -> None:
 def write_json(path: Path | None, data: Any) -> None:
     if path is None:
         return
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
+    text = json.dumps(data, indent=2) + "\n"
+    write_whole_file(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def say(line: str) -> None:

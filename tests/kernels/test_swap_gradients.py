@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import disco_kernels as dk
 from disco_kernels.backends.cpu import extension_status
@@ -184,3 +185,46 @@ def test_exports() -> None:
     for batch in (2, 7):
         x = images(batch)
         assert close(inference(exported.module(), x), inference(plain, x))
+
+
+def _half_read() -> nn.Sequential:
+    """A linear and a convolution whose nodes read half of each other's, or nothing."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = nn.Sequential(
+            nn.Linear(8, 8), nn.Linear(8, 8), nn.Unflatten(1, (8, 1, 1)), nn.Conv2d(8, 8, 1)
+        )
+    with torch.no_grad():
+        model[1].weight[:4, 4:] = 0
+        model[3].weight[:4, 4:] = 0
+    return model.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_is_torchs(compiled: bool) -> None:
+    plain, swapped = _half_read(), _half_read()
+    assert len(dk.swap_(swapped, 2).swapped) == 2
+    x = torch.randn(2, 8)
+    run = torch.compile(swapped, fullgraph=True) if compiled else swapped
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found, expected = run(x), plain(x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected)
+
+
+def test_derivatives_of_other_kinds_are_torchs() -> None:
+    """Forward mode, and torch.func's transforms: nothing of them reaches the operators."""
+    plain, swapped = _half_read(), _half_read()
+    dk.swap_(swapped, 2)
+    x, direction = torch.randn(2, 8), torch.randn(2, 8)
+
+    def derivatives(model: nn.Module) -> tuple[Tensor, ...]:
+        _, by_function = torch.func.jvp(model, (x,), (direction,))
+        with forward_ad.dual_level():
+            by_level = forward_ad.unpack_dual(model(forward_ad.make_dual(x, direction))).tangent
+        gradient = torch.func.grad(lambda x: model(x).square().sum())(x)
+        return by_function, by_level, gradient, torch.func.jacfwd(model)(x)
+
+    for found, expected in zip(derivatives(swapped), derivatives(plain), strict=True):
+        assert expected.abs().max() > 0.1
+        torch.testing.assert_close(found, expected)

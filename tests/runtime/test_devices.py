@@ -93,6 +93,13 @@ def test_gpus_are_given_time_to_compile(tiny_folder: Path) -> None:
     assert RankProcesses(tiny_folder).silence_s == 2.0
     assert RankProcesses(tiny_folder, device="cuda:0").silence_s == 30.0
     assert RankProcesses(tiny_folder, device="cuda:0", silence_s=1.5).silence_s == 1.5
+    for seconds in (0.0, -1.0, 0.25, float("nan"), float("inf")):
+        with pytest.raises(InputError, match=r"above the 0.25 between signs of life, given"):
+            RankProcesses(tiny_folder, silence_s=seconds)
+        if not seconds > 0 or seconds > 1:
+            for name in ("meeting_s", "deadline_s"):
+                with pytest.raises(InputError, match=f"{name} must be a number of seconds above 0"):
+                    Options(**{name: seconds})
 
 
 @pytest.mark.usefixtures("two_gpus")

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import shutil
+from dataclasses import replace
 from math import floor
 from pathlib import Path
 from types import SimpleNamespace
@@ -253,6 +254,12 @@ def test_what_can_not_be_resumed(settings: Settings, tmp_path: Path) -> None:
         resume(tmp_path / "x", {"lr": 0.3, "nodes": 2}, silent)
     with open_run(tmp_path / "x").locked(), pytest.raises(InputError, match="another process"):
         resume(tmp_path / "x", {"nodes": 2}, silent)
+    # Two that found no run there and have both prepared one.
+    runs = [replace(open_run(tmp_path / "x"), path=tmp_path / "y") for _ in range(2)]
+    with runs[0].made(), pytest.raises(InputError, match="another process"), runs[1].made():
+        pass
+    with pytest.raises(InputError, match="there is a run in .* already"), runs[1].made():
+        pass
     with pytest.raises(InputError, match="there is a run in .* already: go on"):
         train(settings(), tmp_path / "x", silent)
     config = tmp_path / "x" / "config.json"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from disco.errors import InputError
+from disco.whole_file import write_whole_file
 
 if TYPE_CHECKING:
     from disco.partition.exchange_plan import ExchangePlan
@@ -77,9 +78,9 @@ def draw_exchange(plan: Plan, path: str | os.PathLike[str]) -> None:
         ending = Path(path).suffix.lower().removeprefix(".")
         # Without a date and a version, which would differ from run to run.
         metadata = {"Date": None, "Creator": None} if ending == "svg" else {"Software": None}
-        part = Path(path).with_name(f"{Path(path).name}.part")
-        figure.savefig(part, format=ending, metadata=metadata)
-        part.replace(path)
+        write_whole_file(
+            Path(path), lambda part: figure.savefig(part, format=ending, metadata=metadata)
+        )
 
 
 Matrix = list[list[float]]

@@ -77,8 +77,8 @@ def save_artifact(
     except (TypeError, ValueError) as error:
         raise InputError(f"the model description must be plain JSON: {error}") from None
     partial = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
-    partial.mkdir()
     try:
+        partial.mkdir()
         shards = [_write_shard(partial, rank, part, plan) for rank, part in enumerate(ranks)]
         content = {
             "format": "disco-artifact",
@@ -94,6 +94,10 @@ def save_artifact(
         }
         _write(partial / MANIFEST, manifest_bytes(content))
         _put_in_place(partial, target)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(
+            f"{target} cannot be written: {error}: free some space, or choose another directory"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -202,7 +206,13 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise InputError(
             f"there is no directory {target.parent} to write {target.name!r} into: make it"
         )
-    if not target.exists() and not target.is_symlink():
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise InputError(f"{target.parent} may not be written: choose another directory")
+    try:
+        exists = target.exists()
+    except OSError as error:  # of a name that is too long
+        raise InputError(f"{target} cannot be written: {error.strerror}") from error
+    if not exists and not target.is_symlink():
         return
     if not overwrite:
         raise InputError(f"{target} exists: choose another directory, or allow overwriting it")

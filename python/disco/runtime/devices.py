@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from disco.errors import InputError
 from disco.runtime.free_memory import FreeMemory
-from disco.runtime.tcp.transport import SILENCE_S
+from disco.runtime.tcp.transport import HEARTBEAT_S, SILENCE_S
 
 CPU = torch.device("cpu")
 # A rank on a GPU compiles a kernel when it first meets a shape, for seconds, and says nothing
@@ -57,8 +58,17 @@ def devices_of_ranks(name: str, world_size: int) -> tuple[torch.device, ...]:
 
 
 def silence_of(given: float | None, devices: Sequence[torch.device]) -> float:
-    """After how many seconds of silence a peer is lost: as given, else by where ranks compute."""
+    """After how many seconds of silence a peer is lost: as given, else by where ranks compute.
+
+    Raises:
+        InputError: no more than pass between two signs of life, or no number.
+    """
     if given is not None:
+        if not HEARTBEAT_S < given < math.inf:
+            raise InputError(
+                f"the deadline must be a number of seconds above the {HEARTBEAT_S:g} between "
+                f"signs of life, given {given:g}"
+            )
         return given
     return SILENCE_S if all(device.type == "cpu" for device in devices) else GPU_SILENCE_S
 

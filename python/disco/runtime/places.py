@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from collections.abc import Callable
@@ -103,6 +104,9 @@ class Options:
     def __post_init__(self) -> None:
         check_on_peer_loss(self.on_peer_loss)
         check_in_cpu_memory(self.on_peer_loss, self.device)
+        for name, seconds in (("meeting_s", self.meeting_s), ("deadline_s", self.deadline_s)):
+            if not 0 < seconds < math.inf:
+                raise InputError(f"{name} must be a number of seconds above 0, given {seconds:g}")
         if self.transport not in TRANSPORTS:
             raise InputError(
                 f"transport {self.transport!r} was given; there are {', '.join(TRANSPORTS)}"

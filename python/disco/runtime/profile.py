@@ -12,6 +12,7 @@ from typing import Any
 from disco.errors import InputError
 from disco.executor import Timeline, Transfer
 from disco.partition.plan import Plan
+from disco.whole_file import write_whole_file
 
 FORMATS = (".json", ".png")
 
@@ -107,14 +108,13 @@ def check_profile(path: Path | None) -> None:
 def write_profile(profile: Profile, path: Path) -> None:
     """Write it in the format of the file's ending; `check_profile` says what can be."""
     check_profile(path)
-    part = path.with_name(f"{path.name}.part")
     if path.suffix.lower() == ".json":
-        part.write_text(json.dumps(chrome_trace(profile)) + "\n", encoding="utf-8")
+        text = json.dumps(chrome_trace(profile)) + "\n"
+        write_whole_file(path, lambda part: part.write_text(text, encoding="utf-8"))
     else:
         from disco.runtime.profile_drawing import draw_profile
 
-        draw_profile(profile, part)
-    part.replace(path)
+        write_whole_file(path, lambda part: draw_profile(profile, part))
 
 
 def chrome_trace(profile: Profile) -> dict[str, Any]:

@@ -68,8 +68,13 @@ class Run:
                 f"{self.config.task} --out {self.path} --resume`"
             )
 
-    def make(self) -> None:
-        """Make the folder and its config.json. InputError if that cannot be done."""
+    @contextmanager
+    def made(self) -> Iterator[None]:
+        """Make the folder and its config.json, and hold the lock.
+
+        Raises:
+            InputError: that cannot be done, or another process has begun a run there meanwhile.
+        """
         try:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -83,7 +88,10 @@ class Run:
             "input": self.preprocessing.to_json(),
             "trained_on": self.trained_on,
         }
-        write_text(self.path / CONFIG_FILE, json.dumps(plain, indent=2) + "\n")
+        with self.locked():
+            check_new(self.path)
+            write_text(self.path / CONFIG_FILE, json.dumps(plain, indent=2) + "\n")
+            yield
 
     def load_model(self) -> nn.Module:
         """The finished model in `eval()` mode, on the CPU. Raises InputError."""
@@ -153,9 +161,11 @@ class Run:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes from training in the same folder; the lock ends with the process."""
-        with open(self.path / CONFIG_FILE, "rb") as file:
+        # Of the folder: files in it are replaced.
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise InputError(
                     f"another process is training in {self.path}: wait for it, or choose another "
@@ -164,6 +174,8 @@ class Run:
             remove_parts(self.path)
             remove_parts(self.path / "checkpoints")
             yield
+        finally:
+            os.close(folder)
 
 
 def check_new(path: Path) -> None:

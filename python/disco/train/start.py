@@ -56,8 +56,7 @@ def train(
     say(data.text)
     with _random(config.seed, found):
         training = Training(run, task, data, model, teacher, found, workers, say)
-        run.make()
-        with run.locked():
+        with run.made():
             return training.finish()
 
 
