@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import resource
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -57,6 +59,20 @@ def test_a_file_that_cannot_be_written_is_as_it_was(tmp_path: Path) -> None:
     assert path.read_text() == '"old"\n' and list(tmp_path.iterdir()) == [path]
     with pytest.raises(InputError, match="No such file"):
         write_whole_file(tmp_path / "absent" / "file", lambda part: part.write_text(""))
+
+
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    words = ["token", str(tmp_path / "token")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "disco.cli", *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    expected = "disco: error: the standard output cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (2, expected)
 
 
 def test_a_folder_with_a_name_that_is_too_long_is_refused(tmp_path: Path) -> None:
