@@ -267,7 +267,7 @@ class SwappedConv2d(NodesMixin, nn.Conv2d):
 
     def _fused(self, x: Tensor) -> Tensor:
         state = self._disco
-        batched = x.unsqueeze(0) if x.dim() == 3 else x
+        batched = _as_images(x)
         _check_channels(batched, 1, self.in_channels)
         y = torch.ops.disco_kernels.gather_conv2d(
             batched,
@@ -312,7 +312,7 @@ class SwappedGroupedConv2d(SwappedMixin, nn.Conv2d):
         return self._fused(input)
 
     def _fused(self, x: Tensor) -> Tensor:
-        batched = x.unsqueeze(0) if x.dim() == 3 else x
+        batched = _as_images(x)
         _check_channels(batched, 1, self.in_channels)
         y = torch.ops.disco_kernels.grouped_conv2d(
             batched,
@@ -370,9 +370,17 @@ def _torch_conv2d(x: Tensor, module: nn.Conv2d) -> Tensor:
     )
 
 
+def _as_images(x: Tensor) -> Tensor:
+    if x.dim() not in (3, 4):
+        raise ValueError(
+            f"the layer takes images [B, C, H, W] or one [C, H, W], given {list(x.shape)}"
+        )
+    return x.unsqueeze(0) if x.dim() == 3 else x
+
+
 def _check_channels(x: Tensor, dim: int, wanted: int) -> None:
     # The nodes read listed channels: an input with more of them would go unnoticed.
-    if x.shape[dim] != wanted:
+    if not x.dim() or x.shape[dim] != wanted:
         raise ValueError(f"the layer takes {wanted} channels, given {list(x.shape)}")
 
 

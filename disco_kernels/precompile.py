@@ -65,8 +65,11 @@ def precompile(
         How long the calls took.
 
     Raises:
-        ValueError: a model in training mode, no tensor among the inputs, a size below 1.
+        ValueError: a model in training mode, no tensor among the inputs or one without images, a
+            size that is no whole number above 0.
     """
+    if isinstance(example_inputs, Tensor):
+        raise ValueError("the example inputs are one tensor: give a tuple of all inputs, as (x,)")
     if any(module.training for module in model.modules()):
         raise ValueError(
             f"{type(model).__name__} is in training mode, in which a call may change it: call "
@@ -76,9 +79,15 @@ def precompile(
     tensors = [x for x in pytree.tree_leaves(given) if isinstance(x, Tensor) and x.dim()]
     if not tensors:
         raise ValueError("the example inputs hold no tensor with a batch: give at least one")
+    if empty := [list(x.shape) for x in tensors if not x.shape[0]]:
+        raise ValueError(
+            f"an example input of {empty[0]} has nothing in its batch: give one or more"
+        )
+    if isinstance(batches, int):
+        raise ValueError(f"batches are a sequence of sizes, given {batches}: write ({batches},)")
     sizes = tuple(batches) or (tensors[0].shape[0],)
-    if wrong := [size for size in sizes if size < 1]:
-        raise ValueError(f"batches are 1 or more, given {wrong[0]}")
+    if wrong := [size for size in sizes if not isinstance(size, int) or size < 1]:
+        raise ValueError(f"batches are whole numbers of 1 or more, given {wrong[0]}")
     seconds = [_called(model, given, size) for size in sizes]
     return Precompiled(
         sizes, tuple(first for first, _ in seconds), tuple(second for _, second in seconds)

@@ -130,9 +130,14 @@ def swap_(
         A report with a row a layer. Check ``report.swapped``: a model without a pattern has none.
 
     Raises:
+        TypeError: ``model`` is no module, or ``nodes`` no whole number.
         ValueError: ``nodes`` below 1, a negative tolerance, names of layers that do not exist.
         BackendUnavailable: ``backend`` was given and cannot serve the weights.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model must be a torch.nn.Module, given {type(model).__name__}")
+    if not isinstance(nodes, int):
+        raise TypeError(f"nodes must be a whole number, given {nodes!r}")
     if nodes < 1:
         raise ValueError(f"nodes must be at least 1, given {nodes}")
     if not tolerance >= 0:

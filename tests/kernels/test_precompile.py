@@ -74,9 +74,13 @@ def test_a_swapped_model_and_what_it_computes() -> None:
         (False, (1, None), (), "no tensor with a batch"),
         (False, (torch.tensor(1.0),), (), "no tensor with a batch"),
         (False, (torch.zeros(1, 3, 4, 4),), (2, 0), "1 or more, given 0"),
+        (False, (torch.zeros(1, 3, 4, 4),), (2.5,), "1 or more, given 2.5"),
+        (False, (torch.zeros(1, 3, 4, 4),), 4, r"write \(4,\)"),
+        (False, torch.zeros(1, 3, 4, 4), (), r"give a tuple of all inputs, as \(x,\)"),
+        (False, (torch.zeros(0, 3, 4, 4),), (4,), r"\[0, 3, 4, 4\] has nothing in its batch"),
     ],
 )
-def test_wrong_calls(train: bool, inputs: Any, batches: tuple[int, ...], text: str) -> None:
+def test_wrong_calls(train: bool, inputs: Any, batches: Any, text: str) -> None:
     model = Recorded().train(train)
     with pytest.raises(ValueError, match=text):
         disco_kernels.precompile(model, inputs, batches)

@@ -121,7 +121,9 @@ def test_wrong_inputs_are_refused(backend: str) -> None:
         (0, torch.randn(1, 9, 5, 5), r"takes 8 channels, given \[1, 9, 5, 5\]"),
         (0, torch.randn(1, 4, 5, 5), "takes 8 channels"),
         (0, torch.randn(9, 5, 5), "takes 8 channels"),
-        (0, torch.randn(5, 8), r"must be \[B, C, H, W\], given 2 dimensions \[5, 8\]"),
+        (0, torch.randn(5, 8), r"images \[B, C, H, W\] or one \[C, H, W\], given \[5, 8\]"),
+        (0, torch.randn(1, 1, 8, 5, 5), r"or one \[C, H, W\], given \[1, 1, 8, 5, 5\]"),
+        (1, torch.tensor(1.0), r"takes 8 channels, given \[\]"),
         (0, torch.randn(1, 8, 5, 5).double(), "convert one of them"),
         (1, torch.randn(3, 9), r"takes 8 channels, given \[3, 9\]"),
         (1, torch.randn(3, 8).bfloat16(), "convert one of them"),
@@ -214,6 +216,14 @@ def test_one_node_swaps_nothing() -> None:
     assert all(not isinstance(m, SwappedMixin) for m in model.modules())
 
 
+def test_what_is_no_model_and_no_number_of_nodes() -> None:
+    with pytest.raises(TypeError, match=r"must be a torch.nn.Module, given str"):
+        dk.swap_("resnet", 2)  # type: ignore[arg-type]
+    for nodes in (2.0, "2"):
+        with pytest.raises(TypeError, match=f"nodes must be a whole number, given {nodes!r}"):
+            dk.swap_(conv(), nodes)  # type: ignore[arg-type]
+
+
 def test_bad_arguments_change_nothing() -> None:
     model = small()
     two = dk.Ownership.contiguous(5, 2)
@@ -221,6 +231,7 @@ def test_bad_arguments_change_nothing() -> None:
         ({"nodes": 0}, "nodes must be at least 1, given 0"),
         ({"nodes": -2}, "nodes must be at least 1, given -2"),
         ({"nodes": 2, "tolerance": -1.0}, "tolerance must not be negative"),
+        ({"nodes": 2, "tolerance": float("nan")}, "tolerance must not be negative, given nan"),
         ({"nodes": 2, "ownership": {"nowhere": (two, two)}}, "does not have: nowhere"),
         ({"nodes": 2, "pattern": dk.Pattern({"no": sparsify(conv())})}, "does not have: no"),
     )
