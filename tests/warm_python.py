@@ -8,7 +8,6 @@ import importlib
 import json
 import os
 import runpy
-import signal
 import socket
 import sys
 import time
@@ -52,12 +51,7 @@ def become(asked: dict[str, Any], fds: list[int]) -> None:
         os.close(fd)
     if asked["new_session"]:
         os.setsid()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    if asked["cwd"] is not None:
-        os.chdir(asked["cwd"])
+    os.chdir(asked["cwd"])
     os.environ.clear()
     os.environ.update(asked["env"])
     sys.orig_argv = [sys.executable, *asked["words"]]

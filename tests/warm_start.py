@@ -126,7 +126,7 @@ def _words(how: dict[str, Any]) -> list[str] | None:
     words = [os.fsdecode(word) for word in how["args"]]
     plain = how["umask"] < 0 and how.get("process_group", -1) == -1
     for name in ("executable", "preexec_fn", "pass_fds", "shell", "gid", "gids", "uid"):
-        plain = plain and (not how[name] or (name == "executable" and how[name] == words[0]))
+        plain = plain and not how[name]
     if not plain or len(words) < 2 or words[0] != sys.executable:
         return None
     known = words[1] in ("-m", "-c") or (words[1].endswith(".py") and words[1][0] != "-")

@@ -10,6 +10,7 @@ import safetensors.torch
 from torch import Tensor
 
 from disco.errors import InputError
+from disco.whole_file import write_whole_file
 
 ONE = "output"  # the name of an answer that is one tensor
 
@@ -42,14 +43,9 @@ def write_answer(folder: Path, image: Path, answer: Any) -> Path:
     """
     named = dict(_named(answer, ""))
     path = folder / f"{image.name}.safetensors"
-    part = path.with_suffix(".part")
-    try:
-        # Tensors of an answer may share memory, which the format refuses.
-        safetensors.torch.save_file({k: v.clone().contiguous() for k, v in named.items()}, part)
-        part.replace(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        part.unlink(missing_ok=True)
-        raise InputError(f"the answer cannot be written to {path}: {error}") from error
+    # Tensors of an answer may share memory, which the format refuses.
+    apart = {k: v.clone().contiguous() for k, v in named.items()}
+    write_whole_file(path, lambda part: safetensors.torch.save_file(apart, part))
     return path
 
 

@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from disco.errors import InputError
-from disco.whole_file import write_whole_file
+from disco.whole_file import check_can_be_written, write_whole_file
 
 
 def check_json(path: Path | None) -> None:
     """Refuse now what could not be written after minutes of work."""
-    if path is None:
-        return
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"--json {path} cannot be written: give a file in a folder that exists")
+    if path is not None:
+        check_can_be_written(path, f"--json {path}")
 
 
 def write_json(path: Path | None, data: Any) -> None:

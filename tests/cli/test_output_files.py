@@ -39,6 +39,17 @@ def test_a_pipe_is_written_and_stays_one(tmp_path: Path) -> None:
     assert read == ["3\n"] and pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]
 
 
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1"])
+def test_the_standard_output_is_a_pipe(name: str) -> None:
+    code = f"""
+from pathlib import Path
+from disco.command_output import check_json, write_json
+check_json(Path({name!r}))
+write_json(Path({name!r}), [5])"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[\n  5\n]\n"
+
+
 def test_a_device_is_written_and_stays_one(tmp_path: Path) -> None:
     link = tmp_path / "null"
     link.symlink_to("/dev/null")

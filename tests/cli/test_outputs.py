@@ -63,6 +63,6 @@ def test_folders_that_cannot_be_written(
     assert done.code == 2 and done.err.startswith("disco: error: answers cannot be written into")
     folder = answers_folder(tmp_path / "answers")
     (folder / "a.png.safetensors").mkdir()
-    with pytest.raises(InputError, match=r"the answer cannot be written to .*a\.png"):
+    with pytest.raises(InputError, match=r"a\.png\.safetensors cannot be written"):
         write_answer(folder, Path("a.png"), torch.zeros(1))
     assert [path.name for path in folder.iterdir()] == ["a.png.safetensors"]

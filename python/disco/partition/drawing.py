@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from disco.errors import InputError
-from disco.whole_file import write_whole_file
+from disco.whole_file import check_can_be_written, write_whole_file
 
 if TYPE_CHECKING:
     from disco.partition.exchange_plan import ExchangePlan
@@ -36,8 +36,7 @@ def check_drawing(path: str | os.PathLike[str]) -> None:
         raise InputError(
             f"a drawing ends in {' or '.join(FORMATS)}, given {target.name!r}: choose one of them"
         )
-    if target.is_dir() or not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
-        raise InputError(f"{target} cannot be written: give a file in a folder that exists")
+    check_can_be_written(target, str(target))
     _pyplot()
 
 

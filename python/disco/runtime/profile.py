@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from disco.errors import InputError
 from disco.executor import Timeline, Transfer
 from disco.partition.plan import Plan
-from disco.whole_file import write_whole_file
+from disco.whole_file import check_can_be_written, write_whole_file
 
 FORMATS = (".json", ".png")
 
@@ -97,8 +96,7 @@ def check_profile(path: Path | None) -> None:
             f"--profile {path} was given; a profile ends in {' or '.join(FORMATS)}: .json for "
             f"Perfetto (ui.perfetto.dev) and chrome://tracing, .png for a picture"
         )
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"--profile {path} cannot be written: give a file in a folder that exists")
+    check_can_be_written(path, f"--profile {path}")
     if path.suffix.lower() == ".png":
         from disco.runtime.profile_drawing import load_matplotlib
 
