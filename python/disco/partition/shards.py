@@ -68,7 +68,8 @@ def save_artifact(
         model_description: anything in JSON that tells a reader which model this is.
 
     Raises:
-        InputError: the directory exists, its parent does not, or the description is no JSON.
+        InputError: the directory exists, its parent does not, the description is no JSON, or the
+            disk refuses (it is full, say): nothing is left of what was written.
     """
     target = Path(directory)
     check_target(target, overwrite)
