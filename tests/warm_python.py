@@ -16,6 +16,7 @@ from typing import Any
 
 MODULES = ("torch", "disco.api", "disco.runtime.worker", "disco.cli", "safetensors.torch")
 MOST_BYTES = 1 << 17
+MOST_S = 5.0  # to wait for threads that imports have started
 
 
 def serve(control: socket.socket) -> tuple[dict[str, Any], list[int]]:
@@ -76,13 +77,27 @@ def run(words: list[str]) -> None:
         runpy.run_path(first, run_name="__main__")
 
 
+def others() -> list[str]:
+    """Names of the threads beside this one."""
+    found = []
+    for thread in os.listdir("/proc/self/task"):
+        try:
+            with open(f"/proc/self/task/{thread}/comm") as file:
+                found.append(file.read().strip())
+        except OSError:  # it has ended
+            continue
+    return found[1:]
+
+
 if __name__ == "__main__":
     control = socket.socket(fileno=int(sys.argv[1]))
     for module in MODULES:
         importlib.import_module(module)
     gc.freeze()  # a collection would write to every page that is shared
     # A lock that another thread holds would be held for ever after the fork.
-    threads = len(os.listdir("/proc/self/task"))
-    control.send(b"ready" if threads == 1 else b"%d threads" % threads)
+    until = time.monotonic() + MOST_S
+    while (running := others()) and time.monotonic() < until:
+        time.sleep(0.01)
+    control.send(f"threads beside it: {running}".encode()[:100] if running else b"ready")
     become(*(asked := serve(control)))
     run(asked[0]["words"])

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ _cold = subprocess.Popen
 
 
 class _Server:
-    """A Python that is forked."""
+    """A Python that is forked, or why it is not: `refused`."""
 
     def __init__(self, env: dict[str, str]) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -55,11 +56,13 @@ class _Server:
             )
             theirs.close()
             said = self._control.recv(100).decode()
-            if said != "ready":
+            self.refused = "" if said == "ready" else said or "it ended"
+            if self.refused:
                 self._process.kill()
                 self._process.wait()
                 errors.seek(0)
-                raise RuntimeError(f"no warm Python: {said} {errors.read().decode()[-3000:]}")
+                self.refused += errors.read().decode()[-3000:]
+                return
         atexit.register(self.close)
 
     def start(self, asked: dict[str, Any], fds: list[int]) -> int:
@@ -79,18 +82,23 @@ class _Server:
         self._process.wait()
 
 
-_servers: dict[tuple[tuple[str, str], ...], _Server] = {}
+_servers: dict[tuple[tuple[str, str], ...], _Server | None] = {}
 _making = threading.Lock()
 
 
 def _server(env: dict[str, str]) -> _Server | None:
-    """The one for this environment, or None where there would be too many."""
+    """The one for this environment; None for too many of them, and what cannot be forked."""
     key = tuple(sorted(i for i in env.items() if i[0].startswith(_READ_AT_START)))
     with _making:
         if key not in _servers:
             if len(_servers) == _MOST_SERVERS:
                 return None
-            _servers[key] = _Server(env)
+            made = _Server(env)
+            if made.refused:
+                warnings.warn(
+                    f"no warm Python, so processes start cold: {made.refused}", stacklevel=1
+                )
+            _servers[key] = None if made.refused else made
         return _servers[key]
 
 

@@ -107,3 +107,19 @@ def test_others_start_as_always(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_mark_is_heeded() -> None:
     command = [sys.executable, "-c", "import sys; print('torch' in sys.modules)"]
     assert subprocess.check_output(command, text=True) == "False\n"
+
+
+def test_what_cannot_be_forked_starts_as_always(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads that an import leaves behind would not be there after a fork."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import threading, time\n"
+        "threading.Thread(target=time.sleep, args=(100,), daemon=True).start()\n"
+    )
+    monkeypatch.setattr(warm_start, "_servers", {})
+    path = os.pathsep.join([str(tmp_path), *(os.path.abspath(p) for p in sys.path)])
+    code = "import sys; sys.exit('torch' in sys.modules)"
+    with pytest.warns(UserWarning, match="processes start cold: threads beside it"):
+        done = subprocess.run([sys.executable, "-c", code], env=_environment(PYTHONPATH=path))
+    assert done.returncode == 0
