@@ -35,6 +35,7 @@ from disco.sparsify import (
     sparsify_weights_,
     tensors_of,
 )
+from disco.untraced import untraced
 from disco_kernels import WINOGRAD, InputBytes, Ownership, Pattern, choose_int8, registry
 from disco_kernels.pattern import parameter_of
 
@@ -66,6 +67,7 @@ class Partitioned(nn.Module):
         """The model's outputs, as rank 0 has them. InputError for inputs that do not fit."""
         return self.run_ranks(*args, **kwargs)[0]
 
+    @untraced
     def run_ranks(self, *args: Any, **kwargs: Any) -> list[Any]:
         """The outputs of every rank: each has the whole."""
         executors = self._prepared()
@@ -136,6 +138,7 @@ class Compiled(nn.Module):
         """Of all packed weights, which the model keeps in memory."""
         return self._executor.packed_bytes
 
+    @untraced
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs. InputError for inputs that do not fit."""
         return self._executor(*args, **kwargs)
