@@ -30,12 +30,13 @@ from benchmarks.gpu_models import (
     write_report,
 )
 from disco_kernels.cuda.conv2d_sm90 import Conv2dSm90
+from disco_kernels.cuda.dense_product import DenseProduct
 
 
 def main() -> None:
     parser = parser_of(__doc__, batches="1,32,128")
     parser.add_argument(
-        "--triton-alone", action="store_true", help="also without the CUDA C++ convolutions"
+        "--triton-alone", action="store_true", help="also without CUDA C++ convolutions and cuBLAS"
     )
     args = parser.parse_args()
     set_precision(args)
@@ -48,7 +49,10 @@ def main() -> None:
     ours = disco.compile(model, NODES, **options)
     sides = {"disco": ours, **dense_sides(model, args)}
     if args.triton_alone:
-        with mock.patch.object(Conv2dSm90, "make", return_value=None):
+        others = [
+            mock.patch.object(c, "make", return_value=None) for c in (Conv2dSm90, DenseProduct)
+        ]
+        with others[0], others[1]:
             sides["disco_triton"] = disco.compile(model, NODES, **options)
     oracle = exact_model(model)
     rows = []
@@ -57,9 +61,10 @@ def main() -> None:
         row, outputs = measure(x, "disco", sides, args.rounds)
         wanted = exact_of(oracle, x)
         row["relative_error"] = {name: relative_error(y, wanted) for name, y in outputs.items()}
+        row["kernels"] = ours.last_kernels
         rows.append(row)
         print_row(args, row)
-    write_report(args, rows, kernels=ours.kernel_backends, effective_density=ours.effective_density)
+    write_report(args, rows, effective_density=ours.effective_density)
 
 
 if __name__ == "__main__":

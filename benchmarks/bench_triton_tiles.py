@@ -4,8 +4,8 @@
 
 Prints a row a layer: the fastest tile, the one that the backend chooses, both times, cuDNN's time
 for the dense convolution alone (no bias, no activation), with what belongs to the layer (bias,
-residual, activation), and node by node on packed inputs, and the time that the layer's bytes take
-at the measured copy rate.
+residual, activation), and node by node on packed inputs, cuBLASLt's for the layer as one dense
+product (where it is one), and the time that the layer's bytes take at the measured copy rate.
 `disco_kernels/triton/tiles.py` holds what was learnt from it.
 """
 
@@ -27,6 +27,8 @@ from torch import Tensor
 import disco_kernels as dk
 from benchmarks.cuda_time import copy_gb_s, describe_gpu, median_ms
 from benchmarks.shapes import ConvShape, deit_small_shapes, resnet50_shapes
+from disco_kernels import registry
+from disco_kernels.cuda.choice import CUBLAS
 from disco_kernels.pattern import Selected, find_selected
 from disco_kernels.triton.tiles import Tile
 
@@ -152,7 +154,8 @@ def sm90_tiles(layer: Layer) -> list[str]:
     conv2d = layer.kernel._prepared.sm90  # type: ignore[attr-defined]
     if conv2d is None:
         return []
-    width = 2 * max(32, conv2d.key.columns)
+    columns = layer.kernel._prepared.key.columns  # type: ignore[attr-defined]
+    width = 2 * max(32, columns)
     return [t for t in conv2d.tiles() if int(t.split("x")[1].split("/")[0]) < width]
 
 
@@ -163,6 +166,24 @@ def run_sm90(layer: Layer, tile: str) -> Tensor:
     place = conv2d.tiles().index(tile)
     conv2d.run([layer.x], weight, layer.bias, layer.residual, layer.out, place)
     return layer.out
+
+
+def dense_product(layer: Layer) -> Callable[[], Tensor] | None:
+    """The layer as one dense product by cuBLASLt, if it is one."""
+    prepared: Any = layer.kernel._prepared
+    if prepared.dense is None:
+        return None
+    backend = registry.get("triton")
+    weight = backend.prepack(layer.weight, (layer.shape.in_channels,))
+    given = ([layer.x], weight, layer.bias)
+    if not prepared.dense.takes(*given, layer.out, layer.residual):
+        return None
+
+    def run() -> Tensor:
+        prepared.dense.run(*given, layer.residual, layer.out)
+        return layer.out
+
+    return run
 
 
 def exact_result(layer: Layer) -> Tensor:
@@ -259,6 +280,9 @@ def measure(shape: ConvShape, batch: int, args: argparse.Namespace, rate: float)
     if args.sm90_alone:
         ways = {}  # of Triton's, only what it chooses
     ways |= {f"sm90 {tile}": partial(run_sm90, layer, tile) for tile in sm90_tiles(layer)}
+    product = dense_product(layer)
+    if product is not None:
+        ways[CUBLAS] = product
     ways["cudnn, packed"] = cudnn_packed(layer)
     for tile, way in ways.items():
         layer.out.fill_(float("nan"))
@@ -278,7 +302,6 @@ def measure(shape: ConvShape, batch: int, args: argparse.Namespace, rate: float)
     chosen_ms = median_ms(lambda: run_with(layer, chosen))
     dense_ms = median_ms(lambda: F.conv2d(layer.x, layer.weight, None, shape.stride, shape.padding))
     fused_ms = median_ms(lambda: dense_fused(layer))
-    sm90 = layer.kernel._prepared.sm90  # type: ignore[attr-defined]
     moved = [layer.x, layer.out, layer.kernel.packed_weight]
     moved += [] if layer.residual is None else [layer.residual]
     packed_ms = times.pop("cudnn, packed", float("nan"))
@@ -293,7 +316,8 @@ def measure(shape: ConvShape, batch: int, args: argparse.Namespace, rate: float)
         "cudnn_conv_ms": dense_ms,
         "cudnn_fused_ms": fused_ms,
         "cudnn_packed_ms": packed_ms,
-        "sm90_key": None if sm90 is None else tuple(sm90.key),
+        "cublas_ms": times.get(CUBLAS, float("nan")),
+        "key": tuple(layer.kernel._prepared.key),  # type: ignore[attr-defined]
         "copy_bound_ms": sum(t.nbytes for t in moved) / rate / 1e6,
         "relative_error": worst,
         "times_ms": times,
@@ -328,8 +352,8 @@ def main() -> None:
             print(
                 f"{batch:4d} {shape!s:28s} best {row['best_ms']:.4f} ({row['best_tile']})  chosen "
                 f"{row['chosen_ms']:.4f}  cudnn {row['cudnn_conv_ms']:.4f}, fused "
-                f"{row['cudnn_fused_ms']:.4f}, packed {row['cudnn_packed_ms']:.4f}  copy "
-                f"{row['copy_bound_ms']:.4f}"
+                f"{row['cudnn_fused_ms']:.4f}, packed {row['cudnn_packed_ms']:.4f}, "
+                f"cublas {row['cublas_ms']:.4f}  copy {row['copy_bound_ms']:.4f}"
             )
             if args.json:  # after every row: a limit of time, or a tile that hangs, ends this
                 content = {"machine": describe_gpu(), "copy_gb_s": rate, "rows": rows}

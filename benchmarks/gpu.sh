@@ -7,7 +7,7 @@
 # Nothing is fetched: torch, triton, scikit-build-core, pybind11 and pytest have to be there. STEPS
 # chooses among the steps; without "install" the sources are used as they lie, without C++ kernels.
 # Only if it names them are these run: "order", models whose channels were chosen one by one, then put
-# in order; "tiles", every tile of the CUDA C++ kernel for Hopper, of which tune_sm90 makes its table;
+# in order; "tiles", every tile of the CUDA C++ kernel for Hopper and cuBLAS, of which tune_sm90 makes the table;
 # "profile", what Nsight Compute says of some layers.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -46,7 +46,7 @@ if wanted tests; then
   launchers="not builtin"
   python3 -c 'import disco_kernels._C as c; c.cuda_launch' 2>/dev/null && launchers=""
   # shellcheck disable=SC2086
-  timeout -k 10 180 python3 -m pytest tests/triton/test_kernels.py tests/cuda/test_gpu.py tests/cuda/test_conv2d_sm90.py \
+  timeout -k 10 180 python3 -m pytest tests/triton/test_kernels.py tests/cuda/test_gpu.py tests/cuda/test_conv2d_sm90.py tests/cuda/test_cublas.py \
     -m "not slow" -q -p no:cacheprovider -k "$launchers" $parallel 2>&1 | tee "$results/tests.log" | tail -n 5 ||
     { echo "tests: failed, see $results/tests.log"; failed+=(tests); }
 fi

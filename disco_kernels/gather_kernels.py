@@ -65,13 +65,22 @@ class _GatherKernel(PreparedKernel):
                 dense[_positions(rows)[:, None], _positions(columns)] = block
             yield dense
 
+        def both() -> Iterator[Tensor]:
+            yield from node_weights()
+            yield from dense_weight()
+
         descriptor = Conv2dDescriptor(spec, tuple(nodes))
         chosen = registry.get(registry.resolve(backend, weight.device, weight.dtype))
-        node_weights_of: NodeWeights = node_weights
+        whole = Node((Segment(0, Channels(weight.shape[1])),), Channels(weight.shape[0]))
+        weights: NodeWeights = node_weights
+        beside: Node | None = None
         if chosen.dense_is_faster(descriptor, weight.dtype):
-            whole = Node((Segment(0, Channels(weight.shape[1])),), Channels(weight.shape[0]))
-            descriptor, node_weights_of = Conv2dDescriptor(spec, (whole,)), dense_weight
-        super().__init__(descriptor, node_weights_of, weight, bias, backend, image_size, packing)
+            descriptor, weights = Conv2dDescriptor(spec, (whole,)), dense_weight
+        elif chosen.dense_beside(descriptor, weight.dtype, weight.device):
+            beside, weights = whole, both
+        super().__init__(
+            descriptor, weights, weight, bias, backend, image_size, packing, beside=beside
+        )
 
     def _input(self, image: Tensor) -> Tensor:
         # The nodes read listed channels: an input with more of them would go unnoticed.

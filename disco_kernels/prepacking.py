@@ -59,6 +59,12 @@ class PackedKernel(ABC):
         return self.packed_weight.nbytes
 
     @property
+    def last_kernel(self) -> str:
+        """Which of the backend's kernels computed the latest call: of backend "triton" "triton",
+        "sm90 <tile>" (CUDA C++) or "cublas"; empty for others, and before the first call."""
+        return self._prepared.last_kernel
+
+    @property
     @abstractmethod
     def algorithm(self) -> str:
         """How it is computed: "off" (directly), "f2", "f4" (Winograd) or "int8"."""

@@ -27,7 +27,7 @@ from disco_kernels.packing import GatherPack
 from disco_kernels.prepacking import Alternative, PackedKernel, Packing
 from disco_kernels.quantisation import MOST_PRODUCTS
 from disco_kernels.registry import Outgoing, PreparedConv2d
-from disco_kernels.spec import Conv2dDescriptor, ConvSpec, Pair
+from disco_kernels.spec import Conv2dDescriptor, ConvSpec, Node, Pair
 from disco_kernels.two_passes import Passes, bind_passes
 from disco_kernels.winograd import alternatives_of, multiplications_saved
 from disco_kernels.wire import num_images
@@ -49,7 +49,10 @@ class PreparedKernel(PackedKernel):
         image_size: Pair | None = None,
         packing: Packing | None = None,
         pack: GatherPack | None = None,
+        beside: Node | None = None,
     ) -> None:
+        """``beside`` is one more node whose weights ``node_weights`` has, behind the others'; see
+        `Backend.dense_beside`."""
         if pack is not None and pack.channels_needed > descriptor.out_channels:
             raise ValueError(
                 f"pack lists channel {pack.channels_needed - 1}; the kernel computes "
@@ -64,6 +67,7 @@ class PreparedKernel(PackedKernel):
         self.dtype = like.dtype
         self.image_size = image_size
         self._unpacked: NodeWeights | None = node_weights
+        self._packed_nodes = descriptor.nodes if beside is None else (*descriptor.nodes, beside)
         self.bias = None if bias is None else bias.detach().clone()
         self._pack_in(packing)
 
@@ -101,7 +105,7 @@ class PreparedKernel(PackedKernel):
             backend.packed_numel(
                 node.out_channels.count, node.segment_channels, taps, self.dtype, algorithm
             )
-            for node in self.descriptor.nodes
+            for node in self._packed_nodes
         )
         return numel * self.dtype.itemsize
 
@@ -114,7 +118,7 @@ class PreparedKernel(PackedKernel):
         return torch.cat(
             [
                 backend.prepack(weight, node.segment_channels, algorithm)
-                for node, weight in zip(self.descriptor.nodes, weights, strict=True)
+                for node, weight in zip(self._packed_nodes, weights, strict=True)
             ]
         )
 

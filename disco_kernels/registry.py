@@ -87,6 +87,11 @@ class PreparedConv2d(ABC):
         return run
 
     @property
+    def last_kernel(self) -> str:
+        """Which of a backend's kernels computed the latest call; empty where there is one only."""
+        return ""
+
+    @property
     def sums_in_parts(self) -> bool:
         """Whether `bind_part` works: a sum that is broken off and continued has the same bits."""
         return False
@@ -183,6 +188,13 @@ class Backend(ABC):
 
     def dense_is_faster(self, descriptor: Conv2dDescriptor, dtype: torch.dtype) -> bool:
         """Whether the virtual nodes of a layer run faster as one that reads every channel."""
+        return False
+
+    def dense_beside(
+        self, descriptor: Conv2dDescriptor, dtype: torch.dtype, device: torch.device
+    ) -> bool:
+        """Whether some calls of a layer do, for which the weights of such a node are packed, too,
+        behind those of the others."""
         return False
 
     # A grouped convolution is a set of virtual nodes. A backend that has better overrides these.

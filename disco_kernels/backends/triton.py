@@ -84,6 +84,20 @@ class TritonBackend(Backend):
             return False
         return max(node.out_channels.count for node in descriptor.nodes) < _FEWEST_COLUMNS
 
+    def dense_beside(
+        self, descriptor: Conv2dDescriptor, dtype: torch.dtype, device: torch.device
+    ) -> bool:
+        from disco_kernels.cuda import choice
+        from disco_kernels.cuda.dense_product import DenseProduct
+        from disco_kernels.triton.tables import Lists
+
+        if len(descriptor.nodes) < 2 or not choice.is_hopper(device):
+            return False
+        lists = Lists.of(descriptor)
+        if choice.CUBLAS not in choice.measured(choice.Key.of(lists, descriptor.spec)).values():
+            return False
+        return DenseProduct.make(lists, descriptor.spec, dtype) is not None
+
     def groups_as_nodes(self, descriptor: GroupedDescriptor, dtype: torch.dtype) -> bool:
         return descriptor.in_per_group > 1
 

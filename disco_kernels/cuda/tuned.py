@@ -1,7 +1,8 @@
-"""Which tile of `Conv2dSm90` is fastest: written by benchmarks/tune_sm90.py.
+"""Which kernel is fastest: written by benchmarks/tune_sm90.py.
 
 By taps, stride, nodes, output channels of the widest node and input channels of the node that reads
-most: output pixels that were measured, and the tile, or None where the Triton kernel is faster.
+most: output pixels that were measured, and a tile of `Conv2dSm90`, "cublas" for `DenseProduct`, or
+None where the Triton kernel is faster.
 """
 
 TUNED: dict[tuple[int, int, int, int, int], dict[int, str | None]] = {}

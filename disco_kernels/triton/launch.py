@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from disco_kernels.core import FEW_CHANNELS
+from disco_kernels.cuda import choice
 from disco_kernels.cuda.conv2d_sm90 import Conv2dSm90
+from disco_kernels.cuda.dense_product import DenseProduct
 from disco_kernels.registry import Outgoing, PreparedConv2d
 from disco_kernels.spec import Conv2dDescriptor, ConvSpec
 from disco_kernels.triton.arguments import VECTOR_BYTES, geometry, pixel_strides, strides, wide
@@ -25,7 +27,12 @@ _FEW_CHANNELS_PADDED = 4
 
 
 class TritonConv2d(PreparedConv2d):
-    """All virtual nodes of a convolution in one launch."""
+    """All virtual nodes of a convolution in one launch.
+
+    Attributes:
+        tile: instead of the choice, with which it is Triton's kernel.
+        sm90, dense: other kernels that compute this layer, or None; `choice` says when.
+    """
 
     def __init__(
         self, descriptor: Conv2dDescriptor, dtype: torch.dtype, pack: Sequence[Tensor]
@@ -38,8 +45,28 @@ class TritonConv2d(PreparedConv2d):
         self._groups: dict[int, int] = {}
         self._tables: dict[tuple[int, int, int, torch.device], Tables] = {}
         self._positions: dict[torch.device, Tensor] = {}
-        self.tile: Tile | None = None  # instead of the choice
+        self.tile: Tile | None = None
         self.sm90 = Conv2dSm90.make(self.lists, descriptor.spec, dtype)
+        self.dense = DenseProduct.make(self.lists, descriptor.spec, dtype)
+        self._last_kernel = ""
+
+    @property
+    def last_kernel(self) -> str:
+        return self._last_kernel
+
+    @cached_property
+    def key(self) -> choice.Key:
+        return choice.Key.of(self.lists, self.descriptor.spec)
+
+    @cached_property
+    def _measured(self) -> Mapping[int, str | None]:
+        return choice.measured(self.key)
+
+    def chosen(self, pixels: int, device: torch.device) -> str | None:
+        """What the table names for so many output pixels; None for Triton's kernel."""
+        if self.tile is not None or not choice.is_hopper(device):
+            return None
+        return choice.choose(self._measured, pixels)
 
     @cached_property
     def num_inputs(self) -> int:
@@ -69,12 +96,14 @@ class TritonConv2d(PreparedConv2d):
         pixels = batch * height * width
         if pixels == 0 or num_outputs == 0:
             return
-        sm90_tile = self._sm90_tile(
-            sources, packed_weight, bias, scales, residual, out, accumulate, outgoing
+        other = self._other_kernel(
+            sources, packed_weight, bias, residual, out, accumulate, scales, outgoing
         )
-        if self.sm90 is not None and sm90_tile is not None:
-            self.sm90.run(sources, packed_weight, bias, residual, out, sm90_tile)
+        if other is not None:
+            self._last_kernel, run = other
+            run()
             return
+        self._last_kernel = "triton"
         spec = self.descriptor.spec
         fused = self._fused(outgoing)
         messages = tuple(outgoing.messages) if outgoing is not None and fused else ()
@@ -113,26 +142,42 @@ class TritonConv2d(PreparedConv2d):
         if outgoing is not None and not fused:
             self.separate_pack.run(_as_images(out, outgoing.images), outgoing.messages)
 
-    def _sm90_tile(
+    def _other_kernel(
         self,
         sources: Sequence[Tensor],
         packed_weight: Tensor,
         bias: Tensor | None,
-        scales: Sequence[Tensor | None] | None,
         residual: Tensor | None,
         out: Tensor,
         accumulate: bool,
+        scales: Sequence[Tensor | None] | None,
         outgoing: Outgoing | None,
-    ) -> int | None:
-        """The tile of the CUDA C++ kernel, if that computes this call."""
-        if self.sm90 is None or self.tile is not None or accumulate or outgoing is not None:
+    ) -> tuple[str, Callable[[], None]] | None:
+        """What computes this call if Triton's kernel does not, and its name."""
+        scaled = bool(scales) and any(scale is not None for scale in scales or ())
+        if accumulate or scaled or outgoing is not None:
             return None
-        if scales and any(scale is not None for scale in scales):
+        name = self.chosen(out.numel() // out.shape[1], out.device)
+        if name == choice.CUBLAS:
+            weight = self._dense_weight(packed_weight)
+            if self.dense is None or weight is None:
+                return None
+            if not self.dense.takes(sources, weight, bias, out, residual):
+                return None
+            return name, partial(self.dense.run, sources, weight, bias, residual, out)
+        if name is None or self.sm90 is None:
             return None
-        tile = self.sm90.choose(out.numel() // out.shape[1])
-        if tile is None or not self.sm90.takes(sources, packed_weight, bias, (out, residual), tile):
+        tile = self.sm90.tiles().index(name)
+        if not self.sm90.takes(sources, packed_weight, bias, (out, residual), tile):
             return None
-        return tile
+        given = (sources, packed_weight, bias, residual, out, tile)
+        return f"sm90 {name}", partial(self.sm90.run, *given)
+
+    def _dense_weight(self, packed_weight: Tensor) -> Tensor | None:
+        """That of the layer as one product, where it is packed."""
+        if self.dense is None:
+            return None
+        return self.dense.of_packed(packed_weight, self.num_weights)
 
     def _run_listed(
         self,
@@ -243,7 +288,8 @@ class TritonConv2d(PreparedConv2d):
         return choose_tile(pixels, columns, self.num_inputs, listed, taps, self.dtype, processors)
 
     def _check(self, sources: Sequence[Tensor], packed_weight: Tensor, out: Tensor) -> None:
-        if packed_weight.numel() != self.num_weights:
+        beside = self._dense_weight(packed_weight)
+        if packed_weight.numel() != self.num_weights and beside is None:
             raise ValueError(
                 f"the packed weights hold {packed_weight.numel()} values, this layer has "
                 f"{self.num_weights}: pack them again for this backend (prepack, or repack() of "

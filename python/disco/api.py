@@ -129,6 +129,13 @@ class Compiled(nn.Module):
         return self._executor.kernel_backends
 
     @property
+    def last_kernels(self) -> dict[str, str]:
+        """Which of its backend's kernels computed each of them last: on a GPU "triton", "sm90
+        <tile>" (CUDA C++) or, where that was measured to be faster, NVIDIA's "cublas"; empty for
+        backends that have one, and before the first call."""
+        return self._executor.last_kernels
+
+    @property
     def algorithms(self) -> dict[str, str]:
         """How each of them is computed: "off" (directly), "f2", "f4" (by Winograd) or "int8"."""
         return self._executor.algorithms

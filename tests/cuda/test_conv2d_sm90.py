@@ -73,14 +73,13 @@ def test_a_layer_of_the_table_takes_it_also_in_a_graph(monkeypatch: pytest.Monke
     )
     x = torch.randn(128, 64, 56, 56, device="cuda", dtype=torch.bfloat16)
     x = x.to(memory_format=torch.channels_last)
-    prepared, y = layer._prepared, torch.empty_like(x)
+    y = torch.empty_like(x)
     sizes = {x[:1, 0].numel(): None, x[:, 0].numel(): "256x64/1"}
-    monkeypatch.setitem(TUNED, tuple(kernel_of(layer).key), sizes)
-    given = (layer.packed_weight, None, None, None)
-    assert prepared._sm90_tile([x], *given, y, False, None) is not None  # type: ignore[attr-defined]
-    few = prepared._sm90_tile([x[:1]], *given, y[:1], False, None)  # type: ignore[attr-defined]
-    assert few is None
+    monkeypatch.setitem(TUNED, tuple(layer._prepared.key), sizes)  # type: ignore[attr-defined]
+    layer(x[:1], None, y[:1])
+    assert layer.last_kernel == "triton"
     layer(x, None, y)
+    assert layer.last_kernel == "sm90 256x64/1"
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

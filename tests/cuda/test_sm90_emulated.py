@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from disco_kernels.backends.triton import TritonBackend
-from disco_kernels.cuda import conv2d_sm90
+from disco_kernels.cuda import choice, conv2d_sm90
 from tests.cuda.conv2d_cases import NODES, WINDOWS, check_tiles, kernel_of, make
 from tests.cuda.emulator import cpu_as_device, needs_compiler
 from tests.cuda.sm90.emulator import compile_emulation, kernel_class
@@ -27,7 +27,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     found = kernel_class(compile_emulation(tmp_path_factory.mktemp("sm90")))
     with cpu_as_device(), pytest.MonkeyPatch.context() as patched:
         patched.setattr(conv2d_sm90, "_kernel_class", lambda: found)
-        patched.setattr(conv2d_sm90, "_is_hopper", lambda device: True)
+        patched.setattr(choice, "is_hopper", lambda device: True)
         patched.setattr(TritonBackend, "refusal", lambda self, device, dtype: None)
         yield
 

@@ -10,8 +10,9 @@ import torch
 
 import disco_kernels as dk
 from benchmarks import tune_sm90
-from disco_kernels.cuda import conv2d_sm90
-from disco_kernels.cuda.conv2d_sm90 import Conv2dSm90, Key
+from disco_kernels.cuda import choice, conv2d_sm90
+from disco_kernels.cuda.choice import Key
+from disco_kernels.cuda.conv2d_sm90 import Conv2dSm90
 from disco_kernels.cuda.tuned import TUNED
 from disco_kernels.spec import Channels, Conv2dDescriptor, Node, Segment
 from disco_kernels.triton.tables import Lists
@@ -57,7 +58,7 @@ def two_nodes() -> Lists:
 def test_a_layer_is_told_as_runs(fake: type[FakeKernel]) -> None:
     spec = dk.ConvSpec((3, 3), (2, 2), (1, 0), activation="relu")
     layer = Conv2dSm90.make(two_nodes(), spec, torch.float16)
-    assert layer is not None and layer.key == Key(9, 2, 2, 40, 80)
+    assert layer is not None and Key.of(two_nodes(), spec) == Key(9, 2, 2, 40, 80)
     nodes, window, is_bfloat16 = layer._kernel.given
     assert window == (3, 3, 2, 1, 0, 1, 1) and not is_bfloat16
     runs = [(0, 64, 0), (72, 8, 64), (96, 8, 72)]
@@ -76,7 +77,7 @@ def test_what_the_kernel_cannot_is_left_to_triton(fake: type[FakeKernel]) -> Non
 def test_memory_that_the_kernel_cannot_read_is_left_to_triton(
     fake: type[FakeKernel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conv2d_sm90, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(choice, "is_hopper", lambda device: True)
     layer = Conv2dSm90.make(two_nodes(), dk.ConvSpec((3, 3)), torch.bfloat16)
     assert layer is not None
 
@@ -99,32 +100,20 @@ def test_memory_that_the_kernel_cannot_read_is_left_to_triton(
     assert not layer.takes([maps()], weight, None, (endless.permute(0, 3, 1, 2), None))
 
 
-def test_the_nearest_size_that_was_measured_decides(
-    fake: type[FakeKernel], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def made() -> Conv2dSm90:
-        layer = Conv2dSm90.make(two_nodes(), dk.ConvSpec((3, 3)), torch.bfloat16)
-        assert layer is not None
-        return layer
-
-    *alike, inputs = made().key
-    monkeypatch.setitem(TUNED, (*alike, inputs), {1000: None, 100000: "256x64"})
-    sizes = (0, 1000, 9999, 10001, 10**9)
-    assert [made().choose(n) for n in sizes] == [None, None, None, 1, 1]
+def test_the_nearest_size_that_was_measured_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    *alike, inputs = key = Key.of(two_nodes(), dk.ConvSpec((3, 3)))
+    monkeypatch.setitem(TUNED, tuple(key), {1000: None, 100000: "256x64"})
+    chosen = [choice.choose(choice.measured(key), n) for n in (0, 1000, 9999, 10001, 10**9)]
+    assert chosen == [None, None, None, "256x64", "256x64"]
     monkeypatch.setitem(TUNED, (*alike, inputs + 8), {1: "256x32"})
-    assert made().choose(10**9) == 1
+    assert choice.choose(choice.measured(key), 10**9) == "256x64"
 
 
-def test_the_nearest_inputs_that_were_measured_decide(
-    fake: type[FakeKernel], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_nearest_inputs_that_were_measured_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(*keys: tuple[int, int, int, int, int]) -> int | None:
-        monkeypatch.setattr(
-            conv2d_sm90, "TUNED", {key: {1: TILES[i]} for i, key in enumerate(keys)}
-        )
-        layer = Conv2dSm90.make(two_nodes(), dk.ConvSpec((3, 3)), torch.bfloat16)
-        assert layer is not None and layer.key == (9, 1, 2, 40, 80)
-        return layer.choose(1000)
+        monkeypatch.setattr(choice, "TUNED", {key: {1: str(i)} for i, key in enumerate(keys)})
+        found = choice.choose(choice.measured(Key(9, 1, 2, 40, 80)), 1000)
+        return None if found is None else int(found)
 
     assert chosen() is None
     assert chosen((9, 1, 2, 40, 64)) == 0 and chosen((9, 1, 2, 40, 100)) == 0
@@ -139,18 +128,20 @@ def test_the_table_is_made_of_what_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = {"size": 56, "stride": 2}
+    row = {"key": [9, 2, 2, 64, 64], "shape": shape, "batch": 2, "chosen_ms": 0.2}
     rows = [
-        {"sm90_key": [9, 2, 2, 64, 64], "shape": shape, "batch": 2, "chosen_ms": 0.2, "times_ms": t}
-        for t in ({"sm90 256x64": 0.1, "64x64x64": 0.01},)
+        {**row, "times_ms": {"sm90 256x64": 0.1, "64x64x64": 0.01, "cublas": 0.11}},
+        {**row, "batch": 1, "times_ms": {"sm90 256x64": 0.199}},
+        {**row, "batch": 3, "times_ms": {"sm90 256x64": 0.1, "cublas": 0.09}},
+        {**row, "batch": 4, "times_ms": {}},
     ]
-    rows.append({**rows[0], "batch": 1, "times_ms": {"sm90 256x64": 0.199}})
-    rows.append({**rows[0], "sm90_key": None})
     measured, target = tmp_path / "measured.json", tmp_path / "tuned.py"
     measured.write_text(json.dumps({"rows": rows}))
     monkeypatch.setattr("sys.argv", ["tune_sm90", str(measured), str(target)])
     tune_sm90.main()
     found: dict[str, object] = {}
     exec(target.read_text(), found)
-    assert found["TUNED"] == {(9, 2, 2, 64, 64): {784: None, 1568: "256x64"}}
+    wanted = {784: None, 1568: "256x64", 2352: choice.CUBLAS, 3136: None}
+    assert found["TUNED"] == {(9, 2, 2, 64, 64): wanted}
     shipped = Path(conv2d_sm90.__file__).with_name("tuned.py").read_text()
     assert shipped.startswith(tune_sm90.HEAD.rstrip())

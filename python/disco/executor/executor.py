@@ -164,6 +164,11 @@ class Executor:
         return {name: kernel.backend for name, kernel in self._kernels.items()}
 
     @property
+    def last_kernels(self) -> dict[str, str]:
+        """`last_kernel` of every convolution and linear."""
+        return {name: kernel.last_kernel for name, kernel in self._kernels.items()}
+
+    @property
     def algorithms(self) -> dict[str, str]:
         """`algorithm` of the kernel of every convolution and linear."""
         return {name: kernel.algorithm for name, kernel in self._kernels.items()}
