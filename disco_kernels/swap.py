@@ -130,7 +130,8 @@ def swap_(
         A report with a row a layer. Check ``report.swapped``: a model without a pattern has none.
 
     Raises:
-        TypeError: ``model`` is no module, or ``nodes`` no whole number.
+        TypeError: ``model`` is no module, ``nodes`` no whole number, or ``pattern`` or
+            ``ownership`` something else than described.
         ValueError: ``nodes`` below 1, a negative tolerance, names of layers that do not exist.
         BackendUnavailable: ``backend`` was given and cannot serve the weights.
     """
@@ -147,6 +148,9 @@ def swap_(
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d | nn.Linear)
     }
+    if not isinstance(pattern, Pattern | None):
+        raise TypeError(f"pattern must be a disco_kernels.Pattern, given {type(pattern).__name__}")
+    _check_owned(ownership)
     recorded = dict(pattern.layers) if pattern is not None else {}
     owned = dict(ownership) if ownership is not None else {}
     strangers = sorted((set(recorded) | set(owned)) - set(layers))
@@ -278,6 +282,17 @@ def _require_backend(backend: str | None, layers: Sequence[nn.Conv2d | nn.Linear
         registry.get(backend)
     for module in layers:
         registry.resolve(backend, module.weight.device, module.weight.dtype)
+
+
+def _check_owned(ownership: Mapping[str, OwnershipPair] | None) -> None:
+    pairs = {} if ownership is None else ownership
+    wanted = "a dict of layers and their (outputs, inputs), both disco_kernels.Ownership"
+    if not isinstance(pairs, Mapping):
+        raise TypeError(f"ownership must be {wanted}; given {type(pairs).__name__}")
+    for name, pair in pairs.items():
+        is_pair = isinstance(pair, tuple | list) and len(pair) == 2
+        if not is_pair or not all(isinstance(one, Ownership) for one in pair):
+            raise TypeError(f"ownership must be {wanted}; for layer {name!r} it is {pair!r}")
 
 
 def _examine(

@@ -7,7 +7,18 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from ctypes import Structure, byref, c_char_p, c_float, c_int, c_int64, c_size_t, c_uint64, c_void_p
+from ctypes import (
+    Structure,
+    byref,
+    c_char_p,
+    c_float,
+    c_int,
+    c_int64,
+    c_size_t,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -20,7 +31,8 @@ _TYPES = {torch.bfloat16: 14, torch.float16: 2}  # cudaDataType_t
 _FLOAT32 = 0
 _COMPUTE_32F = 68
 _EPILOGUE, _BIAS_POINTER = 7, 8  # attributes of a product
-_MOST_WORKSPACE = 1  # attribute of a preference
+_MOST_WORKSPACE, _ALIGNMENTS = 1, (5, 6, 7, 8)  # attributes of a preference
+_MOST_ALIGNED = 256  # bytes, which the library takes for granted if it is told nothing
 _PLAIN, _RELU, _BIAS = 1, 2, 4  # epilogues; those of both are their sum
 _WORKSPACE_BYTES = 32 << 20  # NVIDIA's advice for Hopper
 _PLANS_KEPT = 64
@@ -102,6 +114,7 @@ class Product(NamedTuple):
         bias: address, 0 for none.
         relu: otherwise there is no activation.
         dtype: of all, torch.bfloat16 or torch.float16; sums are float32.
+        alignments: of weight, x, residual (of out, if there is none) and out, see `alignment_of`.
     """
 
     m: int
@@ -114,6 +127,13 @@ class Product(NamedTuple):
     bias: int
     relu: bool
     dtype: torch.dtype
+    alignments: tuple[int, int, int, int]
+
+
+def alignment_of(x: Tensor) -> int:
+    """The largest power of two that its address is a multiple of, as far as the library asks."""
+    address = x.data_ptr() | _MOST_ALIGNED
+    return address & -address
 
 
 class _Plan:
@@ -138,6 +158,8 @@ class _Plan:
         self._beta = c_float(1.0 if product.residual_stride else 0.0)
         wanted = _Object(lib, "MatmulPreference")
         wanted.set(lib, "MatmulPreference", _MOST_WORKSPACE, c_size_t(_WORKSPACE_BYTES))
+        for attribute, alignment in zip(_ALIGNMENTS, product.alignments, strict=True):
+            wanted.set(lib, "MatmulPreference", attribute, c_uint32(alignment))
         found, count = _Found(), c_int()
         layouts = (self._weight, self._x, self._residual, self._out)
         status = lib.cublasLtMatmulAlgoGetHeuristic(

@@ -81,7 +81,7 @@ class DenseProduct:
             return False
         if not all(in_vectors(tensor) and is_one_row(tensor) for tensor in used):
             return False
-        product = self._product(x, bias, out, residual)
+        product = self._product(x, weight, bias, out, residual)
         return product.m <= _MOST_PIXELS and cublas_lt.possible(product, x.device)
 
     def run(
@@ -94,11 +94,19 @@ class DenseProduct:
     ) -> None:
         """Write ``out`` ``[B, O, H, W]``; ``weight`` is that of `of_packed`."""
         x = sources[self._source]
-        cublas_lt.run(self._product(x, bias, out, residual), x, weight, residual, out)
+        product = self._product(x, weight, bias, out, residual)
+        cublas_lt.run(product, x, weight, residual, out)
 
     def _product(
-        self, x: Tensor, bias: Tensor | None, out: Tensor, residual: Tensor | None
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        out: Tensor,
+        residual: Tensor | None,
     ) -> cublas_lt.Product:
+        used = (weight, x, out if residual is None else residual, out)
+        first, second, third, fourth = map(cublas_lt.alignment_of, used)
         return cublas_lt.Product(
             m=out.numel() // self._outputs,
             n=self._outputs,
@@ -110,6 +118,7 @@ class DenseProduct:
             bias=0 if bias is None else bias.data_ptr(),
             relu=self._relu,
             dtype=out.dtype,
+            alignments=(first, second, third, fourth),
         )
 
 

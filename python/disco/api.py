@@ -343,8 +343,13 @@ def with_wire_dtype(partitioned: Partitioned, wire_dtype: torch.dtype | None) ->
             partial sums: it plans for the bytes of the wire dtype.
 
     Raises:
-        InputError: another wire dtype, or a plan of version 1.2 or older.
+        InputError: another wire dtype, a plan of version 1.2 or older, or no partition.
     """
+    if not isinstance(partitioned, Partitioned):
+        raise InputError(
+            f"with_wire_dtype takes what disco.partition or disco.load returned, given "
+            f"{type(partitioned).__name__}"
+        )
     return Partitioned(
         *rewrite_wire_dtype(partitioned.plan, partitioned.ranks, _wire_name(wire_dtype))
     )

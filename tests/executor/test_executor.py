@@ -211,7 +211,10 @@ def test_a_result_read_twice_lives_until_the_second_time() -> None:
     [
         ((), r"takes 1 input \(.*\), and .* is missing"),
         ((torch.randn(1, 3, 8, 8),) * 2, "takes 1 input .* given 2 by position"),
-        ((torch.randn(3, 8, 8),), r"must be \['s0', 3, 8, 8\] float32, given \[3, 8, 8\] float32"),
+        (
+            (torch.randn(3, 8, 8),),
+            r"must be \[s0, 3, 8, 8\] float32 \(s0: any size\), given \[3, 8, 8\] float32",
+        ),
         ((torch.randn(1, 3, 8, 9),), r"given \[1, 3, 8, 9\] float32"),
         ((torch.randn(1, 3, 8, 8, dtype=torch.float64),), "given .* float64"),
         (([1.0],), "must be a tensor, given list"),

@@ -224,6 +224,15 @@ def test_what_is_no_model_and_no_number_of_nodes() -> None:
             dk.swap_(conv(), nodes)  # type: ignore[arg-type]
 
 
+def test_what_is_no_pattern_and_no_ownership() -> None:
+    with pytest.raises(TypeError, match="pattern must be a disco_kernels.Pattern, given dict"):
+        dk.swap_(small(), 2, pattern={})  # type: ignore[arg-type]
+    one = dk.Ownership.contiguous(8, 2)
+    for wrong in (3, {"0": one}, {"0": (one, 3)}, {"0": (one,)}):
+        with pytest.raises(TypeError, match=r"ownership must be a dict of layers and their"):
+            dk.swap_(small(), 2, ownership=wrong)  # type: ignore[arg-type]
+
+
 def test_bad_arguments_change_nothing() -> None:
     model = small()
     two = dk.Ownership.contiguous(5, 2)

@@ -62,7 +62,7 @@ def test_nested_results_of_two_inputs(
 
 
 def test_inputs_have_to_agree_in_batch(partitioned: disco.Partitioned) -> None:
-    with pytest.raises(InputError, match=r"input 'vector' must be .*, given \[3, 4\] float32"):
+    with pytest.raises(InputError, match=r"'vector' must be .* \(s0 is 2 before\), given \[3, 4\]"):
         partitioned(torch.randn(2, 3, 6, 6), torch.randn(3, 4))
 
 

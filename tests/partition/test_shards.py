@@ -182,6 +182,13 @@ def test_other_directories(tmp_path: Path) -> None:
         load_manifest(tmp_path)
 
 
+def test_what_names_no_directory(partitioned: disco.Partitioned) -> None:
+    nowhere: Any = 3
+    for use in (disco.load, partitioned.save):
+        with pytest.raises(InputError, match="a directory must be a str or a path, given 3"):
+            use(nowhere)
+
+
 def test_existing_directories_are_not_overwritten(saved: Path, baseline: disco.Partitioned) -> None:
     before = {p.name: p.read_bytes() for p in saved.iterdir()}
     with pytest.raises(InputError, match="exists: choose another directory"):

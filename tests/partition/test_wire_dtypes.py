@@ -455,6 +455,12 @@ def test_other_wire_dtypes_are_refused(wire: object) -> None:
         disco.partition(model, (x,), 2, wire_dtype=wire)  # type: ignore[arg-type]
 
 
+def test_what_is_no_partition_is_refused() -> None:
+    model, _ = _mixed()
+    with pytest.raises(InputError, match=r"takes what disco.partition or disco.load returned"):
+        disco.with_wire_dtype(model, torch.int8)  # type: ignore[arg-type]
+
+
 def test_a_damaged_program_is_refused() -> None:
     model, x = _mixed()
     rank = disco.partition(model, (x,), 2, wire_dtype=torch.int8).ranks[0]

@@ -29,6 +29,7 @@ from disco.program import (
     Op,
     Program,
     Ref,
+    ValueInfo,
     WeightRef,
     evaluate_dim,
     flatten_inputs,
@@ -322,7 +323,7 @@ class Executor:
             )
         symbols: dict[str, int] = {}
         for (name, info), x in zip(self.inputs.items(), inputs, strict=True):
-            wanted = f"{list(info.shape)} {info.dtype}"
+            wanted = _wanted(info, symbols)
             if not isinstance(x, Tensor):
                 raise InputError(
                     f"input {name!r} must be a tensor {wanted}, given {type(x).__name__}"
@@ -401,6 +402,17 @@ def _with_current_device(
 
 def _moved(leaf: Any, device: torch.device | None) -> Any:
     return leaf.to(device) if isinstance(leaf, Tensor) else leaf
+
+
+def _wanted(info: ValueInfo, known: Mapping[str, int]) -> str:
+    """What an input must be, sizes that are open by name."""
+    names = dict.fromkeys(d for d in info.shape if isinstance(d, str) and d.isidentifier())
+    notes = [f"{name} is {known[name]} before" for name in names if name in known]
+    free = [name for name in names if name not in known]
+    if free:
+        notes.append(f"{', '.join(free)}: any size")
+    shape = f"[{', '.join(map(str, info.shape))}] {info.dtype}"
+    return f"{shape} ({', '.join(notes)})" if notes else shape
 
 
 def _fits(dim: str, size: int, symbols: Mapping[str, int]) -> bool:

@@ -50,9 +50,17 @@ class Manifest:
     version: tuple[int, int] = FORMAT_VERSION
 
 
+def path_of(directory: PathLike) -> Path:
+    """InputError for what names no directory."""
+    try:
+        return Path(directory)
+    except TypeError:
+        raise InputError(f"a directory must be a str or a path, given {directory!r}") from None
+
+
 def load_manifest(directory: PathLike) -> Manifest:
     """Read `manifest.json` only. InputError if it is missing, damaged or of an unknown version."""
-    path = Path(directory) / MANIFEST
+    path = path_of(directory) / MANIFEST
     try:
         return _read(path)
     except RecursionError:

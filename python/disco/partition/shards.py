@@ -30,6 +30,7 @@ from disco.partition.manifest import (
     ShardFile,
     load_manifest,
     manifest_bytes,
+    path_of,
 )
 from disco.partition.plan import Plan
 from disco.partition.rank_builder import RankProgram
@@ -71,7 +72,7 @@ def save_artifact(
         InputError: the directory exists, its parent does not, the description is no JSON, or the
             disk refuses (it is full, say): nothing is left of what was written.
     """
-    target = Path(directory)
+    target = path_of(directory)
     check_target(target, overwrite)
     try:
         model = json.loads(json.dumps(dict(model_description or {}), allow_nan=False))
@@ -118,7 +119,7 @@ def load_shard(directory: PathLike, rank: int) -> Shard:
             f"ranks: give 0 to {world_size - 1}"
         )
     entry = manifest.shards[rank]
-    path = Path(directory) / f"rank-{rank}.safetensors"
+    path = path_of(directory) / f"rank-{rank}.safetensors"
     if entry.file != path.name:
         raise InputError(
             f"{path.parent / MANIFEST} is damaged: rank {rank} has file {entry.file!r}"

@@ -10,6 +10,8 @@
 #include <cublasLt.h>
 static_assert(CUBLASLT_MATMUL_DESC_EPILOGUE == 7 && CUBLASLT_MATMUL_DESC_BIAS_POINTER == 8);
 static_assert(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES == 1);
+static_assert(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES == 5 &&
+              CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES == 8);
 static_assert(CUBLASLT_EPILOGUE_DEFAULT == 1 && CUBLASLT_EPILOGUE_RELU == 2);
 static_assert(CUBLASLT_EPILOGUE_BIAS == 4 && CUBLASLT_EPILOGUE_RELU_BIAS == 6);
 static_assert(CUBLAS_COMPUTE_32F == 68 && CUDA_R_32F == 0 && CUDA_R_16F == 2 && CUDA_R_16BF == 14);
@@ -57,6 +59,7 @@ struct Layout {
 };
 struct Preference {
   size_t workspace = 0;
+  uint32_t alignments[4] = {256, 256, 256, 256};
 };
 
 std::set<const void*> live;
@@ -171,8 +174,13 @@ cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p
                                                     cublasLtMatmulPreferenceAttributes_t attribute,
                                                     const void* value, size_t size) {
   Preference* found = object<Preference>(preference);
-  if (!found || attribute != 1 || size != sizeof(size_t)) return CUBLAS_STATUS_INVALID_VALUE;
-  std::memcpy(&found->workspace, value, size);
+  if (found && attribute == 1 && size == sizeof(size_t)) {
+    std::memcpy(&found->workspace, value, size);
+  } else if (found && attribute >= 5 && attribute <= 8 && size == sizeof(uint32_t)) {
+    std::memcpy(&found->alignments[attribute - 5], value, size);
+  } else {
+    return CUBLAS_STATUS_INVALID_VALUE;
+  }
   return CUBLAS_STATUS_SUCCESS;
 }
 
@@ -192,6 +200,7 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
   if (disco_refuses) return CUBLAS_STATUS_NOT_SUPPORTED;
   *results = {};
   results->algo.data[7] = kAlgorithm;
+  for (int i = 0; i < 4; ++i) results->algo.data[i] = limits->alignments[i];
   results->workspaceSize = kWorkspace;
   *count = 1;
   return CUBLAS_STATUS_SUCCESS;
@@ -210,6 +219,12 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
   if (!object<Handle>(handle) || !given || !fit(al, bl, cl, dl) || stream ||
       algo->data[7] != kAlgorithm || !workspace || workspace_bytes < kWorkspace) {
     return CUBLAS_STATUS_INVALID_VALUE;
+  }
+  // An algorithm is for addresses as they were promised.
+  const void* const addresses[] = {a, b, c, d};
+  for (int i = 0; i < 4; ++i) {
+    if (reinterpret_cast<uintptr_t>(addresses[i]) % algo->data[i])
+      return CUBLAS_STATUS_INVALID_VALUE;
   }
   // In place only with one description of both.
   if (c == d && c_layout != d_layout) return CUBLAS_STATUS_INVALID_VALUE;
