@@ -177,6 +177,7 @@ def dense_product(layer: Layer) -> Callable[[], Tensor] | None:
     weight = backend.prepack(layer.weight, (layer.shape.in_channels,))
     given = ([layer.x], weight, layer.bias)
     if not prepared.dense.takes(*given, layer.out, layer.residual):
+        print(f"{layer.shape}: cuBLASLt does not take it")
         return None
 
     def run() -> Tensor:
@@ -302,7 +303,8 @@ def measure(shape: ConvShape, batch: int, args: argparse.Namespace, rate: float)
     chosen_ms = median_ms(lambda: run_with(layer, chosen))
     dense_ms = median_ms(lambda: F.conv2d(layer.x, layer.weight, None, shape.stride, shape.padding))
     fused_ms = median_ms(lambda: dense_fused(layer))
-    moved = [layer.x, layer.out, layer.kernel.packed_weight]
+    weights = layer.kernel.packed_weight[: layer.kernel._prepared.num_weights]  # type: ignore[attr-defined]
+    moved = [layer.x, layer.out, weights]
     moved += [] if layer.residual is None else [layer.residual]
     packed_ms = times.pop("cudnn, packed", float("nan"))
     best = min(times, key=lambda t: times[t]) if times else "none"

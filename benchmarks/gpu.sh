@@ -85,7 +85,7 @@ if wanted order; then
   run deit-small-order-bf16 90 bench_gpu_model "${deit[@]}" --group-size 1 --order --batches 32,128
 fi
 if wanted tiles; then
-  run sm90-tiles 200 bench_triton_tiles --sm90-alone --linears --batches 128,32
+  run sm90-tiles 240 bench_triton_tiles --sm90-alone --linears --batches 128,32,1
   python3 -m benchmarks.tune_sm90 "$results/sm90-tiles.json" "$results/tuned.py" ||
     { echo "tuned.py: not made"; failed+=(tuned); }
 fi

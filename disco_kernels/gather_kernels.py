@@ -72,11 +72,12 @@ class _GatherKernel(PreparedKernel):
         descriptor = Conv2dDescriptor(spec, tuple(nodes))
         chosen = registry.get(registry.resolve(backend, weight.device, weight.dtype))
         whole = Node((Segment(0, Channels(weight.shape[1])),), Channels(weight.shape[0]))
+        limit = None if packing is None else packing.limit  # which has no room for weights twice
         weights: NodeWeights = node_weights
         beside: Node | None = None
         if chosen.dense_is_faster(descriptor, weight.dtype):
             descriptor, weights = Conv2dDescriptor(spec, (whole,)), dense_weight
-        elif chosen.dense_beside(descriptor, weight.dtype, weight.device):
+        elif limit is None and chosen.dense_beside(descriptor, weight.dtype, weight.device):
             beside, weights = whole, both
         super().__init__(
             descriptor, weights, weight, bias, backend, image_size, packing, beside=beside

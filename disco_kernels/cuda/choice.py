@@ -15,7 +15,9 @@ from disco_kernels.triton.tables import Lists, num_channels
 
 CUBLAS = "cublas"  # in the table, beside the tiles of `Conv2dSm90`
 _CAPABILITY = (9, 0)  # that the table was measured on
-_MOST_APART = 1.25  # the inputs of a layer and of the one whose measurements it takes
+# What a layer may differ by from the one whose measurements it takes.
+_MOST_APART = 1.25  # inputs
+_MOST_PIXELS_APART = 4.0
 
 
 class Key(NamedTuple):
@@ -55,9 +57,14 @@ def measured(key: Key) -> Mapping[int, str | None]:
 def choose(row: Mapping[int, str | None], pixels: int) -> str | None:
     """What is fastest for so many output pixels: a tile of `Conv2dSm90`, `CUBLAS`, or None for the
     Triton kernel, with which also stays what nothing like it was measured of."""
-    if not row:
+
+    def apart(size: int) -> float:
+        return abs(math.log(size / max(1, pixels)))
+
+    nearest = min(row, key=apart, default=None)
+    if nearest is None or apart(nearest) > math.log(_MOST_PIXELS_APART):
         return None
-    return row[min(row, key=lambda size: abs(math.log(size / max(1, pixels))))]
+    return row[nearest]
 
 
 @lru_cache(maxsize=64)

@@ -88,14 +88,16 @@ class Conv2dSm90:
         """Whether these can be read and written by the tile, or by any; ``tensors`` are outputs and
         residuals."""
         x = sources[self._source]
-        if not choice.is_hopper(x.device) or x.dtype not in _DTYPES or not x.numel():
+        used = [x, *(tensor for tensor in tensors if tensor is not None)]
+        if not choice.is_hopper(x.device) or not x.numel():
+            return False
+        if any(tensor.dtype != packed_weight.dtype for tensor in used):
             return False
         if packed_weight.data_ptr() % VECTOR_BYTES:
             return False
         # A part of a larger bias may begin in the middle of the pairs that are read.
         if bias is not None and bias.data_ptr() % _PAIR_BYTES:
             return False
-        used = [x, *(tensor for tensor in tensors if tensor is not None)]
         if max(_positions(tensor, self._border) for tensor in used) > _MOST_POSITIONS:
             return False
         if not all(map(in_vectors, used)):

@@ -31,11 +31,14 @@ _TYPES = {torch.bfloat16: 14, torch.float16: 2}  # cudaDataType_t
 _FLOAT32 = 0
 _COMPUTE_32F = 68
 _EPILOGUE, _BIAS_POINTER = 7, 8  # attributes of a product
-_MOST_WORKSPACE, _ALIGNMENTS = 1, (5, 6, 7, 8)  # attributes of a preference
-_MOST_ALIGNED = 256  # bytes, which the library takes for granted if it is told nothing
+_MOST_WORKSPACE, _REDUCTIONS, _ALIGNMENTS = 1, 3, (5, 6, 7, 8)  # attributes of a preference
+_IN_FLOAT32 = (
+    2  # of the reductions: parts of a sum are not rounded to 16 bits before they are added
+)
+_ALIGNED = 16  # bytes; less than torch's memory is, so that the algorithm is the same everywhere
 _PLAIN, _RELU, _BIAS = 1, 2, 4  # epilogues; those of both are their sum
 _WORKSPACE_BYTES = 32 << 20  # NVIDIA's advice for Hopper
-_PLANS_KEPT = 64
+_NOT_SUPPORTED = 15
 
 
 class _Algorithm(Structure):
@@ -114,7 +117,6 @@ class Product(NamedTuple):
         bias: address, 0 for none.
         relu: otherwise there is no activation.
         dtype: of all, torch.bfloat16 or torch.float16; sums are float32.
-        alignments: of weight, x, residual (of out, if there is none) and out, see `alignment_of`.
     """
 
     m: int
@@ -127,19 +129,24 @@ class Product(NamedTuple):
     bias: int
     relu: bool
     dtype: torch.dtype
-    alignments: tuple[int, int, int, int]
 
 
-def alignment_of(x: Tensor) -> int:
-    """The largest power of two that its address is a multiple of, as far as the library asks."""
-    address = x.data_ptr() | _MOST_ALIGNED
-    return address & -address
+class Plan:
+    """A product with the algorithm that the library recommends.
 
+    Attributes:
+        possible: whether it has one.
 
-class _Plan:
-    """A product with the algorithm that the library recommends."""
+    Raises:
+        RuntimeError: in the library's words, if it cannot answer, as while a graph is captured.
+    """
 
-    def __init__(self, lib: ctypes.CDLL, handle: _Object, product: Product) -> None:
+    def __init__(self, product: Product, device: torch.device) -> None:
+        with devices.current(device):
+            self._make(product, _handle(device))
+
+    def _make(self, product: Product, handle: _Object) -> None:
+        lib = _loaded()
         self._lib, self._handle = lib, handle
         self._matmul = _Object(lib, "MatmulDesc", _COMPUTE_32F, _FLOAT32)
         epilogue = (_RELU if product.relu else 0) + (_BIAS if product.bias else 0)
@@ -158,8 +165,9 @@ class _Plan:
         self._beta = c_float(1.0 if product.residual_stride else 0.0)
         wanted = _Object(lib, "MatmulPreference")
         wanted.set(lib, "MatmulPreference", _MOST_WORKSPACE, c_size_t(_WORKSPACE_BYTES))
-        for attribute, alignment in zip(_ALIGNMENTS, product.alignments, strict=True):
-            wanted.set(lib, "MatmulPreference", attribute, c_uint32(alignment))
+        wanted.set(lib, "MatmulPreference", _REDUCTIONS, c_uint32(_IN_FLOAT32))
+        for attribute in _ALIGNMENTS:
+            wanted.set(lib, "MatmulPreference", attribute, c_uint32(_ALIGNED))
         found, count = _Found(), c_int()
         layouts = (self._weight, self._x, self._residual, self._out)
         status = lib.cublasLtMatmulAlgoGetHeuristic(
@@ -171,10 +179,17 @@ class _Plan:
             byref(found),
             byref(count),
         )
+        if status != _NOT_SUPPORTED:
+            _check(lib, "MatmulAlgoGetHeuristic", status)
         self.possible = status == 0 and count.value > 0 and found.state == 0
         self._algorithm, self._workspace_bytes = found.algorithm, found.workspace_bytes
 
     def run(self, x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor) -> None:
+        """On the current stream. RuntimeError, in the library's words, if it cannot be started."""
+        with devices.current(x.device):
+            self._start(x, weight, residual, out)
+
+    def _start(self, x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor) -> None:
         workspace = None
         if self._workspace_bytes:
             workspace = torch.empty(self._workspace_bytes, dtype=torch.uint8, device=x.device)
@@ -202,41 +217,20 @@ class _Plan:
 
 @cache
 def _handle(device: torch.device) -> _Object:
-    lib = library()
-    assert lib is not None
-    with devices.current(device):
-        return _Object(lib, "")
+    return _Object(_loaded(), "")
 
 
-@lru_cache(maxsize=_PLANS_KEPT)
-def _plan(product: Product, device: torch.device) -> _Plan:
-    lib = library()
-    assert lib is not None
-    with devices.current(device):
-        return _Plan(lib, _handle(device), product)
-
-
-def possible(product: Product, device: torch.device) -> bool:
-    """Whether the library is there and has an algorithm for it."""
-    return library() is not None and _plan(product, device).possible
-
-
-def run(product: Product, x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor) -> None:
-    """Compute a product that is `possible`, on the current stream. RuntimeError, in the library's
-    words, if it cannot be started."""
-    with devices.current(x.device):
-        _plan(product, x.device).run(x, weight, residual, out)
-
-
-def forget() -> None:
-    """Release every plan and handle."""
-    _plan.cache_clear()
-    _handle.cache_clear()
-    library.cache_clear()
+def _loaded() -> ctypes.CDLL:
+    found = library()
+    assert found is not None, "asked for before"
+    return found
 
 
 def _call(lib: ctypes.CDLL, name: str, *arguments: Any) -> None:
-    status = getattr(lib, f"cublasLt{name}")(*arguments)
+    _check(lib, name, getattr(lib, f"cublasLt{name}")(*arguments))
+
+
+def _check(lib: ctypes.CDLL, name: str, status: int) -> None:
     if status != 0:
         said = lib.cublasLtGetStatusString(status)
         raise RuntimeError(f"cublasLt{name}: {said.decode() if said else status}")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from disco_kernels.cuda import cublas_lt
+from disco_kernels.cuda import device as devices
 from disco_kernels.cuda.pixels import in_vectors, is_one_row, place
 from disco_kernels.spec import ConvSpec
 from disco_kernels.triton.arguments import VECTOR_BYTES
@@ -23,6 +24,7 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _ACTIVATIONS = ("none", "relu")
 _MOST_PIXELS = 2**31 - 1
 _VECTOR = 8  # numbers of 16 bytes
+_PLANS_KEPT = 64  # of a layer: one for every number of pixels
 
 
 class DenseProduct:
@@ -39,6 +41,7 @@ class DenseProduct:
         self._outputs = sum(map(len, lists.outputs))
         self._relu = relu
         self._is_dense = _is_dense(lists)
+        self._plans: dict[tuple[cublas_lt.Product, torch.device], cublas_lt.Plan] = {}
         self.inputs = 1 + max(lists.largest_channel.values())
         self.num_weights = self.inputs * padded_columns(self._outputs)
 
@@ -73,7 +76,9 @@ class DenseProduct:
         """Whether these are rows of numbers at one distance, which the library takes."""
         x = sources[self._source]
         used = [x, out] if residual is None else [x, out, residual]
-        if any(tensor.dtype not in _DTYPES for tensor in used) or not x.numel():
+        if weight.dtype not in _DTYPES or any(tensor.dtype != weight.dtype for tensor in used):
+            return False
+        if not x.numel() or out.numel() // self._outputs > _MOST_PIXELS:
             return False
         if not _aligned(weight) or not (bias is None or _aligned(bias)):
             return False
@@ -81,8 +86,8 @@ class DenseProduct:
             return False
         if not all(in_vectors(tensor) and is_one_row(tensor) for tensor in used):
             return False
-        product = self._product(x, weight, bias, out, residual)
-        return product.m <= _MOST_PIXELS and cublas_lt.possible(product, x.device)
+        plan = self._plan(self._product(x, bias, out, residual), x.device)
+        return plan is not None and plan.possible
 
     def run(
         self,
@@ -94,19 +99,29 @@ class DenseProduct:
     ) -> None:
         """Write ``out`` ``[B, O, H, W]``; ``weight`` is that of `of_packed`."""
         x = sources[self._source]
-        product = self._product(x, weight, bias, out, residual)
-        cublas_lt.run(product, x, weight, residual, out)
+        plan = self._plan(self._product(x, bias, out, residual), x.device)
+        if plan is None:
+            raise RuntimeError("cuBLASLt cannot compute this call: ask `takes` first")
+        plan.run(x, weight, residual, out)
+
+    def _plan(self, product: cublas_lt.Product, device: torch.device) -> cublas_lt.Plan | None:
+        """None where the library is not there or cannot be asked now."""
+        capturing = devices.capturing()
+        found = self._plans.get((product, device))
+        if found is not None or capturing or cublas_lt.library() is None:
+            return found
+        try:
+            found = cublas_lt.Plan(product, device)
+        except RuntimeError:  # it may answer later
+            return None
+        if len(self._plans) == _PLANS_KEPT:
+            self._plans.clear()
+        self._plans[product, device] = found
+        return found
 
     def _product(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        out: Tensor,
-        residual: Tensor | None,
+        self, x: Tensor, bias: Tensor | None, out: Tensor, residual: Tensor | None
     ) -> cublas_lt.Product:
-        used = (weight, x, out if residual is None else residual, out)
-        first, second, third, fourth = map(cublas_lt.alignment_of, used)
         return cublas_lt.Product(
             m=out.numel() // self._outputs,
             n=self._outputs,
@@ -118,7 +133,6 @@ class DenseProduct:
             bias=0 if bias is None else bias.data_ptr(),
             relu=self._relu,
             dtype=out.dtype,
-            alignments=(first, second, third, fourth),
         )
 
 

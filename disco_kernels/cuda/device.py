@@ -21,3 +21,9 @@ def current(device: torch.device) -> AbstractContextManager[None]:
 def stream_of(device: torch.device) -> int:
     """The cudaStream_t that torch's operators on ``device`` go to now."""
     return int(torch.cuda.current_stream(device).cuda_stream)
+
+
+def capturing() -> bool:
+    """Whether what is started now becomes part of a CUDA graph. On a thread whose first work this
+    is, it also makes the device's context current, which the driver's own functions need."""
+    return torch.cuda.is_current_stream_capturing()

@@ -28,7 +28,7 @@ def is_one_row(x: Tensor) -> bool:
 def in_vectors(x: Tensor) -> bool:
     """Whether every pixel's channels are neighbours, from a multiple of 16 bytes on."""
     vector = VECTOR_BYTES // x.element_size()
-    strides = (x.stride(0), x.stride(2), x.stride(3))
-    if x.stride(1) != 1 or x.data_ptr() % VECTOR_BYTES:
+    address, *strides = place(x)
+    if (x.stride(1) != 1 and x.shape[1] > 1) or address % VECTOR_BYTES:
         return False
     return all(stride > 0 and stride % vector == 0 for stride in strides)

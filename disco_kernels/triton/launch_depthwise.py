@@ -19,6 +19,10 @@ class TritonDepthwise(PreparedConv2d):
     def __init__(self, descriptor: GroupedDescriptor) -> None:
         self.descriptor = descriptor
 
+    @property
+    def last_kernel(self) -> str:
+        return "triton"
+
     def run(
         self,
         sources: Sequence[Tensor],

@@ -67,4 +67,5 @@ def cpu_as_device(processors: int = 3) -> Iterator[None]:
         patched.setattr(devices, "multiprocessors", lambda device: processors)
         patched.setattr(devices, "current", lambda device: nullcontext())
         patched.setattr(devices, "stream_of", lambda device: 0)
+        patched.setattr(devices, "capturing", lambda: False)
         yield

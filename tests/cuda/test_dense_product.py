@@ -12,11 +12,18 @@ from torch import Tensor
 
 import disco_kernels as dk
 from disco_kernels.backends.triton import TritonBackend
-from disco_kernels.cuda import choice, cublas_lt
+from disco_kernels.cuda import choice, cublas_lt, dense_product
+from disco_kernels.cuda import device as devices
 from disco_kernels.cuda.tuned import TUNED
 from disco_kernels.triton.launch import TritonConv2d
 from tests.cuda.conv2d_cases import NODES, make, owned
-from tests.cuda.cublas.library import compile_library, products, refuse
+from tests.cuda.cublas.library import (
+    INTERNAL_ERROR,
+    NOT_SUPPORTED,
+    compile_library,
+    products,
+    refuse,
+)
 from tests.cuda.emulator import cpu_as_device, needs_compiler
 from tests.kernels import oracle
 from tests.kernels.cases import image, in_dtype, seed
@@ -25,6 +32,7 @@ from tests.triton.test_kernels import check
 pytestmark = needs_compiler
 LAST = torch.channels_last
 ON_A_PIXEL = 0  # of the windows in conv2d_cases
+SIZES: dict[int, str | None] = {1: choice.CUBLAS, 8: choice.CUBLAS, 64: choice.CUBLAS}
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +43,11 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 @pytest.fixture(autouse=True)
 def library(compiled: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
     with cpu_as_device():
-        cublas_lt.forget()
         monkeypatch.setattr(cublas_lt, "library", lambda: compiled)
         monkeypatch.setattr(choice, "is_hopper", lambda device: True)
         monkeypatch.setattr(TritonBackend, "refusal", lambda self, device, dtype: None)
         yield compiled
-        refuse(compiled, False)
-        cublas_lt._plan.cache_clear()
+        refuse(compiled, 0)
         cublas_lt._handle.cache_clear()
 
 
@@ -50,7 +56,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if it had been measured to be faster for every layer of one pixel."""
     for nodes in range(len(NODES)):
         layer = make(nodes, ON_A_PIXEL, torch.bfloat16, "cpu")[0]
-        monkeypatch.setitem(TUNED, tuple(prepared(layer).key), {1: choice.CUBLAS})
+        monkeypatch.setitem(TUNED, tuple(prepared(layer).key), SIZES)
 
 
 def prepared(layer: dk.GatherConv2d | dk.GatherLinear | dk.PartialConv2d) -> TritonConv2d:
@@ -118,7 +124,7 @@ def linear(
     without = made()
     assert len(without.descriptor.nodes) == 4
     # Density is no part of the key but by the inputs of the node that reads most.
-    monkeypatch.setitem(TUNED, tuple(prepared(without).key), {1: choice.CUBLAS, 10**6: None})
+    monkeypatch.setitem(TUNED, tuple(prepared(without).key), {20: choice.CUBLAS, 200: None})
     layer = made()
     beside = 0 if activation == "gelu" else 160 * layer.in_channels * 2
     assert layer.packed_bytes - without.packed_bytes == beside
@@ -137,7 +143,8 @@ def test_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_number_of_pixels_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, _ = linear(monkeypatch)
     kernel, device = prepared(layer), torch.device("cpu")
-    assert [kernel.chosen(n, device) for n in (1, 900, 1100, 10**7)] == ["cublas"] * 2 + [None] * 2
+    chosen = [kernel.chosen(n, device) for n in (4, 5, 20, 63, 64, 200, 10**7)]
+    assert chosen == [None, "cublas", "cublas", "cublas", None, None, None]
     monkeypatch.setattr(choice, "is_hopper", lambda device: False)
     assert kernel.chosen(1, device) is None
 
@@ -170,11 +177,41 @@ def test_what_the_library_cannot_is_left_to_triton(library: ctypes.CDLL) -> None
     assert not takes(maps(i - 8, 2, 5, 3)) and not takes(out=maps(o + 8, 2, 5, 3))
     assert not dense.takes([x], beside[1:], bias, out, None)
     assert not dense.takes([x], beside, torch.zeros(o + 1).bfloat16()[1:], out, None)
-    # It was asked for this product before; one that it was not asked for yet it can refuse.
-    refuse(library, True)
-    assert takes() and not takes(maps(i, 2, 5, 5), maps(o, 2, 5, 5))
+    halves = [t.half() for t in (x, beside, bias, out)]
+    assert dense.takes([halves[0]], halves[1], halves[2], halves[3], None)
+    assert not takes(x.half()) and not takes(out=out.half()), "two kinds of 16 bits"
+    pixel = maps(i, 3, 1, 1).clone(memory_format=torch.contiguous_format)
+    assert pixel.stride() == (i, 1, 1, 1) and takes(pixel, maps(o, 3, 1, 1))
+
+
+@pytest.mark.usefixtures("table")
+def test_what_the_library_refuses(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, weight, bias, _ = make(1, ON_A_PIXEL, torch.bfloat16, "cpu")
+    kernel = prepared(layer)
+    beside, dense = kernel._dense_weight(layer.packed_weight), kernel.dense
+    assert beside is not None and dense is not None
+    x, out = ([maps(n, 1, 3, width) for width in range(1, 6)] for n in weight.shape[1::-1])
+
+    def takes(width: int) -> bool:
+        return dense.takes([x[width]], beside, bias, out[width], None)
+
+    assert takes(0)
+    refuse(library, NOT_SUPPORTED)
+    assert takes(0) and not takes(1), "what it was asked before holds"
     with pytest.raises(RuntimeError, match="cublasLtMatmul: refused by the library"):
-        dense.run([x], beside, bias, None, out)
+        dense.run([x[0]], beside, bias, None, out[0])
+    refuse(library, INTERNAL_ERROR)
+    assert not takes(2)
+    refuse(library, 0)
+    assert not takes(1), "it has no algorithm for this product"
+    assert takes(2), "it had had a difficulty"
+    # While a graph is captured it is not asked.
+    monkeypatch.setattr(devices, "capturing", lambda: True)
+    assert takes(2) and not takes(3)
+    with pytest.raises(RuntimeError, match="ask `takes` first"):
+        dense.run([x[3]], beside, bias, None, out[3])
+    monkeypatch.setattr(devices, "capturing", lambda: False)
+    assert takes(3)
 
 
 @pytest.mark.usefixtures("table")
@@ -202,7 +239,7 @@ def test_a_single_node_needs_no_second_weights(monkeypatch: pytest.MonkeyPatch) 
     weight = torch.randn(24, 40, 1, 1).bfloat16()
     spec = dk.ConvSpec(activation="relu")
     layer = dk.PartialConv2d(weight, (40,), spec, backend="triton")
-    monkeypatch.setitem(TUNED, tuple(prepared(layer).key), {1: choice.CUBLAS})
+    monkeypatch.setitem(TUNED, tuple(prepared(layer).key), SIZES)
     layer = dk.PartialConv2d(weight, (40,), spec, backend="triton")
     assert layer.packed_bytes == weight.nbytes
     x = maps(40, 2, 3, 3)
@@ -210,7 +247,7 @@ def test_a_single_node_needs_no_second_weights(monkeypatch: pytest.MonkeyPatch) 
     assert layer.last_kernel == "cublas"
     # Outputs that are no whole vectors, in a map that is.
     odd = dk.PartialConv2d(weight[:20], (40,), spec, backend="triton")
-    monkeypatch.setitem(TUNED, tuple(prepared(odd).key), {1: choice.CUBLAS})
+    monkeypatch.setitem(TUNED, tuple(prepared(odd).key), SIZES)
     odd = dk.PartialConv2d(weight[:20], (40,), spec, backend="triton")
     y = maps(24, 2, 3, 3)[:, :20]
     check(odd([x], None, y), oracle.conv2d(x, weight[:20], spec), torch.bfloat16, "")
@@ -229,14 +266,35 @@ def test_layers_that_were_not_measured_have_no_second_weights() -> None:
 @pytest.mark.usefixtures("table")
 def test_what_was_made_is_destroyed(library: ctypes.CDLL) -> None:
     layer, weight, _, _ = make(1, ON_A_PIXEL, torch.bfloat16, "cpu")
-    for height in range(1, 80):
+    kept = dense_product._PLANS_KEPT
+    for height in range(1, 2 * kept):
         layer(maps(weight.shape[1], 1, height, 1))
-    # Of every plan a product and three layouts, and the handle.
-    assert library.disco_live_objects() == 4 * cublas_lt._PLANS_KEPT + 1
-    cublas_lt._plan.cache_clear()
+        plans = (height - 1) % kept + 1
+        # Of every plan a product and three layouts, and the handle.
+        assert library.disco_live_objects() == 4 * plans + 1
+    del layer
     cublas_lt._handle.cache_clear()
     gc.collect()
     assert library.disco_live_objects() == 0
+
+
+def test_budgets_have_no_room_for_weights_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = linear(monkeypatch)[1]
+    pattern = (
+        dk.Ownership.contiguous(160, 2),
+        dk.Ownership.contiguous(72, 2),
+        (((), ()), ((), ())),
+    )
+    key = (1, 1, 2, 80, 36)
+    monkeypatch.setitem(TUNED, key, SIZES)
+    sizes = []
+    for limit in (None, 10**6):
+        packing = dk.Packing(limit)
+        made = dk.GatherLinear(weight, *pattern, backend="triton", packing=packing)
+        packing.finish()
+        assert tuple(prepared(made).key) == key
+        sizes.append(made.packed_bytes)
+    assert sizes == [160 * (36 + 72) * 2, 160 * 36 * 2]
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

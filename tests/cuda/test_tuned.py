@@ -103,15 +103,20 @@ def test_memory_that_the_kernel_cannot_read_is_left_to_triton(
 def test_the_nearest_size_that_was_measured_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     *alike, inputs = key = Key.of(two_nodes(), dk.ConvSpec((3, 3)))
     monkeypatch.setitem(TUNED, tuple(key), {1000: None, 100000: "256x64"})
-    chosen = [choice.choose(choice.measured(key), n) for n in (0, 1000, 9999, 10001, 10**9)]
-    assert chosen == [None, None, None, "256x64", "256x64"]
     monkeypatch.setitem(TUNED, (*alike, inputs + 8), {1: "256x32"})
-    assert choice.choose(choice.measured(key), 10**9) == "256x64"
+
+    def chosen(*sizes: int) -> list[str | None]:
+        return [choice.choose(choice.measured(key), n) for n in sizes]
+
+    assert chosen(0, 1000, 24_000, 26_000, 399_999) == [None, None, None, "256x64", "256x64"]
+    assert chosen(400_001, 10**9) == [None, None], "too far from all that was measured"
+    monkeypatch.setitem(TUNED, tuple(key), {1000: "256x32"})
+    assert chosen(249, 250, 4000, 4001) == [None, "256x32", "256x32", None]
 
 
 def test_the_nearest_inputs_that_were_measured_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(*keys: tuple[int, int, int, int, int]) -> int | None:
-        monkeypatch.setattr(choice, "TUNED", {key: {1: str(i)} for i, key in enumerate(keys)})
+        monkeypatch.setattr(choice, "TUNED", {key: {1000: str(i)} for i, key in enumerate(keys)})
         found = choice.choose(choice.measured(Key(9, 1, 2, 40, 80)), 1000)
         return None if found is None else int(found)
 

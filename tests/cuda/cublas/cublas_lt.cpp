@@ -12,14 +12,16 @@ static_assert(CUBLASLT_MATMUL_DESC_EPILOGUE == 7 && CUBLASLT_MATMUL_DESC_BIAS_PO
 static_assert(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES == 1);
 static_assert(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES == 5 &&
               CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES == 8);
+static_assert(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK == 3 &&
+              CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE == 2);
+static_assert(CUBLAS_STATUS_NOT_SUPPORTED == 15 && CUBLAS_STATUS_INTERNAL_ERROR == 14);
 static_assert(CUBLASLT_EPILOGUE_DEFAULT == 1 && CUBLASLT_EPILOGUE_RELU == 2);
 static_assert(CUBLASLT_EPILOGUE_BIAS == 4 && CUBLASLT_EPILOGUE_RELU_BIAS == 6);
 static_assert(CUBLAS_COMPUTE_32F == 68 && CUDA_R_32F == 0 && CUDA_R_16F == 2 && CUDA_R_16BF == 14);
 static_assert(sizeof(cublasLtMatmulHeuristicResult_t) == 96 && sizeof(cublasLtEpilogue_t) == 4);
 #else
 using cublasStatus_t = int;
-constexpr int CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_INVALID_VALUE = 7,
-              CUBLAS_STATUS_NOT_SUPPORTED = 15;
+constexpr int CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_INVALID_VALUE = 7;
 using cublasLtHandle_t = void*;
 using cublasLtMatmulDesc_t = void*;
 using cublasLtMatrixLayout_t = void*;
@@ -60,6 +62,7 @@ struct Layout {
 struct Preference {
   size_t workspace = 0;
   uint32_t alignments[4] = {256, 256, 256, 256};
+  uint32_t reductions = 7;
 };
 
 std::set<const void*> live;
@@ -176,6 +179,8 @@ cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p
   Preference* found = object<Preference>(preference);
   if (found && attribute == 1 && size == sizeof(size_t)) {
     std::memcpy(&found->workspace, value, size);
+  } else if (found && attribute == 3 && size == sizeof(uint32_t)) {
+    std::memcpy(&found->reductions, value, size);
   } else if (found && attribute >= 5 && attribute <= 8 && size == sizeof(uint32_t)) {
     std::memcpy(&found->alignments[attribute - 5], value, size);
   } else {
@@ -193,11 +198,11 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
   const Preference* limits = object<Preference>(preference);
   *count = 0;
   if (!object<Handle>(handle) || !object<Desc>(desc) || !limits || wanted != 1 ||
-      limits->workspace < kWorkspace ||
+      limits->workspace < kWorkspace || limits->reductions != 2 ||
       !fit(object<Layout>(a), object<Layout>(b), object<Layout>(c), object<Layout>(d))) {
     return CUBLAS_STATUS_INVALID_VALUE;
   }
-  if (disco_refuses) return CUBLAS_STATUS_NOT_SUPPORTED;
+  if (disco_refuses) return static_cast<cublasStatus_t>(disco_refuses);
   *results = {};
   results->algo.data[7] = kAlgorithm;
   for (int i = 0; i < 4; ++i) results->algo.data[i] = limits->alignments[i];
@@ -215,7 +220,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
   const Layout *al = object<Layout>(a_layout), *bl = object<Layout>(b_layout);
   const Layout *cl = object<Layout>(c_layout), *dl = object<Layout>(d_layout);
   const Desc* given = object<Desc>(desc);
-  if (disco_refuses) return CUBLAS_STATUS_NOT_SUPPORTED;
+  if (disco_refuses) return static_cast<cublasStatus_t>(disco_refuses);
   if (!object<Handle>(handle) || !given || !fit(al, bl, cl, dl) || stream ||
       algo->data[7] != kAlgorithm || !workspace || workspace_bytes < kWorkspace) {
     return CUBLAS_STATUS_INVALID_VALUE;

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from disco_kernels.cuda import cublas_lt
 
+NOT_SUPPORTED, INTERNAL_ERROR = 15, 14  # statuses
 _FLAGS = (
     *("-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"),
     *("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"),
@@ -28,6 +29,7 @@ def products(library: ctypes.CDLL) -> int:
     return ctypes.c_int.in_dll(library, "disco_products").value
 
 
-def refuse(library: ctypes.CDLL, refuses: bool) -> None:
-    """Whether it has no algorithm for any product."""
-    ctypes.c_int.in_dll(library, "disco_refuses").value = int(refuses)
+def refuse(library: ctypes.CDLL, status: int) -> None:
+    """What it answers from now on to every question for an algorithm and every product; 0 for an
+    end to that."""
+    ctypes.c_int.in_dll(library, "disco_refuses").value = status
