@@ -1,8 +1,9 @@
 """What the benchmarks of whole models on a GPU share: options, the dense sides, rows, the report.
 
 A dense side is torch eager with batch norms folded into the convolutions, channels last, cuDNN's
-choice measured (`cudnn.benchmark`), and with ``--max-autotune`` also `torch.compile(mode=
-"max-autotune-no-cudagraphs")` of the same. A row's baseline is the faster of them.
+choice measured (`cudnn.benchmark`); where ReLUs follow convolutions also the same with cuDNN's
+convolutions that have residual and ReLU in them; and with ``--max-autotune`` `torch.compile(mode=
+"max-autotune-no-cudagraphs")` of the first. A row's baseline is the fastest of them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import disco
 from benchmarks.cuda_time import as_graph, describe_gpu, replay_ms
+from benchmarks.fused_dense import fuse_convolutions
 from disco.zoo import build_model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -85,6 +87,9 @@ def dense_sides(model: nn.Module, args: argparse.Namespace) -> dict[str, Side]:
     dtype = DTYPES[args.dtype]
     dense = fold_batch_norms(copy.deepcopy(model)).to(dtype).to(memory_format=torch.channels_last)
     sides: dict[str, Side] = {"eager": lambda x: dense(x.to(dtype))}
+    fused = fuse_convolutions(dense)
+    if fused is not None:
+        sides["cudnn_fused"] = lambda x: fused(x.to(dtype))
     if args.max_autotune:
         tuned = torch.compile(dense, mode="max-autotune-no-cudagraphs", dynamic=False)
         sides["max_autotune"] = lambda x: tuned(x.to(dtype))
