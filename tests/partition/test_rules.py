@@ -461,6 +461,35 @@ def test_view_that_splits_channels(data: st.DataObject, world_size: int, block: 
         assert not plan.replicated
 
 
+@settings(property_test, max_examples=12)
+@given(
+    st.data(), world_sizes, st.sampled_from(["aten._unsafe_view.default", "aten.reshape.default"])
+)
+def test_view_that_merges_neighbours_into_channels(
+    data: st.DataObject, world_size: int, kind: str
+) -> None:
+    """``[B, H, W, C] -> [B, H / 2, W / 2, 4 * C]``, as between the stages of a Swin transformer."""
+    case = Case(4, 6, 3)
+    case.linear("a", "x", 5, 3)
+    case.op("aten.view.default", "split", Ref("a"), (-1, 2, 2, 3, 2, 5))
+    case.op("aten.permute.default", "moved", Ref("split"), (0, 1, 3, 4, 2, 5))
+    case.op(kind, "merged", Ref("moved"), (-1, 2, 3, 20))
+    norm = (case.weight("w", 20), case.weight("v", 20))
+    case.op("aten.layer_norm.default", "n", Ref("merged"), (20,), *norm)
+    case.linear("b", "n", 6, 20, zero_columns=0.6)
+    plan = check_exact(case, world_size, {"a": data.draw(ownerships(5, world_size))})
+    assert not plan.replicated
+
+
+def test_view_that_merges_images_into_channels() -> None:
+    """Their number is open, so this is no dimension that could be shared out: gathered."""
+    case = Case(2, 3)
+    case.linear("a", "x", 4, 3)
+    case.op("aten.view.default", "y", Ref("a"), (-1,))
+    plan = check_exact(case, 2)
+    assert [op.name for op in plan.replicated] == ["y"]
+
+
 @property_test
 @given(st.data(), st.integers(2, 4))
 def test_one_tensor_with_many_readers_is_exchanged_once(

@@ -52,6 +52,7 @@ BEYOND = [
     ("torchvision", "vit_b_16", 224),  # torch's own attention, with heads put into the batch
     ("torchvision", "maxvit_t", 224),  # attention over windows and over grids
     ("torchvision", "swin_v2_t", 64),  # cosine attention, weights that are computed
+    ("timm", "swin_tiny_patch4_window7_224", 224),  # neighbouring pixels become channels by a view
     ("timm", "convnextv2_atto", 64),  # norms over pixels, means over channels
     ("timm", "hrnet_w18_small", 64),
     ("timm", "dla34", 64),

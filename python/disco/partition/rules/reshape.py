@@ -228,7 +228,8 @@ def select(op: Op, context: RuleContext) -> Lowering | None:
 def map_through_view(
     placed: Sharded, before: Sequence[int | str], after: Sequence[int | str]
 ) -> Sharded | None:
-    """Where the channels are after a view; None if they end up mixed with dimensions before them.
+    """Where the channels are after a view; None if that is no dimension of their own, nor one of
+    them and others that are merged with them whole.
 
     Dimensions are matched in groups of equal products: ``[B, C, 7, 7] -> [B, C * 49]`` has the
     groups ``[B] -> [B]`` and ``[C, 7, 7] -> [C * 49]``.
@@ -239,8 +240,39 @@ def map_through_view(
     old, new, groups = found
     for (start, stop), (new_start, new_stop) in groups:
         if start <= placed.dim < stop:
+            if prod(old[start : placed.dim]) != 1:
+                return _merged_from_before(placed, old, start, stop, after, new_start, new_stop)
             return _map_in_group(placed, old, start, stop, new, new_start, new_stop)
     return None
+
+
+def _merged_from_before(
+    placed: Sharded,
+    old: Sequence[int],
+    start: int,
+    stop: int,
+    after: Sequence[int | str],
+    new_start: int,
+    new_stop: int,
+) -> Sharded | None:
+    """``[2, 2, C] -> [4 * C]``, as where neighbouring pixels become channels: every rank has its
+    channels of each. Not of images: their number is open."""
+    sizes = [size for size in after[new_start:new_stop] if size != 1]
+    if len(sizes) != 1 or not isinstance(sizes[0], int):
+        return None
+    dim = new_start + list(after[new_start:new_stop]).index(sizes[0])
+    before, behind = prod(old[start : placed.dim]), prod(old[placed.dim + 1 : stop])
+    channels = placed.ownership.num_channels
+    ranks = tuple(
+        tuple(
+            (outer * channels + c) * behind + inner
+            for outer in range(before)
+            for c in owned
+            for inner in range(behind)
+        )
+        for owned in placed.ownership.channels
+    )
+    return Sharded(Ownership(ranks), dim)
 
 
 Group = tuple[tuple[int, int], tuple[int, int]]
@@ -290,8 +322,6 @@ def _map_in_group(
     new_stop: int,
 ) -> Sharded | None:
     """The channels come first in the group, up to dimensions of size 1, or they are all of it."""
-    if prod(old[start : placed.dim]) != 1:
-        return None
     behind = prod(old[placed.dim + 1 : stop])
     if behind == 1:
         # [3 * heads * 64] -> [3, heads, 64] by heads: every rank's channels are such a product.
