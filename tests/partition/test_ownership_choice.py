@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from math import prod
 
 import pytest
@@ -50,6 +52,42 @@ class ByMatmul(Attention):
         return x + self.proj(y.transpose(1, 2).reshape(b, n, width))
 
 
+class Apart(nn.Module):
+    """Queries by a layer of their own, as in PVT; keys and values by another, or by two."""
+
+    def __init__(self, width: int = 24, heads: int = 3, together: bool = False) -> None:
+        super().__init__()
+        self.heads, self.together = heads, together
+        self.stem, self.q = nn.Linear(10, width), nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.k, self.v = nn.Linear(width, width), nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        b, n, width = x.shape
+        q = self.q(x[:, :3]).reshape(b, 3, self.heads, -1).permute(0, 2, 1, 3)
+        if self.together:
+            kv = self.kv(x).reshape(b, n, 2, self.heads, width // self.heads)
+            k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            k, v = (
+                layer(x).reshape(b, n, self.heads, -1).transpose(1, 2) for layer in (self.k, self.v)
+            )
+        y = self.attention(q, k, v)
+        return x[:, :3] + self.proj(y.transpose(1, 2).reshape(b, 3, width))
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+class ApartByMatmul(Apart):
+    """The same, written out."""
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ((q @ k.transpose(-2, -1)) * 0.3).softmax(-1) @ v
+
+
 class Shuffle(nn.Module):
     """A unit of ShuffleNet v2: half of the channels passes by, then all are mixed."""
 
@@ -93,9 +131,13 @@ class Upscale(nn.Module):
         return self.b(nn.functional.pixel_shuffle(torch.relu(self.a(x)), 2))
 
 
-MODELS = {
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "attention": (Attention, (2, 7, 24)),
     "attention by matmul": (ByMatmul, (2, 7, 24)),
+    "attention of three layers": (Apart, (2, 7, 10)),
+    "attention of two layers": (partial(Apart, together=True), (2, 7, 10)),
+    "attention of three layers by matmul": (ApartByMatmul, (2, 7, 10)),
+    "attention of two layers by matmul": (partial(ApartByMatmul, together=True), (2, 7, 10)),
     "shuffle": (Shuffle, (2, 3, 6, 6)),
     "gated groups": (Gated, (2, 3, 6, 6)),
     "pixel shuffle": (Upscale, (2, 3, 5, 6)),

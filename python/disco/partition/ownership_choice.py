@@ -166,7 +166,8 @@ class OwnershipChoice:
             if self._ends(follower):
                 continue
             for name in follower.refs():
-                placements.setdefault(name, Replicated())  # of a branch that comes later
+                if name not in placements:
+                    placements[name] = _expected(name, follower, trial)
             lowering = lower(follower, trial)
             placements[follower.name] = lowering.placement
             gathered.update(lowering.whole)
@@ -177,6 +178,21 @@ class OwnershipChoice:
         for name in gathered:
             moved += (context.world_size - 1) * prod(context.sizes(name))
         return moved, uneven
+
+
+def _expected(name: str, op: Op, context: RuleContext) -> Placement:
+    """Of a value on a branch that comes later and meets this one in ``op``: as what it meets, since
+    its layer is chosen for that then (queries, keys and values of layers of their own)."""
+    shape = context.values[name].shape
+    for other in op.refs():
+        met = context.placements.get(other)
+        if not isinstance(met, Sharded) or len(shape) != len(context.values[other].shape):
+            continue
+        if _joins(op, met.dim, context):
+            continue
+        if shape[met.dim] == met.ownership.num_channels:
+            return met
+    return Replicated()
 
 
 def _is_layer(op: Op) -> bool:
