@@ -175,13 +175,13 @@ def dense_product(layer: Layer) -> Callable[[], Tensor] | None:
         return None
     backend = registry.get("triton")
     weight = backend.prepack(layer.weight, (layer.shape.in_channels,))
-    given = ([layer.x], weight, layer.bias)
-    if not prepared.dense.takes(*given, layer.out, layer.residual):
+    start = prepared.dense.bind([layer.x], weight, layer.bias, layer.residual, layer.out)
+    if start is None:
         print(f"{layer.shape}: cuBLASLt does not take it")
         return None
 
     def run() -> Tensor:
-        prepared.dense.run(*given, layer.residual, layer.out)
+        start()
         return layer.out
 
     return run

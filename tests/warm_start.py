@@ -62,6 +62,7 @@ class _Server:
                 self._process.wait()
                 errors.seek(0)
                 self.refused += errors.read().decode()[-3000:]
+                self._control.close()
                 return
         atexit.register(self.close)
 

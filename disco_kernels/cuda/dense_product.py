@@ -7,7 +7,8 @@ a pattern leaves out, and NVIDIA's loop is the faster one. Which layers those ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ _PLANS_KEPT = 64  # of a layer: one for every number of pixels
 
 
 class DenseProduct:
-    """One layer. Make it with `make`, and ask `takes` before every `run`.
+    """One layer. Make it with `make`.
 
     Attributes:
         inputs: channels of the input that it reads, from the first on: all that any node reads.
@@ -65,44 +66,32 @@ class DenseProduct:
             return None
         return packed_weight[num_nodes_weights:]
 
-    def takes(
+    def bind(
         self,
         sources: Sequence[Tensor],
         weight: Tensor,
         bias: Tensor | None,
-        out: Tensor,
         residual: Tensor | None,
-    ) -> bool:
-        """Whether these are rows of numbers at one distance, which the library takes."""
+        out: Tensor,
+    ) -> Callable[[], None] | None:
+        """What writes ``out`` ``[B, O, H, W]``; ``weight`` is that of `of_packed`. None unless all
+        are rows of numbers at one distance, which the library takes."""
         x = sources[self._source]
         used = [x, out] if residual is None else [x, out, residual]
         if weight.dtype not in _DTYPES or any(tensor.dtype != weight.dtype for tensor in used):
-            return False
+            return None
         if not x.numel() or out.numel() // self._outputs > _MOST_PIXELS:
-            return False
+            return None
         if not _aligned(weight) or not (bias is None or _aligned(bias)):
-            return False
+            return None
         if x.shape[1] < self.inputs or out.shape[1] != self._outputs:
-            return False
+            return None
         if not all(in_vectors(tensor) and is_one_row(tensor) for tensor in used):
-            return False
+            return None
         plan = self._plan(self._product(x, bias, out, residual), x.device)
-        return plan is not None and plan.possible
-
-    def run(
-        self,
-        sources: Sequence[Tensor],
-        weight: Tensor,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        out: Tensor,
-    ) -> None:
-        """Write ``out`` ``[B, O, H, W]``; ``weight`` is that of `of_packed`."""
-        x = sources[self._source]
-        plan = self._plan(self._product(x, bias, out, residual), x.device)
-        if plan is None:
-            raise RuntimeError("cuBLASLt cannot compute this call: ask `takes` first")
-        plan.run(x, weight, residual, out)
+        if plan is None or not plan.possible:
+            return None
+        return partial(plan.run, x, weight, residual, out)
 
     def _plan(self, product: cublas_lt.Product, device: torch.device) -> cublas_lt.Plan | None:
         """None where the library is not there or cannot be asked now."""

@@ -162,9 +162,8 @@ class TritonConv2d(PreparedConv2d):
             weight = self._dense_weight(packed_weight)
             if self.dense is None or weight is None:
                 return None
-            if not self.dense.takes(sources, weight, bias, out, residual):
-                return None
-            return name, partial(self.dense.run, sources, weight, bias, residual, out)
+            run = self.dense.bind(sources, weight, bias, residual, out)
+            return None if run is None else (name, run)
         if name is None or self.sm90 is None:
             return None
         tile = self.sm90.tiles().index(name)

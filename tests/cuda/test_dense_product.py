@@ -166,7 +166,7 @@ def test_what_the_library_cannot_is_left_to_triton(library: ctypes.CDLL) -> None
     x, out = maps(i, 2, 5, 3), maps(o, 2, 5, 3)
 
     def takes(x: Tensor = x, out: Tensor = out, residual: Tensor | None = None) -> bool:
-        return dense.takes([x], beside, bias, out, residual)
+        return dense.bind([x], beside, bias, residual, out) is not None
 
     assert takes() and takes(residual=out)
     assert not takes(x.contiguous()) and not takes(out=out.contiguous())
@@ -175,10 +175,10 @@ def test_what_the_library_cannot_is_left_to_triton(library: ctypes.CDLL) -> None
     assert not takes(residual=maps(o + 4, 2, 5, 3)[:, :o])
     assert not takes(x.float()) and not takes(maps(i, 0, 5, 3), maps(o, 0, 5, 3))
     assert not takes(maps(i - 8, 2, 5, 3)) and not takes(out=maps(o + 8, 2, 5, 3))
-    assert not dense.takes([x], beside[1:], bias, out, None)
-    assert not dense.takes([x], beside, torch.zeros(o + 1).bfloat16()[1:], out, None)
+    assert dense.bind([x], beside[1:], bias, None, out) is None
+    assert dense.bind([x], beside, torch.zeros(o + 1).bfloat16()[1:], None, out) is None
     halves = [t.half() for t in (x, beside, bias, out)]
-    assert dense.takes([halves[0]], halves[1], halves[2], halves[3], None)
+    assert dense.bind([halves[0]], halves[1], halves[2], None, halves[3]) is not None
     assert not takes(x.half()) and not takes(out=out.half()), "two kinds of 16 bits"
     pixel = maps(i, 3, 1, 1).clone(memory_format=torch.contiguous_format)
     assert pixel.stride() == (i, 1, 1, 1) and takes(pixel, maps(o, 3, 1, 1))
@@ -193,13 +193,14 @@ def test_what_the_library_refuses(library: ctypes.CDLL, monkeypatch: pytest.Monk
     x, out = ([maps(n, 1, 3, width) for width in range(1, 6)] for n in weight.shape[1::-1])
 
     def takes(width: int) -> bool:
-        return dense.takes([x[width]], beside, bias, out[width], None)
+        return dense.bind([x[width]], beside, bias, None, out[width]) is not None
 
-    assert takes(0)
+    bound = dense.bind([x[0]], beside, bias, None, out[0])
+    assert bound is not None
     refuse(library, NOT_SUPPORTED)
     assert takes(0) and not takes(1), "what it was asked before holds"
     with pytest.raises(RuntimeError, match="cublasLtMatmul: refused by the library"):
-        dense.run([x[0]], beside, bias, None, out[0])
+        bound()
     refuse(library, INTERNAL_ERROR)
     assert not takes(2)
     refuse(library, 0)
@@ -208,8 +209,6 @@ def test_what_the_library_refuses(library: ctypes.CDLL, monkeypatch: pytest.Monk
     # While a graph is captured it is not asked.
     monkeypatch.setattr(devices, "capturing", lambda: True)
     assert takes(2) and not takes(3)
-    with pytest.raises(RuntimeError, match="ask `takes` first"):
-        dense.run([x[3]], beside, bias, None, out[3])
     monkeypatch.setattr(devices, "capturing", lambda: False)
     assert takes(3)
 

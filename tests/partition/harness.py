@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -23,6 +24,13 @@ CONV = {
     "groups": 1,
     "activation": "none",
 }
+
+property_test = settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+world_sizes = st.integers(1, 4)
 
 
 @st.composite

@@ -1,0 +1,75 @@
+"""The rules of views and shuffles of pixels: where channels are split, merged or put elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from disco.program import Ref
+from disco_kernels import Ownership
+from tests.partition.harness import Case, check_exact, ownerships, property_test, world_sizes
+
+pytestmark = pytest.mark.filterwarnings("ignore:disco_kernels.*:RuntimeWarning")
+
+
+@property_test
+@given(st.data(), world_sizes, st.booleans())
+def test_pixel_shuffle(data: st.DataObject, world_size: int, whole: bool) -> None:
+    """Local by whole output channels, else gathered."""
+    case = Case(3, 2, 3)
+    case.conv("a", "x", 12, 3)
+    case.op("aten.pixel_shuffle.default", "y", Ref("a"), 2)
+    case.conv("b", "y", 4, 3)
+    owned = data.draw(ownerships(3 if whole else 12, world_size))
+    if whole:
+        owned = Ownership(
+            tuple(tuple(4 * c + k for c in own for k in range(4)) for own in owned.channels)
+        )
+    plan = check_exact(case, world_size, {"a": owned})
+    assert not (whole and plan.replicated)
+
+
+@settings(property_test, max_examples=10)
+@given(st.data(), st.integers(2, 3), st.sampled_from([1, 2, 4]))
+def test_view_that_splits_channels(data: st.DataObject, world_size: int, block: int) -> None:
+    """Local where ranks own whole blocks, in order; else gathered. Exact either way."""
+    case = Case(3, 2, 2)
+    case.conv("a", "x", 8, 3)
+    case.op("aten.view.default", "y", Ref("a"), (-1, 8 // block, block, 2, 2))
+    contiguous = data.draw(st.booleans())
+    owned = Ownership.contiguous(8, world_size)
+    if not contiguous:
+        owned = data.draw(ownerships(8, world_size))
+    plan = check_exact(case, world_size, {"a": owned})
+    if contiguous and all(count % block == 0 for count in owned.counts):
+        assert not plan.replicated
+
+
+@settings(property_test, max_examples=12)
+@given(
+    st.data(), world_sizes, st.sampled_from(["aten._unsafe_view.default", "aten.reshape.default"])
+)
+def test_view_that_merges_neighbours_into_channels(
+    data: st.DataObject, world_size: int, kind: str
+) -> None:
+    """``[B, H, W, C] -> [B, H / 2, W / 2, 4 * C]``, as between the stages of a Swin transformer."""
+    case = Case(4, 6, 3)
+    case.linear("a", "x", 5, 3)
+    case.op("aten.view.default", "split", Ref("a"), (-1, 2, 2, 3, 2, 5))
+    case.op("aten.permute.default", "moved", Ref("split"), (0, 1, 3, 4, 2, 5))
+    case.op(kind, "merged", Ref("moved"), (-1, 2, 3, 20))
+    norm = (case.weight("w", 20), case.weight("v", 20))
+    case.op("aten.layer_norm.default", "n", Ref("merged"), (20,), *norm)
+    case.linear("b", "n", 6, 20, zero_columns=0.6)
+    plan = check_exact(case, world_size, {"a": data.draw(ownerships(5, world_size))})
+    assert not plan.replicated
+
+
+def test_view_that_merges_images_into_channels() -> None:
+    """Their number is open, so this is no dimension that could be shared out: gathered."""
+    case = Case(2, 3)
+    case.linear("a", "x", 4, 3)
+    case.op("aten.view.default", "y", Ref("a"), (-1,))
+    plan = check_exact(case, 2)
+    assert [op.name for op in plan.replicated] == ["y"]
