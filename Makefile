@@ -39,7 +39,7 @@ test: $(STAMPS)/test
 	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=15 $(patsubst %,--ignore=%,$(SIDE_BY_SIDE))
 
 test-slow: $(STAMPS)/test
-	$(BIN)/python -m pytest -m "not gpu"
+	DISCO_TEST_ALL_EXAMPLES=1 $(BIN)/python -m pytest -m "not gpu"
 
 bench: $(STAMPS)/test
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only

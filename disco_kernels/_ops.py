@@ -21,6 +21,7 @@ from disco_kernels.core import (
     execute,
     image_as_tokens,
     index_tensor,
+    refuse_derivatives,
     tokens_as_image,
 )
 from disco_kernels.spec import (
@@ -103,12 +104,8 @@ def _resolved(winograd: str) -> str:
     return winograd
 
 
-def _refuse_gradients(op: str, *tensors: Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise RuntimeError(
-            f"{NAMESPACE}::{op} records no gradient, but was given a tensor that requires one; "
-            "use it under torch.no_grad(), or train through a swapped module (swap_)"
-        )
+def _refuse_derivatives(op: str, *tensors: Tensor | None) -> None:
+    refuse_derivatives(f"{NAMESPACE}::{op}", *tensors)
 
 
 def _flat_index(index: Tensor, name: str) -> Tensor:
@@ -197,7 +194,7 @@ def _partial_conv2d(
     winograd: str = "off",
     scale: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
-    _refuse_gradients("partial_conv2d", *segments, packed_weight, bias, residual, *(scale or ()))
+    _refuse_derivatives("partial_conv2d", *segments, packed_weight, bias, residual, *(scale or ()))
     sources = as_sources(segments, packed_weight.dtype)
     spec = _conv_spec(kernel_size, stride, padding, dilation, activation, winograd)
     descriptor = _partial_descriptor(sources, index, out_channels, spec)
@@ -258,7 +255,7 @@ def _partial_conv2d_accumulate(
     winograd: str = "off",
     scale: Sequence[Tensor | None] | None = None,
 ) -> None:
-    _refuse_gradients("partial_conv2d_", out, *segments, packed_weight, residual, *(scale or ()))
+    _refuse_derivatives("partial_conv2d_", out, *segments, packed_weight, residual, *(scale or ()))
     sources = as_sources(segments, packed_weight.dtype)
     spec = _conv_spec(kernel_size, stride, padding, dilation, activation, winograd)
     if out.dim() != 4:
@@ -290,7 +287,7 @@ def _partial_linear(
     backend: str,
     scale: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
-    _refuse_gradients("partial_linear", *segments, packed_weight, bias, residual, *(scale or ()))
+    _refuse_derivatives("partial_linear", *segments, packed_weight, bias, residual, *(scale or ()))
     sources = [tokens_as_image(x, f"segment {s}") for s, x in enumerate(segments)]
     descriptor = _partial_descriptor(sources, index, out_features, ConvSpec(activation=activation))
     prepared = _backend(backend, packed_weight).prepare(descriptor, packed_weight.dtype)
@@ -370,7 +367,7 @@ def _gather_conv2d(
     backend: str,
     winograd: str = "off",
 ) -> Tensor:
-    _refuse_gradients("gather_conv2d", x, packed_weight, bias, residual)
+    _refuse_derivatives("gather_conv2d", x, packed_weight, bias, residual)
     spec = _conv_spec(kernel_size, stride, padding, dilation, activation, winograd)
     sources = as_sources([x], x.dtype)
     descriptor = _gather_descriptor(channel_index, in_splits, out_splits, out_index, spec)
@@ -411,7 +408,7 @@ def _gather_linear(
     activation: str,
     backend: str,
 ) -> Tensor:
-    _refuse_gradients("gather_linear", x, packed_weight, bias, residual)
+    _refuse_derivatives("gather_linear", x, packed_weight, bias, residual)
     spec = ConvSpec(activation=activation)
     image = tokens_as_image(x, "x")
     descriptor = _gather_descriptor(channel_index, in_splits, out_splits, out_index, spec)
@@ -466,7 +463,7 @@ def _grouped_conv2d(
     activation: str,
     backend: str,
 ) -> Tensor:
-    _refuse_gradients("grouped_conv2d", x, packed_weight, bias, residual)
+    _refuse_derivatives("grouped_conv2d", x, packed_weight, bias, residual)
     image = channels_last(x, "x")
     spec = _conv_spec(kernel_size, stride, padding, dilation, activation, "off")
     descriptor = grouped_descriptor(spec, groups, image.shape[1], out_channels)
@@ -495,7 +492,7 @@ def _grouped_conv2d_fake(
 def _gather_pack(
     x: Tensor, channel_index: Tensor, splits: Sequence[int], out: Tensor, backend: str
 ) -> None:
-    _refuse_gradients("gather_pack_", x, out)
+    _refuse_derivatives("gather_pack_", x, out)
     image = channels_last(x, "x")
     index = _flat_index(channel_index, "channel_index")
     _check_splits("splits", splits, index)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from disco_kernels.registry import Outgoing, PreparedConv2d
 from disco_kernels.spec import Channels, Conv2dDescriptor, GroupedDescriptor
@@ -16,6 +17,27 @@ from disco_kernels.wire import NARROW_DTYPES
 FEW_CHANNELS = 8
 
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def refuse_derivatives(who: str, *tensors: Tensor | None) -> None:
+    """Raise RuntimeError if ``who`` would drop a derivative that torch is asked for.
+
+    Of a tensor that requires a gradient while gradients are recorded, or of one with a tangent
+    (`torch.autograd.forward_ad`).
+    """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(
+            f"{who} records no gradient, but was given a tensor that requires one; "
+            "use it under torch.no_grad(), or train through a swapped module (swap_)"
+        )
+    # Asking a tensor takes a microsecond, so first whether any can have one.
+    if getattr(forward_ad, "_current_level", 0) >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        raise RuntimeError(
+            f"{who} computes no tangent, but was given a tensor that has one; give it "
+            "torch.autograd.forward_ad.unpack_dual(x).primal, or use a swapped module (swap_)"
+        )
 
 
 def channels_last(x: Tensor, name: str) -> Tensor:

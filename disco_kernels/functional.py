@@ -84,7 +84,7 @@ def partial_conv2d(
 
     Raises:
         ValueError: shapes, dtypes, channels or a packed weight that do not fit.
-        RuntimeError: a tensor requires a gradient while gradients are recorded.
+        RuntimeError: a tensor requires a gradient while gradients are recorded, or has a tangent.
     """
     return torch.ops.disco_kernels.partial_conv2d(
         list(segments),
@@ -294,7 +294,7 @@ def grouped_conv2d(
 
     Raises:
         ValueError: shapes or dtypes that do not fit.
-        RuntimeError: a tensor requires a gradient while gradients are recorded.
+        RuntimeError: a tensor requires a gradient while gradients are recorded, or has a tangent.
     """
     return torch.ops.disco_kernels.grouped_conv2d(
         x,
@@ -333,7 +333,7 @@ def gather_pack_(
 
     Raises:
         ValueError: sizes, dtypes or channels that do not fit.
-        RuntimeError: a tensor requires a gradient while gradients are recorded.
+        RuntimeError: a tensor requires a gradient while gradients are recorded, or has a tangent.
     """
     name = registry.resolve(backend, x.device, x.dtype, "gather_pack")
     torch.ops.disco_kernels.gather_pack_(x, channel_index, list(splits), out, name)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from disco_kernels import registry
-from disco_kernels.core import channels_last, check_in_place, execute
+from disco_kernels.core import channels_last, check_in_place, execute, refuse_derivatives
 from disco_kernels.prepacking import Alternative, PackedKernel, Packing
 from disco_kernels.registry import PreparedConv2d
 from disco_kernels.spec import ConvSpec, GroupedDescriptor, Pair, grouped_descriptor
@@ -132,6 +132,7 @@ class GroupedConv2d(PackedKernel):
         Returns:
             ``[B, O, OH, OW]`` in channels-last memory.
         """
+        refuse_derivatives(type(self).__name__, x, residual, out)
         image = channels_last(x, "x")
         (wanted,) = self.descriptor.channels_needed
         if image.shape[1] != wanted:  # more would go unnoticed: the groups are runs of channels

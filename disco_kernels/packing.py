@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from disco_kernels import registry
-from disco_kernels.core import channels_last, check_in_place, index_tensor
+from disco_kernels.core import channels_last, check_in_place, index_tensor, refuse_derivatives
 from disco_kernels.registry import PreparedGatherPack
 from disco_kernels.wire import check_wire_dtype, message_shape, num_images
 
@@ -64,6 +64,7 @@ class GatherPack:
             ValueError: shapes, dtypes or channels that do not fit.
             BackendUnavailable: the requested backend cannot serve ``x``.
         """
+        refuse_derivatives(type(self).__name__, x, *(out or ()))
         if x.dim() == 4:
             image = channels_last(x, "x")
             leading = (x.shape[0], *x.shape[2:])

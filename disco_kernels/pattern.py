@@ -202,11 +202,22 @@ def find_selected(
     check_ownership(weight, out_ownership, in_ownership)
     if tolerance < 0:
         raise ValueError(f"tolerance must not be negative, given {tolerance}")
-    used = ~(column_magnitude_per_output(weight) <= tolerance) if weight.numel() else None
+    return selected_by(used_columns(weight, tolerance), out_ownership, in_ownership)
+
+
+def used_columns(weight: Tensor, tolerance: float = 0.0) -> Tensor:
+    """Which inputs each output reads: ``[O, I, *kernel]`` -> bool ``[O, I]``; NaN is read."""
+    if not weight.numel():
+        return weight.detach().new_zeros(weight.shape[:2]).bool()
+    return ~(column_magnitude_per_output(weight) <= tolerance)
+
+
+def selected_by(used: Tensor, out_ownership: Ownership, in_ownership: Ownership) -> Selected:
+    """`find_selected` of a layer whose `used_columns` are known."""
     table: list[tuple[tuple[int, ...], ...]] = []
     for i, outputs in enumerate(out_ownership.channels):
         needed: list[bool] = [False] * in_ownership.num_channels
-        if used is not None and outputs:
+        if outputs:
             needed = used[list(outputs)].any(dim=0).tolist()
         table.append(
             tuple(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from disco_kernels import registry
-from disco_kernels.core import channels_last, check_in_place, empty_output
+from disco_kernels.core import channels_last, check_in_place, empty_output, refuse_derivatives
 from disco_kernels.spec import ConvSpec
 
 
@@ -28,6 +28,7 @@ class MaxPool2d:
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """``[B, C, H, W]`` -> ``[B, C, OH, OW]`` in channels-last memory, ``out`` if given."""
+        refuse_derivatives(type(self).__name__, x, out)
         x = channels_last(x, "x")
         shape = (*x.shape[:2], *self.window.output_size(x.shape[2], x.shape[3]))
         if out is None:
@@ -61,6 +62,7 @@ class GlobalAvgPool2d:
 
         Raises ValueError for a map without pixels and for an ``out`` that does not fit.
         """
+        refuse_derivatives(type(self).__name__, x, out)
         return self._run(channels_last(x, "x"), out)[0]
 
     def bind(self, x: Tensor, out: Tensor) -> Callable[[], None]:

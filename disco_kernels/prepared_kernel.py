@@ -1,8 +1,9 @@
 """Prepared kernels: weights packed once, then called as often as needed, past the dispatcher.
 
-These are what an executor uses. They are for inference: they record no gradient. Users of modules
-want `disco_kernels.swap_`, users of tensors the operators in `disco_kernels.functional`. This is
-what all have in common; `partial_kernels` and `gather_kernels` have those of one node and of all.
+These are what an executor uses. They are for inference: a call that would drop a gradient or a
+tangent raises RuntimeError (what is bound is not checked again). Users of modules want
+`disco_kernels.swap_`, users of tensors the operators in `disco_kernels.functional`. This is what
+all have in common; `partial_kernels` and `gather_kernels` have those of one node and of all.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from disco_kernels.core import (
     check_scales_in_place,
     execute,
     image_as_tokens,
+    refuse_derivatives,
     tokens_as_image,
 )
 from disco_kernels.packing import GatherPack
@@ -139,6 +141,7 @@ class PreparedKernel(PackedKernel):
         scale: Sequence[Tensor | None] | None = None,
         outgoing: Outgoing | None = None,
     ) -> Tensor:
+        refuse_derivatives(type(self).__name__, *sources, residual, out)
         return execute(
             self._prepared,
             self.descriptor,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import disco
 from disco.capture import capture
 from disco.program import interpret
+from tests.examples import examples
 
 
 class Attention(nn.Module):
@@ -88,7 +89,7 @@ class Chain(nn.Module):
 
 def test_any_chain_is_exact() -> None:
     rewritten = 0
-    for seed in range(30):
+    for seed in range(examples(30)):
         model, x = Chain(seed), torch.randn(2, 12, 6)
         captured = capture(model, (x,))
         rewritten += any(op.name.endswith(".split") for op in captured.program.ops)
@@ -96,7 +97,7 @@ def test_any_chain_is_exact() -> None:
             x = torch.randn(batch, 12, 6)
             found = interpret(captured.program, captured.weights, (x,))
             assert torch.equal(found, model(x)), seed
-    assert rewritten >= 5
+    assert rewritten >= 2
 
 
 def test_a_part_of_a_stack_is_a_slice() -> None:

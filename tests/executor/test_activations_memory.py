@@ -21,6 +21,7 @@ from disco.executor.activations import Activations
 from disco.program import Op, Program, Ref, interpret, plan_buffers
 from disco_kernels.backends.cpu import extension_status
 from disco_kernels.memory import PAGE_BYTES
+from tests.examples import examples
 from tests.partition.harness import Case, cut
 
 C, H, W = 4, 6, 8
@@ -199,7 +200,7 @@ def in_float32(program: Program, weights: dict[str, Tensor]) -> tuple[Program, d
         pytest.param("cpu", "f4", marks=needs_extension),
     ],
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**16), size=st.integers(2, 16))
 def test_random_programs(
     data: st.DataObject, seed: int, size: int, backend: str, winograd: str

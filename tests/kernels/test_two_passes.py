@@ -14,6 +14,7 @@ from torch import Tensor
 import disco_kernels as dk
 from disco_kernels.backends.cpu import extension_status
 from disco_kernels.wire import num_images
+from tests.examples import examples
 
 pytestmark = pytest.mark.skipif(
     extension_status().error is not None, reason=f"no extension: {extension_status().error}"
@@ -41,7 +42,7 @@ def in_two(kernel: Any, segments: list[Tensor], residual: Tensor | None, num_fir
     return out
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**16))
 def test_random_layers_cpu(data: st.DataObject, seed: int) -> None:
     draw = data.draw

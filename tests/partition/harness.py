@@ -14,6 +14,7 @@ from disco.executor import Executor, InProcessHub, run_together
 from disco.partition import Plan, RankProgram, build_all, decide
 from disco.program import Op, Program, Ref, ValueInfo, WeightRef, interpret
 from disco_kernels import Ownership
+from tests.examples import examples
 
 # A batch that no other size of these programs has: shapes are recognised by it.
 PROBE_BATCH = 11
@@ -26,7 +27,7 @@ CONV = {
 }
 
 property_test = settings(
-    max_examples=25,
+    max_examples=examples(25),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

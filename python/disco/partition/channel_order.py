@@ -130,4 +130,4 @@ def _by_neighbour(masks: Collection[int]) -> list[int]:
 
 
 def _bits(mask: int) -> int:
-    return bin(mask).count("1")
+    return mask.bit_count()

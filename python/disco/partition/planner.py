@@ -67,7 +67,8 @@ class Decisions:
     unordered: Mapping[str, Exchange] = field(default_factory=dict)
 
     def plan(self) -> Plan:
-        """The plan, without the weights of the ranks (they are not cut yet)."""
+        """The plan without what only `build_all` adds: weights and memory of the ranks, which are
+        not cut yet, and columns that are nearly zero."""
         layers = [
             self._layer(op, lowering)
             for op, lowering in zip(self.program.ops, self.lowerings, strict=True)
@@ -87,7 +88,6 @@ class Decisions:
             weight_bytes_dense=self._weight_bytes_dense(),
             weight_bytes_per_rank=(),
             survivable=self.context.survivable,
-            nearly_zero=self._nearly_zero(),
         )
         return plan_with_wire(plan, self.context.wire_dtype)
 
@@ -115,7 +115,8 @@ class Decisions:
             builder.exchange(op.name)
         return builder.finish(self.program)
 
-    def _nearly_zero(self) -> tuple[NearlyZero, ...]:
+    def nearly_zero(self) -> tuple[NearlyZero, ...]:
+        """Layers whose remote columns are so small that they look like zeros, and are not."""
         found = []
         for op, lowering in zip(self.program.ops, self.lowerings, strict=True):
             out, inputs, weight = lowering.out_ownership, lowering.in_ownership, op.args[1:2]
@@ -210,6 +211,7 @@ def decide(
     kept_order: Collection[str] = (),
     wire_dtype: str | None = None,
     survivable: bool = False,
+    known_columns: dict[str, Tensor] | None = None,
 ) -> Decisions:
     """Decide about every op of `program` for `world_size` ranks.
 
@@ -224,7 +226,10 @@ def decide(
         kept_order: layers whose outputs stay in the order of `out_ownership`.
         wire_dtype: that payloads travel in where that is fewer bytes; None for their own dtypes.
         survivable: any ranks can answer over all outputs (`disco.partition.survivable`).
+        known_columns: which columns of the weights are in use, kept from call to call of the same
+            weights and tolerance; what is found out is added.
     """
+    known_columns = {} if known_columns is None else known_columns
     program = split_reductions(split_norms(program))
     if survivable:
         program = split_heads(program, world_size)
@@ -244,6 +249,7 @@ def decide(
             program.example_sizes,
             wire_dtype,
             survivable,
+            known_columns,
         )
 
     sums = partial_sums and not dense_exchange
@@ -309,6 +315,7 @@ def build_all(decisions: Decisions) -> tuple[Plan, tuple[RankProgram, ...]]:
     counted = replace(
         plan,
         weight_bytes_per_rank=tuple(r.weight_bytes for r in ranks),
+        nearly_zero=decisions.nearly_zero(),
         memory=tuple(predict_memory(part, r, context, exchanges) for r, part in enumerate(ranks)),
     )
     return with_wire_dtype(counted, ranks, context.wire_dtype)

@@ -9,7 +9,7 @@ steps from the best.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -44,6 +44,8 @@ class Problem:
     kept_order: tuple[str, ...] = ()
     wire_dtype: str | None = None
     survivable: bool = False
+    # Which columns of the weights are in use, which no share changes.
+    known_columns: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def decide(self, shares: Shares) -> Decisions:
         """With these shares."""
@@ -61,6 +63,7 @@ class Problem:
             kept_order=self.kept_order,
             wire_dtype=self.wire_dtype,
             survivable=self.survivable,
+            known_columns=self.known_columns,
         )
 
 

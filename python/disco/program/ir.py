@@ -47,6 +47,9 @@ class Dtype:
     name: str
 
 
+# The usual leaves, which are no containers.
+_SCALARS = frozenset({Ref, WeightRef, Dtype, int, float, bool, str, type(None)})
+
 # Attributes are immutable: lists of the source graph become tuples.
 Arg: TypeAlias = "Ref | WeightRef | Dtype | int | float | bool | str | tuple[Arg, ...] | None"
 # Outputs keep the nesting that the model's user sees.
@@ -213,14 +216,21 @@ def _is_ref(leaf: Any) -> bool:
 
 def leaves(tree: Any) -> Iterator[Any]:
     """The leaves of nested tuples, lists and dicts, in order."""
-    if isinstance(tree, (tuple, list)):
-        for item in tree:
-            yield from leaves(item)
-    elif isinstance(tree, Mapping):
-        for item in tree.values():
-            yield from leaves(item)
-    else:
-        yield tree
+    found: list[Any] = []
+    _collect(tree, found)
+    return iter(found)
+
+
+def _collect(tree: Any, found: list[Any]) -> None:
+    # Not a generator in itself: one in another passes every leaf through all of them, and planning
+    # reads the arguments of all ops many times.
+    for item in tree if isinstance(tree, (tuple, list)) else (tree,):
+        if isinstance(item, (tuple, list)):
+            _collect(item, found)
+        elif isinstance(item, dict) or (type(item) not in _SCALARS and isinstance(item, Mapping)):
+            _collect(tuple(item.values()), found)
+        else:
+            found.append(item)
 
 
 def map_leaves(tree: Any, change: Callable[[Any], Any]) -> Any:

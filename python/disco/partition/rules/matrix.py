@@ -20,7 +20,7 @@ from disco.partition.placement import Sharded, all_selected
 from disco.partition.rank_builder import RankBuilder
 from disco.partition.rules.registry import Lowering, RuleContext, missing, rule, same_op
 from disco.program import Arg, Op, Ref, WeightRef
-from disco_kernels.pattern import Ownership, Selected, column_magnitude_per_output
+from disco_kernels.pattern import Ownership, Selected
 
 
 @rule("disco.linear")
@@ -183,6 +183,5 @@ def _used_columns(context: RuleContext, weight: WeightRef, outputs: Sequence[int
     num_inputs = int(context.shape(weight)[1])
     if context.dense_exchange or not outputs:
         return list(range(num_inputs))
-    rows = context.pattern_weight(weight)[list(outputs)]
-    used = ~(column_magnitude_per_output(rows) <= context.tolerance)
+    used = context.used_columns(weight)[list(outputs)]
     return [column for column, needed in enumerate(used.any(dim=0).tolist()) if needed]

@@ -18,7 +18,7 @@ from disco.partition.rank_builder import RankBuilder
 from disco.partition.rules.matrix import matrix_flops
 from disco.partition.rules.registry import Lowering, RuleContext
 from disco.program import Arg, Op, Ref, ValueInfo, WeightRef
-from disco_kernels.pattern import Ownership, Selected, column_magnitude_per_output
+from disco_kernels.pattern import Ownership, Selected
 
 # Stands for a rank's kernels in the program that is planned; no rank's program has it.
 PARTIAL_SUMS = "disco.partial_sums"
@@ -180,16 +180,14 @@ def as_partial_sums(op: Op, lowering: Lowering, context: RuleContext) -> Partial
         return None
     weight, placed = op.args[1], lowering.placement
     assert isinstance(weight, WeightRef) and isinstance(placed, Sharded)
-    used = ~(column_magnitude_per_output(context.pattern_weight(weight)) <= context.tolerance)
+    used = context.used_columns(weight)
     ranks = range(context.world_size)
     rows = tuple(
         tuple(_reached(used, out.channels[i], lowering.selected[i][j]) for j in ranks)
         for i in ranks
     )
-    columns = tuple(
-        tuple(c for c in inputs.channels[j] if any(c in lowering.selected[i][j] for i in ranks))
-        for j in ranks
-    )
+    read = [{c for i in ranks for c in lowering.selected[i][j]} for j in ranks]
+    columns = tuple(tuple(c for c in inputs.channels[j] if c in read[j]) for j in ranks)
     owned, selected = _numbered(rows)
     placement = Sharded(owned, placed.dim)
     return PartialSums(op, lowering, rows, columns, placement, selected)

@@ -17,7 +17,13 @@ from disco.partition.rank_builder import RankBuilder
 from disco.partition.shares import Shares, share_out
 from disco.program import Arg, Op, Ref, ValueInfo, WeightRef, evaluate_dim
 from disco.program.symbols import symbols_of
-from disco_kernels.pattern import Ownership, Selected, find_selected
+from disco_kernels.pattern import (
+    Ownership,
+    Selected,
+    check_ownership,
+    selected_by,
+    used_columns,
+)
 
 # Called with the op, the rank, the piece (a value with some channels of the first argument), these
 # channels, and the name to give to the op's result on them.
@@ -75,6 +81,8 @@ class RuleContext:
         example_sizes: symbols of image sizes and their values in the example.
         wire_dtype: that payloads are to travel in where that is fewer bytes; None for their own.
         survivable: whether any ranks can answer over all outputs.
+        known_columns: what `used_columns` has found so far, which may be shared by contexts of the
+            same weights and tolerance.
     """
 
     world_size: int
@@ -90,6 +98,7 @@ class RuleContext:
     example_sizes: Mapping[str, int] = field(default_factory=dict)
     wire_dtype: str | None = None
     survivable: bool = False
+    known_columns: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def share_out(self, value: str, num_channels: int) -> Ownership:
         """So many channels in contiguous runs, in the ranks' shares of the layer of this value."""
@@ -128,7 +137,15 @@ class RuleContext:
 
     def selected(self, weight: WeightRef, out: Ownership, inputs: Ownership) -> Selected:
         """The channels that `weight` needs across ranks."""
-        return find_selected(self.pattern_weight(weight), out, inputs, self.tolerance)
+        check_ownership(self.pattern_weight(weight), out, inputs)
+        return selected_by(self.used_columns(weight), out, inputs)
+
+    def used_columns(self, weight: WeightRef) -> Tensor:
+        """Which inputs each output reads by the zeros of `weight`: bool ``[O, I]``."""
+        if weight.name not in self.known_columns:
+            found = used_columns(self.pattern_weight(weight), self.tolerance)
+            self.known_columns[weight.name] = found
+        return self.known_columns[weight.name]
 
 
 Rule = Callable[[Op, RuleContext], Lowering | None]
