@@ -250,6 +250,57 @@ def test_dropout_copies_and_unread_results_go() -> None:
     assert _kinds(captured) == ["disco.conv2d"]
 
 
+def _over_all(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    y[:, :4] += x
+    return y
+
+
+def _over_all_by_copying(m: Any, x: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    y[:] = m.conv(x)
+    return y + x
+
+
+@pytest.mark.parametrize("forward", [_over_all, _over_all_by_copying])
+def test_what_is_written_over_as_a_whole_is_what_is_written(forward: Any) -> None:
+    """GhostNet adds its shortcuts so; left as it is it would be an op that no rule shards."""
+    model = Calls(forward, conv=_conv())
+    captured = capture(model, (torch.randn(2, 4, 5, 5),))
+    assert _kinds(captured) == ["disco.conv2d"]
+    _check_equal(model, captured, torch.randn(3, 4, 5, 5))
+
+
+@pytest.mark.parametrize("part", [(0, 2), (1, 3), (-1, None), (1, 1), (3, 99), (-99, -2)])
+@pytest.mark.parametrize("dim", [1, 2])
+def test_what_is_written_into_a_part_is_joined_with_the_rest(
+    part: tuple[int, int | None], dim: int
+) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.conv(x)
+        y.movedim(dim, 0)[slice(*part)] *= 2
+        return y
+
+    model = Calls(forward, conv=_conv())
+    captured = capture(model, (torch.randn(2, 4, 4, 4),))
+    kinds = _kinds(captured)
+    assert ("aten.cat.default" in kinds) == (part != (1, 1)), kinds
+    assert "aten.slice_scatter.default" not in kinds or part == (1, 1)
+    _check_equal(model, captured, torch.randn(3, 4, 4, 4))
+
+
+def test_every_second_row_is_still_written() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.conv(x)
+        y[:, :, ::2] = x[:, :, ::2]
+        return y
+
+    model = Calls(forward, conv=_conv())
+    captured = capture(model, (torch.randn(2, 4, 5, 5),))
+    assert "aten.slice_scatter.default" in _kinds(captured)
+    _check_equal(model, captured, torch.randn(3, 4, 5, 5))
+
+
 def test_captures_are_equal() -> None:
     model = _randomise_batch_norms(Residual(True))
     texts = {capture(model, (torch.randn(1, 4, 6, 6),)).program.to_json() for _ in range(2)}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
+import disco
 from disco.program import Ref
 from disco_kernels import Ownership
 from tests.partition.harness import Case, check_exact, ownerships, property_test, world_sizes
@@ -73,3 +76,31 @@ def test_view_that_merges_images_into_channels() -> None:
     case.op("aten.view.default", "y", Ref("a"), (-1,))
     plan = check_exact(case, 2)
     assert [op.name for op in plan.replicated] == ["y"]
+
+
+class _WritesInPlace(nn.Module):
+    """Into the first channels, into some in the middle, and over the borders of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(12, 12, 3, padding=1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third = self.convs
+        y = first(x)
+        y[:, :5] += x[:, :5]
+        z = second(y)
+        z[:, 4:9] = y[:, :5] * 2
+        z[:, :, 1:-1] *= 0.5
+        return third(z)
+
+
+@pytest.mark.parametrize("nodes", [2, 3])
+def test_what_is_written_in_place_stays_sharded(nodes: int) -> None:
+    torch.manual_seed(0)
+    model, x = _WritesInPlace().eval(), torch.randn(2, 12, 6, 6)
+    disco.sparsify_(model, nodes, 0.2, (x,))
+    partitioned = disco.partition(model, (x,), nodes)
+    assert not partitioned.plan.replicated
+    with torch.no_grad():
+        torch.testing.assert_close(partitioned(x), model(x), atol=1e-5, rtol=1e-5)

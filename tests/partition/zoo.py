@@ -54,6 +54,7 @@ BEYOND = [
     ("torchvision", "swin_v2_t", 64),  # cosine attention, weights that are computed
     ("timm", "swin_tiny_patch4_window7_224", 224),  # neighbouring pixels become channels by a view
     ("timm", "convnextv2_atto", 64),  # norms over pixels, means over channels
+    ("timm", "ghostnet_100", 64),  # shortcuts added in place, to a slice of all channels
     ("timm", "hrnet_w18_small", 64),
     ("timm", "dla34", 64),
     ("timm", "focalnet_tiny_srf", 64),

@@ -8,17 +8,53 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from disco.program import Op, Program, Ref, WeightRef
+from disco.program import Arg, Op, Program, Ref, ValueInfo, WeightRef
 
 
 def spell_out_parts(program: Program) -> Program:
-    """``getitem(split(x), i)`` as a slice of ``x``, ``getitem(unbind(x), i)`` as a selection.
+    """``getitem(split(x), i)`` as a slice of ``x``, ``getitem(unbind(x), i)`` as a selection, and
+    ``slice_scatter(x, y)`` as ``y`` between what is left of ``x``.
 
     Pieces of sizes that are not fixed stay as they are.
     """
     made = {op.name: op for op in program.ops}
-    ops = tuple(_part(op, made, program) or op for op in program.ops)
-    return replace(program, ops=ops)
+    values = dict(program.values)
+    ops: list[Op] = []
+    for op in program.ops:
+        ops += _written_over(op, values) or [_part(op, made, program) or op]
+    return replace(program, ops=tuple(ops), values=values)
+
+
+def _written_over(op: Op, values: dict[str, ValueInfo]) -> list[Op]:
+    """What ``x[:, :n] = y`` becomes, as slices of ``x`` and their joining with ``y``; the slices
+    are added to ``values``. Nothing for other ops and open sizes."""
+    if op.kind != "aten.slice_scatter.default" or op.kwargs:
+        return []
+    x, y, *rest = op.args
+    defaults: tuple[Arg, ...] = (0, None, None, 1)
+    dim, start, end, step = (*rest, *defaults[len(rest) :])
+    info, written = values[op.name], values[y.name] if isinstance(y, Ref) else None
+    if not isinstance(dim, int) or step != 1 or written is None or written.dtype != info.dtype:
+        return []
+    dim %= len(info.shape)
+    size, length = info.shape[dim], written.shape[dim]
+    if not isinstance(size, int) or not isinstance(length, int) or not length:
+        return []
+    if not isinstance(start, int | None) or not isinstance(end, int | None):
+        return []
+    first = slice(start, end).indices(size)[0]  # a negative one counts from the end
+    slices: list[Op] = []
+
+    def left(part: str, low: int, high: int) -> list[Arg]:
+        if low >= high:
+            return []
+        name, shape = f"{op.name}.{part}", (*info.shape[:dim], high - low, *info.shape[dim + 1 :])
+        slices.append(Op("aten.slice.Tensor", name, (x, dim, low, high, 1)))
+        values[name] = replace(info, shape=shape)
+        return [Ref(name)]
+
+    joined = (*left("before", 0, first), y, *left("after", first + length, size))
+    return [*slices, Op("aten.cat.default", op.name, (joined, dim))]
 
 
 def _part(op: Op, made: dict[str, Op], program: Program) -> Op | None:
