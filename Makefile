@@ -31,8 +31,8 @@ INSTALLED_TORCH = torch==$$($(BIN)/python -c 'import importlib.metadata as m; pr
 demo: $(STAMPS)/demo
 	$(BIN)/disco demo $(DEMO_ARGS)
 
-# Rooms whose tests neither measure time nor wait for processes under a deadline go two files at a
-# time; the others one after the other.
+# Rooms whose tests expect nothing of time and wait for no process under a deadline go two files at
+# a time; the others one after the other.
 SIDE_BY_SIDE = $(wildcard $(patsubst %,tests/%,triton kernels cli cuda train bench/test_accuracy.py bench/test_cluster.py bench/test_throughput.py partition sparsify executor capture program tasks packaging))
 test: $(STAMPS)/test
 	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=15 -n 2 --dist loadfile $(SIDE_BY_SIDE)

@@ -289,6 +289,21 @@ def test_what_is_written_into_a_part_is_joined_with_the_rest(
     _check_equal(model, captured, torch.randn(3, 4, 4, 4))
 
 
+def test_what_is_written_into_a_constant() -> None:
+    """Its slices are folded, what is left is one tensor to join with."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.bn.weight[None, :, None, None].repeat(2, 1, 5, 5)
+        y[:, 1:3] = m.conv(x)[:, :2]
+        return y
+
+    model = Calls(forward, conv=_conv(), bn=nn.BatchNorm2d(4))
+    x = torch.randn(2, 4, 5, 5)
+    captured = capture(model, (x,), dynamic_batch=False)
+    assert _kinds(captured) == ["disco.conv2d", "aten.slice.Tensor", "aten.cat.default"]
+    _check_equal(model, captured, x)
+
+
 def test_every_second_row_is_still_written() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         y = m.conv(x)

@@ -16,7 +16,6 @@ from disco.partition import RankProgram, build_all, decide
 from disco.program import Program, Ref, interpret, overwritten_residual, plan_buffers
 from disco_kernels import Ownership
 from disco_kernels.backends.cpu import extension_status
-from tests.examples import examples
 from tests.executor.delayed import DelayedHub, run_delayed
 from tests.executor.test_activations_memory import in_float32
 from tests.partition.harness import Case, ownerships
@@ -109,7 +108,7 @@ def check(
 
 
 @pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_extension), "reference"])
-@settings(max_examples=examples(12), deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**16))
 def test_random_ownerships_and_schedules(data: st.DataObject, seed: int, backend: str) -> None:
     """Ranks with nothing included."""

@@ -47,8 +47,8 @@ class Dtype:
     name: str
 
 
-# The usual leaves, which are no containers.
-_SCALARS = frozenset({Ref, WeightRef, Dtype, int, float, bool, str, type(None)})
+# The usual leaves: known without asking whether they are containers.
+_LEAVES = frozenset({Ref, WeightRef, Dtype, int, float, bool, str, type(None)})
 
 # Attributes are immutable: lists of the source graph become tuples.
 Arg: TypeAlias = "Ref | WeightRef | Dtype | int | float | bool | str | tuple[Arg, ...] | None"
@@ -224,13 +224,16 @@ def leaves(tree: Any) -> Iterator[Any]:
 def _collect(tree: Any, found: list[Any]) -> None:
     # Not a generator in itself: one in another passes every leaf through all of them, and planning
     # reads the arguments of all ops many times.
-    for item in tree if isinstance(tree, (tuple, list)) else (tree,):
-        if isinstance(item, (tuple, list)):
+    if type(tree) in _LEAVES:
+        found.append(tree)
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
             _collect(item, found)
-        elif isinstance(item, dict) or (type(item) not in _SCALARS and isinstance(item, Mapping)):
-            _collect(tuple(item.values()), found)
-        else:
-            found.append(item)
+    elif isinstance(tree, Mapping):
+        for item in tree.values():
+            _collect(item, found)
+    else:
+        found.append(tree)
 
 
 def map_leaves(tree: Any, change: Callable[[Any], Any]) -> Any:
